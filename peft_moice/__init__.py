@@ -1,0 +1,16 @@
+"""MoICE for PEFT: attention heads that mix several rotary base angles, chosen per token by small routers.
+
+Importing this package registers the PEFT type `MOICE`.
+"""
+
+from .config import MoICEConfig
+from .layer import MoICELayer
+from .model import MoICEModel
+from .official import load_official_checkpoint
+from .registration import register
+
+__version__ = "0.1.0"
+
+__all__ = ["MoICEConfig", "MoICELayer", "MoICEModel", "__version__", "load_official_checkpoint"]
+
+register(MoICEConfig, MoICEModel)

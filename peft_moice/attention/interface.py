@@ -1,0 +1,131 @@
+"""Our place in transformers' attention interface.
+
+An attention module looks its attention function up by the name in `self.config._attn_implementation` and hands its
+keyword arguments on to it. So a wrapped module gets a copy of its config that names our function, and the mixture of
+one forward pass travels to it as a keyword argument: no forward is copied and no transformers module is patched.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from ..rope import RotationTable
+from .operator import mixed_attention
+
+ATTENTION_NAME = "moice"
+_KEYWORD = "moice"
+_BACKEND_ATTRIBUTE = "_moice_backend"
+
+
+@dataclass
+class _Backend:
+    """What a wrapped attention module would have called without us."""
+
+    config: object
+    """The model's own config, read at call time, so that `set_attn_implementation` keeps working."""
+    interface: AttentionInterface
+    """The modeling file's interface, which may override functions locally."""
+    eager: Callable
+    """The modeling file's eager attention."""
+
+    def function(self) -> Callable:
+        return self.interface.get_interface(self.config._attn_implementation, self.eager)
+
+
+class _AttentionView:
+    """An attention module with the model's own config, for attention functions that read `module.config`."""
+
+    def __init__(self, module: nn.Module, config: object):
+        self.module = module
+        self.config = config
+
+    def __getattr__(self, name: str):
+        return getattr(self.module, name)
+
+
+@dataclass
+class Mixture:
+    """What one forward pass of one layer asks of the attention function.
+
+    Attributes:
+        gate: maps queries `[B, H, S, D]` to gates `[B, H, S, N]`.
+        rotations: further rotations of the N experts.
+        query_start: index of the first query among the keys.
+        implementation: name of the operator's implementation.
+    """
+
+    gate: Callable[[torch.Tensor], torch.Tensor]
+    rotations: RotationTable
+    query_start: int | torch.Tensor
+    implementation: str = "auto"
+
+    def as_keyword(self) -> dict:
+        """The keyword argument under which an attention module passes the mixture on."""
+        return {_KEYWORD: self}
+
+    def attend(self, attend: Callable, query, key, value, attention_mask, **kwargs):
+        """Compute the mixture in place of `attend`, the model's own attention."""
+        return mixed_attention(
+            query,
+            key,
+            value,
+            self.gate(query),
+            rotations=self.rotations,
+            query_start=self.query_start,
+            attend=attend,
+            attention_mask=attention_mask,
+            implementation=self.implementation,
+            **kwargs,
+        )
+
+
+def moice_attention_forward(module: nn.Module, query, key, value, attention_mask, moice=None, **kwargs):
+    """The function that transformers' attention interface knows as `"moice"`.
+
+    With a `moice` keyword (a [`Mixture`] or anything with its `attend` method) it computes that; without one it is
+    the model's own attention.
+    """
+    backend = getattr(module.config, _BACKEND_ATTRIBUTE)
+    view, function = _AttentionView(module, backend.config), backend.function()
+    if moice is None:
+        return function(view, query, key, value, attention_mask, **kwargs)
+
+    def attend(q, k, v, mask, **options):
+        return function(view, q, k, v, mask, **options)
+
+    return moice.attend(attend, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(ATTENTION_NAME, moice_attention_forward)
+
+
+def uses_attention_interface(module: nn.Module) -> bool:
+    """Whether the module's forward looks its attention function up in transformers' attention interface."""
+    forward = inspect.unwrap(type(module).forward)
+    code = getattr(forward, "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names and hasattr(module, "config")
+
+
+def intercept(module: nn.Module) -> None:
+    """Make an attention module call our function. Undone by [`restore`]; the config object itself is not touched."""
+    if hasattr(module.config, _BACKEND_ATTRIBUTE):
+        return
+    names = inspect.unwrap(type(module).forward).__globals__
+    config = copy.copy(module.config)
+    # The public setter would change the implementation of shared sub-configs, too.
+    config._attn_implementation_internal = ATTENTION_NAME
+    backend = _Backend(module.config, names["ALL_ATTENTION_FUNCTIONS"], names.get("eager_attention_forward"))
+    setattr(config, _BACKEND_ATTRIBUTE, backend)
+    module.config = config
+
+
+def restore(module: nn.Module) -> None:
+    """Give the module its own config object back."""
+    backend = getattr(module.config, _BACKEND_ATTRIBUTE, None)
+    if backend is not None:
+        module.config = backend.config

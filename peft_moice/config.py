@@ -1,0 +1,203 @@
+"""`MoICEConfig`: which angles, how many of them per token, which router, which modules."""
+
+import math
+from dataclasses import dataclass, field
+
+from peft.config import PeftConfig
+from transformers.activations import ACT2FN
+
+from .registration import PEFT_TYPE_NAME, add_peft_type
+
+RELEASED_MULTIPLIERS = (1.0, 1.75, 1.8, 1.9, 2.0, 2.25, 2.5)
+"""Base angles of the official release for Llama-2-7B-chat, as multiples of the model's own `rope_theta`."""
+
+Bases = list[float] | dict[str, list[float]]
+
+
+@dataclass
+class MoICEConfig(PeftConfig):
+    """Configuration of a [`MoICEModel`] (Lin et al., NeurIPS 2024, https://arxiv.org/abs/2406.19598).
+
+    Fields left at None are resolved against the base model when the adapter is injected, and the resolved values are
+    what is saved.
+
+    Args:
+        rope_bases: absolute base angles (`rope_theta` values) of the N experts. The first has to be the model's own; a
+            single angle may be any, which runs the model under another `rope_theta`. For models with angles per layer
+            type, a dict from layer type to such a list. Default: `base_multipliers` times the model's own.
+        base_multipliers: base angles as multiples of the model's own `rope_theta`, starting with 1. Excludes
+            `rope_bases`. Default: the official release's 1, 1.75, 1.8, 1.9, 2, 2.25, 2.5.
+        top_k: number K of experts mixed per head and token, 1 to N. Default: N, as in the official release. The cost
+            of attention follows K in the fast implementations.
+        router_dim: hidden size R of the routers. Default: N, as in the official code.
+        router_scope: "layer" (default) shares a router among a layer's heads, as in the official code; "head" gives
+            every head its own, as in the paper's text.
+        hidden_act: activation of the routers, a name in transformers' `ACT2FN`. Default: the model's own.
+        router_aux_loss_coef: weight of the balance loss that training adds to `outputs.loss`. With K = N that loss is
+            constant. Default: 0.3, as in the official release.
+        init_weights: True (default) draws router weights from normal(0, 0.02) as the official code does, which starts
+            near the equal mixture of all angles. "identity" adds a scale per head, zero at first, on the distance from
+            the model's own angle: a fresh adapter then computes what the base model computes. False draws weights
+            from PyTorch's wider uniform start.
+        target_modules: attention modules to adapt, as names, suffixes or one regular expression. Default: every
+            attention module of the decoder that has a rotary embedding.
+        exclude_modules: modules to leave out, likewise.
+        layers_to_transform: indices of the layers to adapt. Default: all.
+        layers_pattern: name of the list of layers, if it is not a common one. Used with `layers_to_transform`.
+        modules_to_save: further modules to train and save with the adapter.
+        trainable_token_indices: token indices whose embeddings are trained, see PEFT's `LoraConfig`.
+        implementation: "auto" (default), or the name of the attention implementation to force, see
+            [`attention.mixed_attention`].
+
+    Raises:
+        ValueError: a value out of its range, or values that contradict each other.
+        TypeError: a value of the wrong type.
+    """
+
+    rope_bases: Bases | None = field(default=None)
+    base_multipliers: list[float] | None = field(default=None)
+    top_k: int | None = field(default=None)
+    router_dim: int | None = field(default=None)
+    router_scope: str = field(default="layer")
+    hidden_act: str | None = field(default=None)
+    router_aux_loss_coef: float = field(default=0.3)
+    init_weights: bool | str = field(default=True)
+    target_modules: list[str] | str | None = field(default=None)
+    exclude_modules: list[str] | str | None = field(default=None)
+    layers_to_transform: list[int] | int | None = field(default=None)
+    layers_pattern: list[str] | str | None = field(default=None)
+    modules_to_save: list[str] | None = field(default=None)
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(default=None)
+    implementation: str = field(default="auto")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = add_peft_type(PEFT_TYPE_NAME)
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        self._check_targets()
+        self._check_angles()
+        self._check_router()
+
+    @property
+    def num_experts(self) -> int:
+        """Number N of experts."""
+        bases = self.rope_bases if self.rope_bases is not None else self.base_multipliers
+        if isinstance(bases, dict):
+            bases = next(iter(bases.values()))
+        return len(bases) if bases is not None else len(RELEASED_MULTIPLIERS)
+
+    def bases_of(self, layer_type: str | None) -> tuple[float, ...]:
+        """Resolved base angles `[N]` of layers of `layer_type` (None where the model has one set for all)."""
+        bases = self.rope_bases[layer_type] if isinstance(self.rope_bases, dict) else self.rope_bases
+        return tuple(bases)
+
+    def resolve_bases(self, own_thetas: dict[str | None, float]) -> None:
+        """Fill `rope_bases` for a model, or check that they fit it.
+
+        Args:
+            own_thetas: the model's own `rope_theta` by layer type; the key None stands for all layers.
+
+        Raises:
+            ValueError: the first angle is not the model's own, or the layer types differ from the model's.
+        """
+        if self.rope_bases is None:
+            multipliers = self.base_multipliers or RELEASED_MULTIPLIERS
+            bases = {kind: [multiplier * own for multiplier in multipliers] for kind, own in own_thetas.items()}
+            self.rope_bases = bases[None] if None in bases else bases
+            self.base_multipliers = None
+            return
+        if isinstance(self.rope_bases, dict) and not own_thetas.keys() <= self.rope_bases.keys():
+            raise ValueError(
+                f"`rope_bases` names the layer types {sorted(self.rope_bases)}, but the adapted layers of this model "
+                f"have {sorted(map(str, own_thetas))}. Give one list per layer type, or use `base_multipliers`."
+            )
+        for layer_type, own in own_thetas.items():
+            bases = self.bases_of(layer_type)
+            if len(bases) > 1 and not math.isclose(bases[0], own, rel_tol=1e-6):
+                where = "" if layer_type is None else f" in layers of type {layer_type!r}"
+                raise ValueError(
+                    f"The first of `rope_bases` is {bases[0]}, but the model's own rope_theta is {own}{where}. Put "
+                    "the model's own angle first, or use `base_multipliers`. (Angles are resolved and stored when an "
+                    "adapter is injected, so a config made for another model does not fit this one.)"
+                )
+
+    def _check_targets(self) -> None:
+        if self.target_modules == "all-linear":
+            raise ValueError(
+                "target_modules='all-linear' selects linear layers, but MoICE adapts attention modules. Leave "
+                "`target_modules` out to adapt every attention module, or name them, such as ['self_attn']."
+            )
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ValueError(
+                "`layers_to_transform` cannot be combined with a regular expression in `target_modules`. Give "
+                "`target_modules` as a list of names."
+            )
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ValueError("`layers_pattern` has no effect without `layers_to_transform`; set both or neither.")
+
+    def _check_angles(self) -> None:
+        if self.rope_bases is not None and self.base_multipliers is not None:
+            raise ValueError("`rope_bases` and `base_multipliers` exclude each other; give one of them.")
+        if isinstance(self.rope_bases, dict):
+            if not self.rope_bases:
+                raise ValueError("`rope_bases` is empty; give at least one angle, or leave it out.")
+            for layer_type, bases in self.rope_bases.items():
+                self.rope_bases[layer_type] = _checked_angles(bases, f"rope_bases[{layer_type!r}]")
+            if len({len(bases) for bases in self.rope_bases.values()}) > 1:
+                raise ValueError("`rope_bases` needs the same number of angles for every layer type.")
+        elif self.rope_bases is not None:
+            self.rope_bases = _checked_angles(self.rope_bases, "rope_bases")
+        if self.base_multipliers is not None:
+            self.base_multipliers = _checked_angles(self.base_multipliers, "base_multipliers")
+            if len(self.base_multipliers) > 1 and self.base_multipliers[0] != 1.0:
+                raise ValueError(
+                    f"The first of `base_multipliers` is {self.base_multipliers[0]}; it has to be 1, the model's own "
+                    "angle, because keys in the cache carry it."
+                )
+
+    def _check_router(self) -> None:
+        for name in ("top_k", "router_dim"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise TypeError(f"`{name}` has to be an integer or None, not {value!r}.")
+        if self.top_k is not None and not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(
+                f"`top_k` is {self.top_k}, but has to lie in 1..{self.num_experts}, the number of angles. Lower it, or "
+                "give more angles with `rope_bases` or `base_multipliers`."
+            )
+        if self.router_dim is not None and self.router_dim < 1:
+            raise ValueError(f"`router_dim` is {self.router_dim}, but has to be at least 1.")
+        if self.router_scope not in ("layer", "head"):
+            raise ValueError(
+                f"`router_scope` is {self.router_scope!r}; choose 'layer' (a router shared by a layer's heads) or "
+                "'head' (a router per head)."
+            )
+        if self.init_weights not in (True, False, "identity"):
+            raise ValueError(f"`init_weights` is {self.init_weights!r}; choose True, False or 'identity'.")
+        if self.hidden_act is not None and self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` is {self.hidden_act!r}; choose one of {sorted(ACT2FN)}.")
+        if not math.isfinite(self.router_aux_loss_coef) or self.router_aux_loss_coef < 0:
+            raise ValueError(
+                f"`router_aux_loss_coef` is {self.router_aux_loss_coef}, but has to be a finite number of at least 0; "
+                "0 switches the balance loss off."
+            )
+
+
+def _checked_angles(values: list[float], name: str) -> list[float]:
+    if isinstance(values, str) or not hasattr(values, "__iter__"):
+        raise TypeError(f"`{name}` has to be a list of numbers, not {values!r}.")
+    angles = []
+    for value in values:
+        if isinstance(value, (bool, str)) or not isinstance(value, (int, float)):
+            raise TypeError(f"`{name}` has to be a list of numbers, but holds {value!r}.")
+        angles.append(float(value))
+    if not angles:
+        raise ValueError(f"`{name}` is empty; give at least one angle, or leave it out for the default.")
+    for angle in angles:
+        if not math.isfinite(angle) or angle <= 0:
+            raise ValueError(f"`{name}` holds {angle}; base angles have to be positive and finite.")
+    if len(set(angles)) < len(angles):
+        raise ValueError(f"`{name}` holds an angle twice: {angles}. Equal angles are the same expert; drop one.")
+    return angles

@@ -1,0 +1,38 @@
+"""Registers MoICE with PEFT.
+
+PEFT keeps its tuner types in the closed enumeration `PeftType` and offers no entry point for types from outside, so
+`import peft_moice` has to run once before PEFT can read a MoICE adapter.
+"""
+
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import PeftType, register_peft_method
+
+PEFT_TYPE_NAME = "MOICE"
+
+
+def add_peft_type(name: str) -> PeftType:
+    """Return the `PeftType` member called `name`, adding it to the enumeration if it is missing.
+
+    A real member is needed: `register_peft_method` looks `name` up in `list(PeftType)`, and transformers' adapter
+    loader reads `peft_type.value`, which a plain string lacks.
+    """
+    if name in PeftType.__members__:
+        return PeftType[name]
+    member = str.__new__(PeftType, name)
+    member._name_ = name
+    member._value_ = name
+    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType)
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    # EnumType forbids assigning members through the ordinary attribute protocol.
+    type.__setattr__(PeftType, name, member)
+    return member
+
+
+def register(config_cls: type, model_cls: type) -> None:
+    """Register the MoICE config and tuner classes with PEFT. Calling it again changes nothing."""
+    member = add_peft_type(PEFT_TYPE_NAME)
+    if member not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        register_peft_method(name=PEFT_TYPE_NAME.lower(), config_cls=config_cls, model_cls=model_cls)

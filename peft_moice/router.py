@@ -1,0 +1,175 @@
+"""The router: query vectors in, expert logits and gates out; and the loss that balances the experts."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+INITIALIZER_RANGE = 0.02
+"""Standard deviation of the initial router weights in the official code."""
+
+
+class MoICERouter(nn.Module):
+    """Scores `num_experts` rotary base angles for every head and token (paper, section 3.2).
+
+    Computes `down( act(gate(q)) * up(q) )` without biases on query vectors that already carry the model's own
+    rotation. With `num_heads=None` one set of weights serves all heads of the layer, as in the official code; the
+    scores still differ from head to head, because the queries do. With a number, every head has weights of its own.
+
+    Args:
+        head_dim: size D of a query vector.
+        num_experts: number N of base angles.
+        router_dim: hidden size R. The official code uses R = N.
+        hidden_act: name of the activation in transformers' `ACT2FN`.
+        num_heads: H for one router per head, None (default) for one router per layer.
+        identity_heads: H to add the identity-start scale, see [`MoICEConfig`]. Default: None, no scale.
+
+    Parameters (leading H only with `num_heads`): `gate_proj` and `up_proj` `[H, R, D]`, `down_proj` `[H, N, R]`,
+    `identity_scale` `[H]`.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        num_experts: int,
+        router_dim: int,
+        hidden_act: str,
+        num_heads: int | None = None,
+        identity_heads: int | None = None,
+    ):
+        super().__init__()
+        heads = () if num_heads is None else (num_heads,)
+        self.gate_proj = nn.Parameter(torch.empty(*heads, router_dim, head_dim))
+        self.up_proj = nn.Parameter(torch.empty(*heads, router_dim, head_dim))
+        self.down_proj = nn.Parameter(torch.empty(*heads, num_experts, router_dim))
+        self.identity_scale = None if identity_heads is None else nn.Parameter(torch.empty(identity_heads))
+        self.hidden_act = hidden_act
+        self.act_fn = ACT2FN[hidden_act]
+
+    @property
+    def num_experts(self) -> int:
+        return self.down_proj.shape[-2]
+
+    def reset_parameters(self, init_weights: bool | str = True) -> None:
+        """Fill the weights: normal(0, 0.02) as in the official code, or wider with `init_weights=False`.
+
+        False draws the weights from uniform(±1/√fan_in), PyTorch's own start for linear layers, which makes the
+        router decide from the first step on. The identity scale always starts at zero, except with False: then at
+        one, the full mixture.
+        """
+        for weight in (self.gate_proj, self.up_proj, self.down_proj):
+            if init_weights:
+                nn.init.normal_(weight, std=INITIALIZER_RANGE)
+            else:
+                bound = weight.shape[-1] ** -0.5
+                nn.init.uniform_(weight, -bound, bound)
+        if self.identity_scale is not None:
+            nn.init.constant_(self.identity_scale, 0.0 if init_weights else 1.0)
+
+    def forward(self, query: torch.Tensor) -> torch.Tensor:
+        """Expert logits `[B, H, S, N]` of `query` `[B, H, S, D]`."""
+        query = query.to(self.gate_proj.dtype)
+        hidden = self.act_fn(query @ self.gate_proj.mT) * (query @ self.up_proj.mT)
+        return hidden @ self.down_proj.mT
+
+    def gates(self, logits: torch.Tensor, top_k: int) -> torch.Tensor:
+        """Gates `[B, H, S, N]` in float32 from `logits` `[B, H, S, N]`, with the identity scale applied."""
+        gates = select_experts(logits, top_k)
+        if self.identity_scale is None:
+            return gates
+        scale = self.identity_scale.float()[:, None, None]
+        own_angle = gates.new_zeros(gates.shape[-1])
+        own_angle[0] = 1.0
+        return own_angle + scale * (gates - own_angle)
+
+    def extra_repr(self) -> str:
+        scope = "layer" if self.gate_proj.dim() == 2 else "head"
+        return (
+            f"head_dim={self.gate_proj.shape[-1]}, router_dim={self.gate_proj.shape[-2]}, "
+            f"num_experts={self.num_experts}, scope={scope}, identity={self.identity_scale is not None}"
+        )
+
+
+def select_experts(logits: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Turn expert logits `[..., N]` into gates `[..., N]` in float32 that sum to one.
+
+    Softmax over all N, the `top_k` largest kept, the rest set to zero, renormalised.
+    """
+    probs = torch.softmax(logits, dim=-1, dtype=torch.float32)
+    if top_k == logits.shape[-1]:
+        return probs
+    weights, chosen = torch.topk(probs, top_k, dim=-1)
+    weights = weights / weights.sum(dim=-1, keepdim=True)
+    return torch.zeros_like(probs).scatter(-1, chosen, weights)
+
+
+def balance_loss(
+    router_logits: list[torch.Tensor], top_k: int, token_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Load-balancing loss over layers, heads and tokens (Switch Transformers, eq. 4; Mixtral's form).
+
+    `N · Σ_i f_i · P_i`, with f_i the share of rows that have expert i among their `top_k` and P_i the mean
+    probability of expert i over all N. With `top_k` equal to N every f_i is one, so the loss is the constant N.
+
+    Args:
+        router_logits: one tensor `[B, H, S, N]` per layer.
+        top_k: number of experts that each row keeps.
+        token_mask: `[B, S]`, true or non-zero where a token counts. Default: all count, as in the official code.
+
+    Returns:
+        A float32 scalar.
+    """
+    num_experts = router_logits[0].shape[-1]
+    chosen_count = prob_sum = rows = 0.0
+    for logits in router_logits:
+        probs = torch.softmax(logits, dim=-1, dtype=torch.float32)
+        chosen = torch.zeros_like(probs).scatter_(-1, torch.topk(probs, top_k, dim=-1).indices, 1.0)
+        if token_mask is None:
+            weight = probs.new_ones(probs.shape[:-1])
+        else:
+            weight = token_mask.to(probs.device, torch.float32)[:, None, :].expand(probs.shape[:-1])
+        device = router_logits[0].device
+        chosen_count = chosen_count + torch.einsum("bhsn,bhs->n", chosen, weight).to(device)
+        prob_sum = prob_sum + torch.einsum("bhsn,bhs->n", probs, weight).to(device)
+        rows = rows + weight.sum().to(device)
+    rows = rows.clamp(min=1.0)
+    return num_experts * torch.sum((chosen_count / rows) * (prob_sum / rows))
+
+
+@dataclass
+class Member:
+    """One router's share in a layer's mixture.
+
+    Attributes:
+        router: the router.
+        top_k: number of experts that it keeps per head and token.
+        experts: for each of the router's experts, its column among the layer's distinct angles.
+        weight: share of this router's mixture in the layer's; the shares of a layer sum to one.
+    """
+
+    router: MoICERouter
+    top_k: int
+    experts: tuple[int, ...]
+    weight: float = 1.0
+
+
+def mix_gates(members: list[Member], router_logits: list[torch.Tensor], num_experts: int) -> torch.Tensor:
+    """Gates `[B, H, S, N]` in float32 of a layer whose mixture is the weighted mean of its members' mixtures.
+
+    Args:
+        members: the routers that take part.
+        router_logits: the logits of each member.
+        num_experts: number N of distinct angles in the layer.
+    """
+    own_columns = tuple(range(num_experts))
+    mixed = None
+    for member, logits in zip(members, router_logits, strict=True):
+        gates = member.router.gates(logits, member.top_k)
+        if member.experts != own_columns:
+            columns = torch.tensor(member.experts, device=gates.device)
+            gates = gates.new_zeros(*gates.shape[:-1], num_experts).index_add(-1, columns, gates)
+        if member.weight != 1.0:
+            gates = member.weight * gates
+        mixed = gates if mixed is None else mixed + gates
+    return mixed
