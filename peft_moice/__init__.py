@@ -8,9 +8,10 @@ from .layer import MoICELayer
 from .model import MoICEModel
 from .official import load_official_checkpoint
 from .registration import register
+from .stacking import unwrapped
 
 __version__ = "0.1.0"
 
-__all__ = ["MoICEConfig", "MoICELayer", "MoICEModel", "__version__", "load_official_checkpoint"]
+__all__ = ["MoICEConfig", "MoICELayer", "MoICEModel", "__version__", "load_official_checkpoint", "unwrapped"]
 
 register(MoICEConfig, MoICEModel)

@@ -15,6 +15,37 @@ Bases = list[float] | dict[str, list[float]]
 
 
 @dataclass
+class RouterSpec:
+    """What one router is, with everything resolved: the part of a config that a layer needs.
+
+    Attributes:
+        rope_bases: absolute base angles of its experts, or a dict of such lists by layer type.
+        top_k: number K of experts kept.
+        router_dim: hidden size R.
+        router_scope: "layer" or "head".
+        hidden_act: activation.
+        identity: whether it has an identity scale.
+        router_aux_loss_coef: weight of its balance loss.
+        implementation: attention implementation to force, or "auto".
+        weight: its share in the adapter's mixture.
+    """
+
+    rope_bases: Bases
+    top_k: int
+    router_dim: int
+    router_scope: str
+    hidden_act: str
+    identity: bool = False
+    router_aux_loss_coef: float = 0.0
+    implementation: str = "auto"
+    weight: float = 1.0
+
+    def bases_of(self, layer_type: str | None) -> tuple[float, ...]:
+        """Base angles `[N]` in layers of `layer_type` (None where the model has one set for all)."""
+        return tuple(self.rope_bases[layer_type] if isinstance(self.rope_bases, dict) else self.rope_bases)
+
+
+@dataclass
 class MoICEConfig(PeftConfig):
     """Configuration of a [`MoICEModel`] (Lin et al., NeurIPS 2024, https://arxiv.org/abs/2406.19598).
 
@@ -48,6 +79,8 @@ class MoICEConfig(PeftConfig):
         trainable_token_indices: token indices whose embeddings are trained, see PEFT's `LoraConfig`.
         implementation: "auto" (default), or the name of the attention implementation to force, see
             [`attention.mixed_attention`].
+        members: routers of an adapter that is a mean of others, written by
+            `add_weighted_adapter(..., combination_type="cat")`, as the fields of [`RouterSpec`].
 
     Raises:
         ValueError: a value out of its range, or values that contradict each other.
@@ -69,6 +102,7 @@ class MoICEConfig(PeftConfig):
     modules_to_save: list[str] | None = field(default=None)
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(default=None)
     implementation: str = field(default="auto")
+    members: list[dict] | None = field(default=None)
 
     def __post_init__(self):
         super().__post_init__()
@@ -88,10 +122,22 @@ class MoICEConfig(PeftConfig):
             bases = next(iter(bases.values()))
         return len(bases) if bases is not None else len(RELEASED_MULTIPLIERS)
 
-    def bases_of(self, layer_type: str | None) -> tuple[float, ...]:
-        """Resolved base angles `[N]` of layers of `layer_type` (None where the model has one set for all)."""
-        bases = self.rope_bases[layer_type] if isinstance(self.rope_bases, dict) else self.rope_bases
-        return tuple(bases)
+    def router_specs(self) -> list[RouterSpec]:
+        """The adapter's routers. Needs a config whose open fields are resolved."""
+        if self.members is not None:
+            return [RouterSpec(**member) for member in self.members]
+        return [
+            RouterSpec(
+                rope_bases=self.rope_bases,
+                top_k=self.top_k,
+                router_dim=self.router_dim,
+                router_scope=self.router_scope,
+                hidden_act=self.hidden_act,
+                identity=self.init_weights == "identity",
+                router_aux_loss_coef=self.router_aux_loss_coef,
+                implementation=self.implementation,
+            )
+        ]
 
     def resolve_bases(self, own_thetas: dict[str | None, float]) -> None:
         """Fill `rope_bases` for a model, or check that they fit it.
@@ -105,7 +151,7 @@ class MoICEConfig(PeftConfig):
         if self.rope_bases is None:
             multipliers = self.base_multipliers or RELEASED_MULTIPLIERS
             bases = {kind: [multiplier * own for multiplier in multipliers] for kind, own in own_thetas.items()}
-            self.rope_bases = bases[None] if None in bases else bases
+            self.rope_bases = bases.get(None, bases)
             self.base_multipliers = None
             return
         if isinstance(self.rope_bases, dict) and not own_thetas.keys() <= self.rope_bases.keys():
@@ -114,7 +160,7 @@ class MoICEConfig(PeftConfig):
                 f"have {sorted(map(str, own_thetas))}. Give one list per layer type, or use `base_multipliers`."
             )
         for layer_type, own in own_thetas.items():
-            bases = self.bases_of(layer_type)
+            bases = self.rope_bases[layer_type] if isinstance(self.rope_bases, dict) else self.rope_bases
             if len(bases) > 1 and not math.isclose(bases[0], own, rel_tol=1e-6):
                 where = "" if layer_type is None else f" in layers of type {layer_type!r}"
                 raise ValueError(
@@ -164,8 +210,8 @@ class MoICEConfig(PeftConfig):
                 raise TypeError(f"`{name}` has to be an integer or None, not {value!r}.")
         if self.top_k is not None and not 1 <= self.top_k <= self.num_experts:
             raise ValueError(
-                f"`top_k` is {self.top_k}, but has to lie in 1..{self.num_experts}, the number of angles. Lower it, or "
-                "give more angles with `rope_bases` or `base_multipliers`."
+                f"`top_k` is {self.top_k}, but has to lie in 1..{self.num_experts}, the number of angles. Lower it, "
+                "or give more angles with `rope_bases` or `base_multipliers`."
             )
         if self.router_dim is not None and self.router_dim < 1:
             raise ValueError(f"`router_dim` is {self.router_dim}, but has to be at least 1.")

@@ -3,32 +3,36 @@
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
-from .attention import IMPLEMENTATIONS, Mixture, intercept, restore
-from .config import MoICEConfig
-from .positions import find_cache, query_start
-from .rope import LayerRope, RotationTable
-from .router import Member, MoICERouter, mix_gates
+from .attention import intercept, restore
+from .config import MoICEConfig, RouterSpec
+from .mixture import LayerMixture, Member, MixesAngles
+from .rope import LayerRope
+from .router import MoICERouter
+from .standalone import build_in, take_out
+
+BASE_MODEL_NAME = "__base__"
+"""Name under which rows of a mixed batch ask for the base model, as in PEFT's LoRA."""
 
 
-class MoICELayer(nn.Module, BaseTunerLayer):
+class MoICELayer(MixesAngles, BaseTunerLayer):
     """Wraps an attention module so that it mixes several rotary base angles.
 
     Args:
-        base_layer: the model's attention module. Its `config` is exchanged for a copy until [`unload`].
+        base_layer: the model's attention module. Its `config` is exchanged for a copy until the layer is unloaded.
         rope: its rotary embedding.
         num_heads: H, its number of query heads.
         head_dim: D, the size of its query vectors.
 
     Attributes:
-        moice_router: the router of each adapter.
-        router_logits: None, or a dict in which forward passes leave each active adapter's router logits.
+        moice_router: the router of each adapter, or a list of routers for an adapter that is a mean of others.
+        router_specs: what each adapter's routers are.
     """
 
     adapter_layer_names = ("moice_router",)
-    other_param_names = ("rope_bases", "top_k", "router_aux_loss_coef", "implementation")
+    other_param_names = ("router_specs",)
 
     def __init__(self, base_layer: nn.Module, rope: LayerRope, num_heads: int, head_dim: int):
         super().__init__()
@@ -37,91 +41,116 @@ class MoICELayer(nn.Module, BaseTunerLayer):
         self.num_heads = num_heads
         self.head_dim = head_dim
         self.moice_router = nn.ModuleDict()
-        self.rope_bases: dict[str, tuple[float, ...]] = {}
-        self.top_k: dict[str, int] = {}
-        self.router_aux_loss_coef: dict[str, float] = {}
-        self.implementation: dict[str, str] = {}
-        self.router_logits: dict[str, torch.Tensor] | None = None
+        self.router_specs: dict[str, list[RouterSpec]] = {}
         self._disable_adapters = False
         self._active_adapter = []
         self.merged_adapters = []
         intercept(base_layer)
 
     def update_layer(self, adapter_name: str, config: MoICEConfig) -> None:
-        """Add a router for `adapter_name`, or replace it."""
-        bases = config.bases_of(self.rope.layer_type)
-        self.rope_bases[adapter_name] = bases
-        self.top_k[adapter_name] = config.top_k
-        self.router_aux_loss_coef[adapter_name] = config.router_aux_loss_coef
-        self.implementation[adapter_name] = config.implementation
-        self.moice_router[adapter_name] = MoICERouter(
-            self.head_dim,
-            len(bases),
-            config.router_dim,
-            config.hidden_act,
-            num_heads=self.num_heads if config.router_scope == "head" else None,
-            identity_heads=self.num_heads if config.init_weights == "identity" else None,
-        )
+        """Add the routers of `adapter_name`, or replace them."""
+        specs = config.router_specs()
+        routers = [MoICERouter.from_spec(spec, self.rope.layer_type, self.num_heads, self.head_dim) for spec in specs]
+        self.router_specs[adapter_name] = specs
+        self.moice_router[adapter_name] = nn.ModuleList(routers) if config.members is not None else routers[0]
         self.reset_moice_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def reset_moice_parameters(self, adapter_name: str, init_weights: bool | str = True) -> None:
-        """Draw the router's weights anew, see [`MoICERouter.reset_parameters`]."""
+        """Draw the routers' weights anew, see [`MoICERouter.reset_parameters`]."""
         if adapter_name in self.moice_router:
-            self.moice_router[adapter_name].reset_parameters(init_weights)
+            for router in self.routers(adapter_name):
+                router.reset_parameters(init_weights)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        adapters = [name for name in self.active_adapters if name in self.moice_router]
-        if self.disable_adapters or not adapters:
+    def routers(self, adapter_name: str) -> list[MoICERouter]:
+        """The routers of an adapter, in the order of `router_specs[adapter_name]`."""
+        router = self.moice_router[adapter_name]
+        return list(router) if isinstance(router, nn.ModuleList) else [router]
+
+    def members(self) -> list[Member]:
+        if self.disable_adapters or self.merged:
+            return []
+        return self._members_of(self.active_adapters)
+
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if adapter_names is not None:
+            mixture = self._mixture_of_rows(adapter_names)
+        else:
+            mixture = LayerMixture(self.members(), self.rope)
+        if not mixture.members:
             return self.base_layer(*args, **kwargs)
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        members, rotations = self._mixture_of(tuple(adapters))
+        return mixture.run(self.base_layer, self.base_layer.layer_idx, args, kwargs, self.router_logits)
 
-        def gate(query: torch.Tensor) -> torch.Tensor:
-            logits = [member.router(query) for member in members]
-            if self.router_logits is not None:
-                self.router_logits.update(zip(adapters, logits, strict=True))
-            return mix_gates(members, logits, rotations.num_experts)
+    def _members_of(self, adapter_names: list[str]) -> list[Member]:
+        """The routers of those adapters that this layer has, in equal shares per adapter."""
+        names = [name for name in adapter_names if name in self.moice_router]
+        members = []
+        for name in names:
+            specs = self.router_specs[name]
+            for index, (router, spec) in enumerate(zip(self.routers(name), specs, strict=True)):
+                member_name = name if len(specs) == 1 else f"{name}.{index}"
+                members.append(Member(member_name, router, spec, spec.weight / len(names)))
+        return members
 
-        mixture = Mixture(
-            gate,
-            rotations,
-            query_start(find_cache(args, kwargs), hidden_states.shape[-2], self.base_layer.layer_idx),
-            self._implementation_of(adapters),
-        )
-        return self.base_layer(*args, **mixture.as_keyword(), **kwargs)
-
-    def _mixture_of(self, adapters: tuple[str, ...]) -> tuple[list[Member], RotationTable]:
-        """The routers of `adapters` in equal shares, and the rotations of their distinct angles."""
-        bases = tuple(dict.fromkeys(base for name in adapters for base in self.rope_bases[name]))
-        members = [
-            Member(
-                self.moice_router[name],
-                self.top_k[name],
-                tuple(bases.index(base) for base in self.rope_bases[name]),
-                1.0 / len(adapters),
-            )
-            for name in adapters
-        ]
-        return members, self.rope.table(bases)
-
-    def _implementation_of(self, adapters: list[str]) -> str:
-        forced = {self.implementation[name] for name in adapters} - {"auto"}
-        if len(forced) > 1:
+    def _mixture_of_rows(self, adapter_names: list[str]) -> LayerMixture:
+        """Each row of the batch under the adapter that it names, or under the model's own angle."""
+        if self.disable_adapters or self.merged:
             raise ValueError(
-                f"The active adapters {adapters} force different implementations {sorted(forced)}. Set "
-                "`implementation` to the same value, or to 'auto', in their configs."
+                "`adapter_names` cannot be used while adapters are disabled or merged. Enable them, or call "
+                "`unmerge_adapter()` first."
             )
-        return forced.pop() if forced else "auto"
+        members = []
+        for name in dict.fromkeys(adapter_names):
+            rows = torch.tensor([float(row == name) for row in adapter_names])
+            for member in self._members_of([name]):
+                member.weight = member.weight * rows
+                members.append(member)
+        own = torch.tensor([float(row not in self.moice_router) for row in adapter_names])
+        return LayerMixture(members, self.rope, own_weight=own)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Build the routers of `adapter_names` (default: the active ones) into the attention module.
+
+        Adapters merged one after the other count like adapters that are active together: their mixtures are averaged.
+
+        Raises:
+            ValueError: with `safe_merge`, a router holds values that are not finite.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.moice_router]
+        if not names:
+            return
+        if safe_merge:
+            for name in names:
+                if not all(parameter.isfinite().all() for parameter in self.moice_router[name].parameters()):
+                    raise ValueError(
+                        f"The router of adapter {name!r} holds values that are not finite, so it was not merged. "
+                        "Train it again with a lower learning rate, or load an earlier checkpoint."
+                    )
+        if self.merged:
+            take_out(self.base_layer)
+        self.merged_adapters.extend(names)
+        build_in(self.base_layer, self.rope, self.num_heads, self._members_of(self.merged_adapters))
+
+    def unmerge(self) -> None:
+        """Take merged routers out of the attention module, which is then what it was before."""
+        if not self.merged:
+            return
+        take_out(self.base_layer)
+        self.merged_adapters.clear()
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """The model's own attention module, with its own config object. Called by PEFT's `unload`."""
+        """The attention module without this wrapper: with its routers built in, or as it was. Called by PEFT."""
         if merge:
-            raise NotImplementedError("MoICE adapters cannot be merged yet.")
-        restore(self.base_layer)
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        elif self.merged:
+            self.unmerge()
+        if not self.merged:
+            restore(self.base_layer)
         return self.base_layer
 
     def _get_base_layer_device_and_dtype(
@@ -146,9 +175,3 @@ class MoICELayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "moice." + super().__repr__()
-
-
-def check_implementation(name: str) -> None:
-    """Raise ValueError unless `name` is an implementation of the operator, or "auto"."""
-    if name != "auto" and name not in IMPLEMENTATIONS:
-        raise ValueError(f"`implementation` is {name!r}; choose 'auto' or one of {sorted(IMPLEMENTATIONS)}.")

@@ -1,13 +1,27 @@
 """`MoICEModel`: injects routers into a model's attention modules."""
 
 import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, ClassVar, Literal
 
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists, onload_layer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
+from .attention import IMPLEMENTATIONS
 from .config import MoICEConfig
-from .layer import MoICELayer, check_implementation
+from .layer import BASE_MODEL_NAME, MoICELayer
+from .merging import combine_routers, combined_config
 from .probe import LayerPlan, attention_module_names, plan_layer
+from .stacking import base_of, other_tuner_layers
+from .standalone import MoICEAttention, make_standalone
 from .training import register_hooks, remove_hooks
 
 logger = logging.getLogger(__name__)
@@ -32,10 +46,32 @@ class MoICEModel(BaseTuner):
 
     prefix = "moice_"
     tuner_layer_cls = MoICELayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: MoICEConfig | dict[str, MoICEConfig],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        if isinstance(model, PeftModel) and isinstance(model.base_model, MoICEModel):
+            raise ValueError(
+                "The model has MoICE adapters already. Add another with `model.add_adapter(name, config)`."
+            )
+        model = base_of(model)
+        if hasattr(model, "peft_config") and not getattr(model, "_hf_peft_config_loaded", False):
+            # Another tuner's record, which PEFT would extend in place; an equal adapter name would replace its config.
+            # (transformers' own `add_adapter` keeps the adapters of all tuners in one record, under distinct names.)
+            del model.peft_config
+        super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
 
     def _prepare_adapter_config(self, peft_config: MoICEConfig, model_config: dict) -> MoICEConfig:
-        check_implementation(peft_config.implementation)
+        if peft_config.implementation not in ("auto", *IMPLEMENTATIONS):
+            raise ValueError(
+                f"`implementation` is {peft_config.implementation!r}; choose 'auto' or one of {sorted(IMPLEMENTATIONS)}."
+            )
         if peft_config.hidden_act is None:
             names = [model_config.get(name) for name in _OWN_ACTIVATION_FIELDS]
             names += [(model_config.get("text_config") or {}).get(name) for name in _OWN_ACTIVATION_FIELDS]
@@ -83,12 +119,14 @@ class MoICEModel(BaseTuner):
 
     def _choose_targets(self, peft_config: MoICEConfig, model: nn.Module) -> None:
         """Target every attention module of the decoder that has a rotary embedding."""
-        names = [name for name in attention_module_names(model) if self._plan_of(model, name).rope is not None]
+        # An attention module that an earlier adapter has wrapped goes by its wrapper's name.
+        names = [name.removesuffix(".base_layer") for name in attention_module_names(model)]
+        names = [name for name in names if self._plan_of(model, name).rope is not None]
         if not names:
             raise ValueError(
-                f"No attention module of {type(model).__name__} goes through transformers' attention interface and has "
-                "a rotary embedding. MoICE works on RoPE models of transformers; if this is one, name its attention "
-                "modules with `target_modules`."
+                f"No attention module of {type(model).__name__} goes through transformers' attention interface and "
+                "has a rotary embedding. MoICE works on RoPE models of transformers; if this is one, name its "
+                "attention modules with `target_modules`."
             )
         suffixes = {name.rpartition(".")[2] for name in names}
         matched = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in suffixes]
@@ -132,7 +170,211 @@ class MoICEModel(BaseTuner):
     def _post_injection_hook(self, model: nn.Module, config: MoICEConfig, adapter_name: str) -> None:
         register_hooks(model)
 
-    def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
-        remove_hooks(model)
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Let every row of a batch run under the adapter that `adapter_names` gives it. Entered by PEFT."""
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError(
+                "`adapter_names` works in inference only, but the model is in training mode. Call `model.eval()`, or "
+                "train one adapter at a time with `set_adapter`."
+            )
+        self._check_adapters_exist([name for name in adapter_names if name != BASE_MODEL_NAME])
+        # Beam search repeats every row of the batch in place.
+        num_beams = kwargs.get("num_beams") or 1
+        rows = [name for name in adapter_names for _ in range(num_beams)]
+        hook = partial(_pass_adapter_names, adapter_names=rows)
+        handles = [
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+            for module in self.modules()
+            if isinstance(module, (MoICELayer, AuxiliaryTrainingWrapper))
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active adapters. Several active adapters average their mixtures.
+
+        Raises:
+            ValueError: an adapter does not exist.
+        """
+        self._check_adapters_exist([adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+        density: float | None = None,
+        majority_sign_method: Literal["total", "frequency"] = "total",
+    ) -> None:
+        """Add an adapter that combines others.
+
+        Args:
+            adapters: names of the adapters to combine.
+            weights: one weight per adapter.
+            adapter_name: name of the new adapter. It is not activated.
+            combination_type: "cat" (default) keeps all routers, and mixes as the weighted mean of the adapters'
+                mixtures, exactly; the weights have to be positive and sum to one. "linear", "ties", "dare_linear",
+                "dare_ties" and "magnitude_prune" combine router weights as PEFT does for LoRA, and need adapters with
+                the same angles and the same router shape.
+            density: share of values kept, in (0, 1]; needed by the types that prune.
+            majority_sign_method: "total" (default) or "frequency", for "ties" and "dare_ties".
+
+        Raises:
+            ValueError: unknown or existing names, weights or adapters that do not fit the type.
+        """
+        self._check_adapters_exist(adapters)
+        if adapter_name in self.peft_config:
+            raise ValueError(f"There is an adapter called {adapter_name!r} already. Delete it or choose another name.")
+        configs = [self.peft_config[name] for name in adapters]
+        config = combined_config(adapters, configs, weights, combination_type, density)
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        for layer in self._layers():
+            if adapter_name in layer.moice_router:
+                combine_routers(
+                    layer, adapters, weights, adapter_name, combination_type, density, majority_sign_method
+                )
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Build routers into the attention modules, reversibly: outputs stay as they are.
+
+        Args:
+            adapter_names: adapters to merge. Default: the active ones.
+            safe_merge: refuse routers with values that are not finite.
+
+        Raises:
+            ValueError: unknown adapters, or values that are not finite with `safe_merge`.
+        """
+        self._check_adapters_exist(adapter_names or [])
+        for layer in self._layers():
+            with onload_layer(layer):
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def unmerge_adapter(self) -> None:
+        """Undo [`merge_adapter`]."""
+        layers = self._layers()
+        if not any(layer.merged for layer in layers):
+            warnings.warn("No adapter is merged. Nothing to do.", stacklevel=2)
+        for layer in layers:
+            layer.unmerge()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """Build routers into the model and return it without PEFT's objects.
+
+        The result is a transformers model of a class of its own (`MoICELlamaForCausalLM`, ...) that computes what the
+        adapted model computed. Its `save_pretrained` writes a checkpoint that `from_pretrained` reads after
+        `import peft_moice`. The base model is changed in place.
+
+        Args:
+            progressbar: show progress. Default: False.
+            safe_merge: refuse routers with values that are not finite. Default: False.
+            adapter_names: adapters to merge. Default: the active ones.
+
+        Raises:
+            ValueError: unknown adapters, other tuners' adapters left in the model, or values that are not finite with
+                `safe_merge`.
+        """
+        self._check_adapters_exist(adapter_names or [])
+        self._check_no_other_tuner()
+        model = self._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names)
+        if isinstance(model, PreTrainedModel) and any(
+            isinstance(module, MoICEAttention) for module in model.modules()
+        ):
+            make_standalone(model)
+            register_hooks(model)
         return model
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        # PEFT's version would also unload the layers of other tuners, such as LoRA below our layers.
+        targets = [
+            (name, module)
+            for name, module in self.model.named_modules()
+            if isinstance(module, (MoICELayer, AuxiliaryTrainingWrapper))
+        ]
+        action = "Merging" if merge else "Unloading"
+        for name, module in tqdm(targets, disable=not progressbar, desc=f"{action} MoICE"):
+            parent_name, _, child_name = name.rpartition(".")
+            with onload_layer(module):
+                unloaded = module.unload_and_optionally_merge_module(
+                    merge=merge, safe_merge=safe_merge, adapter_names=adapter_names
+                )
+            setattr(self.model.get_submodule(parent_name), child_name, unloaded)
+        remove_hooks(self.model)
+        if hasattr(self.model, "peft_config"):
+            del self.model.peft_config
+        return self.model
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        # PEFT's version would also switch the layers of other tuners.
+        for module in self.model.modules():
+            if isinstance(module, (MoICELayer, AuxiliaryTrainingWrapper)):
+                module.enable_adapters(enabled)
+
+    def _layers(self) -> list[MoICELayer]:
+        return [module for module in self.model.modules() if isinstance(module, MoICELayer)]
+
+    def _check_adapters_exist(self, names: list[str]) -> None:
+        unknown = [name for name in names if name not in self.peft_config]
+        if unknown:
+            raise ValueError(f"There is no adapter {unknown[0]!r}; this model has {sorted(self.peft_config)}.")
+
+    def _check_no_other_tuner(self) -> None:
+        others = other_tuner_layers(self.model)
+        if others:
+            raise ValueError(
+                f"The model still holds {len(others)} layers of another tuner ({type(others[0]).__module__}), so it "
+                "cannot become a plain transformers model. Unload MoICE with `unload()`, merge the other adapter "
+                "first, and then load MoICE again and merge it."
+            )
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: MoICEConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        # PEFT's version would also take in the layers of other tuners whose adapter has the same name.
+        others = other_tuner_layers(model)
+        if others:
+            warnings.warn(
+                f"Only MoICE routers are saved; the model's {len(others)} layers of another tuner "
+                f"({type(others[0]).__module__}) are not. Save them with `with peft_moice.unwrapped(model): "
+                "other_model.save_pretrained(...)`.",
+                stacklevel=2,
+            )
+        return {key: value for key, value in state_dict.items() if f".moice_router.{adapter_name}." in key}
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # PEFT's version expects the adapter's name next to last; the routers of a mean of adapters lie deeper.
+        return key.replace(f".moice_router.{adapter_name}.", ".moice_router.")
+
+
+def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict[str, Any], adapter_names: list[str]):
+    kwargs["adapter_names"] = adapter_names
+    return args, kwargs

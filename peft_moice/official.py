@@ -91,7 +91,7 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
     for file in files:
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as weights:
-                tensors.update({key: weights.get_tensor(key) for key in weights.keys() if _KEY.match(key)})
+                tensors.update({key: weights.get_tensor(key) for key in weights.keys() if _KEY.match(key)})  # noqa: SIM118
         else:
             weights = torch.load(file, map_location="cpu", weights_only=True)
             tensors.update({key: tensor for key, tensor in weights.items() if _KEY.match(key)})

@@ -1,10 +1,10 @@
 """The router: query vectors in, expert logits and gates out; and the loss that balances the experts."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
+
+from .config import RouterSpec
 
 INITIALIZER_RANGE = 0.02
 """Standard deviation of the initial router weights in the official code."""
@@ -47,9 +47,25 @@ class MoICERouter(nn.Module):
         self.hidden_act = hidden_act
         self.act_fn = ACT2FN[hidden_act]
 
+    @classmethod
+    def from_spec(cls, spec: RouterSpec, layer_type: str | None, num_heads: int, head_dim: int) -> "MoICERouter":
+        """A router as `spec` describes it, in a layer of H = `num_heads` query heads of size D = `head_dim`."""
+        return cls(
+            head_dim,
+            len(spec.bases_of(layer_type)),
+            spec.router_dim,
+            spec.hidden_act,
+            num_heads=num_heads if spec.router_scope == "head" else None,
+            identity_heads=num_heads if spec.identity else None,
+        )
+
     @property
     def num_experts(self) -> int:
         return self.down_proj.shape[-2]
+
+    @property
+    def head_dim(self) -> int:
+        return self.gate_proj.shape[-1]
 
     def reset_parameters(self, init_weights: bool | str = True) -> None:
         """Fill the weights: normal(0, 0.02) as in the official code, or wider with `init_weights=False`.
@@ -135,41 +151,3 @@ def balance_loss(
         rows = rows + weight.sum().to(device)
     rows = rows.clamp(min=1.0)
     return num_experts * torch.sum((chosen_count / rows) * (prob_sum / rows))
-
-
-@dataclass
-class Member:
-    """One router's share in a layer's mixture.
-
-    Attributes:
-        router: the router.
-        top_k: number of experts that it keeps per head and token.
-        experts: for each of the router's experts, its column among the layer's distinct angles.
-        weight: share of this router's mixture in the layer's; the shares of a layer sum to one.
-    """
-
-    router: MoICERouter
-    top_k: int
-    experts: tuple[int, ...]
-    weight: float = 1.0
-
-
-def mix_gates(members: list[Member], router_logits: list[torch.Tensor], num_experts: int) -> torch.Tensor:
-    """Gates `[B, H, S, N]` in float32 of a layer whose mixture is the weighted mean of its members' mixtures.
-
-    Args:
-        members: the routers that take part.
-        router_logits: the logits of each member.
-        num_experts: number N of distinct angles in the layer.
-    """
-    own_columns = tuple(range(num_experts))
-    mixed = None
-    for member, logits in zip(members, router_logits, strict=True):
-        gates = member.router.gates(logits, member.top_k)
-        if member.experts != own_columns:
-            columns = torch.tensor(member.experts, device=gates.device)
-            gates = gates.new_zeros(*gates.shape[:-1], num_experts).index_add(-1, columns, gates)
-        if member.weight != 1.0:
-            gates = member.weight * gates
-        mixed = gates if mixed is None else mixed + gates
-    return mixed

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .layer import MoICELayer
+from .config import RouterSpec
+from .mixture import MixesAngles
 from .router import balance_loss
 
 
@@ -34,14 +35,15 @@ def remove_hooks(model: nn.Module) -> None:
             flags.pop(handle_id, None)
 
 
-def moice_layers(model: nn.Module) -> list[MoICELayer]:
-    return [module for module in model.modules() if isinstance(module, MoICELayer)]
+def mixing_layers(model: nn.Module) -> list[MixesAngles]:
+    """The layers of `model` that mix angles, whether by an adapter or by routers of their own."""
+    return [module for module in model.modules() if isinstance(module, MixesAngles)]
 
 
 def collect_router_logits(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Forward pre-hook: ask the layers for their router logits, if the pass trains or requests them."""
     if model.training or kwargs.get("output_router_logits"):
-        for layer in moice_layers(model):
+        for layer in mixing_layers(model):
             layer.router_logits = {}
 
 
@@ -55,13 +57,12 @@ def add_balance_loss(model: nn.Module, args: tuple, kwargs: dict[str, Any], outp
     """
     if not (model.training or kwargs.get("output_router_logits")):
         return outputs
-    layers = [layer for layer in moice_layers(model) if layer.router_logits is not None]
     collected: dict[str, list[torch.Tensor]] = {}
-    settings: dict[str, tuple[float, int]] = {}
-    for layer in layers:
-        for name, logits in layer.router_logits.items():
-            collected.setdefault(name, []).append(logits)
-            settings[name] = (layer.router_aux_loss_coef[name], layer.top_k[name])
+    specs: dict[str, RouterSpec] = {}
+    for layer in mixing_layers(model):
+        for member in layer.members() if layer.router_logits else ():
+            collected.setdefault(member.name, []).append(layer.router_logits[member.name])
+            specs[member.name] = member.spec
         # From here on, the second forward pass of gradient checkpointing must not leave anything behind.
         layer.router_logits = None
     if not collected:
@@ -81,10 +82,9 @@ def add_balance_loss(model: nn.Module, args: tuple, kwargs: dict[str, Any], outp
     token_mask = _token_mask(arguments, next(iter(collected.values()))[0])
     aux_loss, weighted = 0.0, 0.0
     for name, values in collected.items():
-        coef, top_k = settings[name]
-        if coef > 0:
-            loss = balance_loss(values, top_k, token_mask)
-            aux_loss, weighted = aux_loss + loss, weighted + coef * loss
+        if specs[name].router_aux_loss_coef > 0:
+            loss = balance_loss(values, specs[name].top_k, token_mask)
+            aux_loss, weighted = aux_loss + loss, weighted + specs[name].router_aux_loss_coef * loss
     if not isinstance(weighted, torch.Tensor):
         return outputs
     return _with_loss(outputs, arguments, weighted * _share_of_batch(arguments), aux_loss)

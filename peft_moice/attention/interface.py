@@ -49,7 +49,7 @@ class _AttentionView:
 
 
 @dataclass
-class Mixture:
+class MixtureCall:
     """What one forward pass of one layer asks of the attention function.
 
     Attributes:
@@ -87,7 +87,7 @@ class Mixture:
 def moice_attention_forward(module: nn.Module, query, key, value, attention_mask, moice=None, **kwargs):
     """The function that transformers' attention interface knows as `"moice"`.
 
-    With a `moice` keyword (a [`Mixture`] or anything with its `attend` method) it computes that; without one it is
+    With a `moice` keyword (a [`MixtureCall`] or anything with its `attend` method) it computes that; without one it is
     the model's own attention.
     """
     backend = getattr(module.config, _BACKEND_ATTRIBUTE)

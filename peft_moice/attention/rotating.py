@@ -19,8 +19,8 @@ def rotated_pairs(
     if isinstance(query_start, int):
         if query_start + num_queries > num_keys:
             raise ValueError(
-                f"{num_queries} queries starting at position {query_start} do not fit {num_keys} keys: the cache keeps "
-                "keys in a layout whose positions cannot be told. Use one of transformers' own caches."
+                f"{num_queries} queries starting at position {query_start} do not fit {num_keys} keys: the cache "
+                "keeps keys in a layout whose positions cannot be told. Use one of transformers' own caches."
             )
         query_index = slice(query_start, query_start + num_queries)
     else:

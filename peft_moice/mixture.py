@@ -1,0 +1,138 @@
+"""A layer's mixture: several routers over the layer's distinct angles, and the forward pass that applies it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .attention import MixtureCall
+from .config import RouterSpec
+from .positions import find_cache, query_start
+from .rope import LayerRope, RotationTable
+from .router import MoICERouter
+
+
+@dataclass
+class Member:
+    """One router's part in a layer's mixture.
+
+    Attributes:
+        name: under which its logits are collected.
+        router: the router.
+        spec: its angles and `top_k`.
+        weight: its share of the mixture, a number or one per row of the batch `[B]`. The shares of a row sum to one,
+            or to less where the rest goes to the model's own angle.
+    """
+
+    name: str
+    router: MoICERouter
+    spec: RouterSpec
+    weight: float | torch.Tensor = 1.0
+
+
+@dataclass
+class LayerMixture:
+    """The weighted mean of its members' mixtures, with equal angles computed once.
+
+    Attributes:
+        members: the routers that take part.
+        rope: the layer's rotary embedding.
+        own_weight: share of the model's own angle, a number or one per row of the batch `[B]`. Default: 0.
+    """
+
+    members: list[Member]
+    rope: LayerRope
+    own_weight: float | torch.Tensor = 0.0
+
+    def rope_bases(self) -> tuple[float, ...]:
+        """The distinct angles `[N]` of all members."""
+        bases = [base for member in self.members for base in member.spec.bases_of(self.rope.layer_type)]
+        if isinstance(self.own_weight, torch.Tensor) or self.own_weight:
+            bases.insert(0, self.rope.rope_theta)
+        return tuple(dict.fromkeys(bases))
+
+    def gates(
+        self, query: torch.Tensor, rope_bases: tuple[float, ...], collect: dict[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Gates `[B, H, S, N]` in float32 over `rope_bases` for queries `[B, H, S, D]`.
+
+        `collect` receives the logits of every member by its name.
+        """
+        mixed = None
+        for member in self.members:
+            logits = member.router(query)
+            if collect is not None:
+                collect[member.name] = logits
+            gates = member.router.gates(logits, member.spec.top_k)
+            columns = [rope_bases.index(base) for base in member.spec.bases_of(self.rope.layer_type)]
+            if columns != list(range(len(rope_bases))):
+                index = torch.tensor(columns, device=gates.device)
+                gates = gates.new_zeros(*gates.shape[:-1], len(rope_bases)).index_add(-1, index, gates)
+            gates = _weighted(gates, member.weight)
+            mixed = gates if mixed is None else mixed + gates
+        if isinstance(self.own_weight, torch.Tensor) or self.own_weight:
+            own = query.new_zeros(*query.shape[:-1], len(rope_bases), dtype=torch.float32)
+            own[..., rope_bases.index(self.rope.rope_theta)] = 1.0
+            own = _weighted(own, self.own_weight)
+            mixed = own if mixed is None else mixed + own
+        return mixed
+
+    def implementation(self) -> str:
+        """The implementation that the members force, or "auto"."""
+        forced = {member.spec.implementation for member in self.members} - {"auto"}
+        if len(forced) > 1:
+            raise ValueError(
+                f"The routers {[member.name for member in self.members]} force different implementations "
+                f"{sorted(forced)}. Set `implementation` to the same value, or to 'auto', in their configs."
+            )
+        return forced.pop() if forced else "auto"
+
+    def run(
+        self,
+        attention: Callable,
+        layer_idx: int,
+        args: tuple,
+        kwargs: dict[str, Any],
+        collect: dict[str, torch.Tensor] | None = None,
+    ) -> Any:
+        """Call an attention module so that its attention function computes this mixture.
+
+        Args:
+            attention: the module, or its forward; its attention function has to be intercepted.
+            layer_idx: the layer's index in the cache.
+            args: positional arguments of the call.
+            kwargs: keyword arguments of the call.
+            collect: receives the router logits of this pass.
+        """
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        rope_bases = self.rope_bases()
+        rotations: RotationTable = self.rope.table(rope_bases)
+
+        def gate(query: torch.Tensor) -> torch.Tensor:
+            return self.gates(query, rope_bases, collect)
+
+        start = query_start(find_cache(args, kwargs), hidden_states.shape[-2], layer_idx)
+        call = MixtureCall(gate, rotations, start, self.implementation())
+        return attention(*args, **call.as_keyword(), **kwargs)
+
+
+class MixesAngles(nn.Module):
+    """Base of modules that apply a [`LayerMixture`].
+
+    Attributes:
+        router_logits: None, or a dict in which forward passes leave the logits `[B, H, S, N]` of their routers.
+    """
+
+    router_logits: dict[str, torch.Tensor] | None = None
+
+    def members(self) -> list[Member]:
+        """The routers that take part in a forward pass."""
+        raise NotImplementedError
+
+
+def _weighted(gates: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
+    if isinstance(weight, torch.Tensor):
+        return weight.to(gates.device, gates.dtype)[:, None, None, None] * gates
+    return gates if weight == 1.0 else weight * gates

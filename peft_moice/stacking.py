@@ -1,0 +1,58 @@
+"""MoICE over another tuner, such as LoRA inside the attention modules."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from .layer import MoICELayer
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The transformers model below another tuner's `PeftModel`, whose adapters stay in it; other models as they are.
+
+    Raises:
+        ValueError: prompt learning, which puts tokens in front that have no place among the positions.
+    """
+    if not isinstance(model, PeftModel):
+        return model
+    if model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"MoICE cannot be put over {model.peft_type}: virtual tokens have no place among the positions that MoICE "
+            "rotates. Use a tuner that works inside layers, such as LoRA."
+        )
+    return model.get_base_model()
+
+
+def other_tuner_layers(model: nn.Module) -> list[BaseTunerLayer]:
+    """Layers of other tuners in `model`."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, MoICELayer)
+    ]
+
+
+@contextmanager
+def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
+    """Take MoICE's layers out of `model` for a while.
+
+    Other tuners then find its modules under the names that they have without MoICE: their adapters can be saved,
+    loaded and added, and their checkpoints fit the plain base model.
+
+    ```python
+    with unwrapped(model):
+        lora_model.save_pretrained("lora")
+    ```
+    """
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MoICELayer)]
+    parents = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name, _ in layers]
+    for (parent, child_name), (_, layer) in zip(parents, layers, strict=True):
+        setattr(parent, child_name, layer.base_layer)
+    try:
+        yield model
+    finally:
+        for (parent, child_name), (_, layer) in zip(parents, layers, strict=True):
+            setattr(parent, child_name, layer)

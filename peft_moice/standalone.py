@@ -1,0 +1,245 @@
+"""Models with routers built in: what merging leaves, and what `save_pretrained` writes and `from_pretrained` reads.
+
+A standalone model is an instance of a subclass of its own class, made on demand: `LlamaForCausalLM` becomes
+`MoICELlamaForCausalLM`, its config `MoICELlamaConfig` with the model type "moice" and the family's own in
+`base_model_type`. Without `import peft_moice`, transformers refuses the model type; it cannot mistake the model for the
+base model.
+"""
+
+import copy
+import dataclasses
+import functools
+from typing import Any
+
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .attention import intercept
+from .config import RouterSpec
+from .mixture import LayerMixture, Member, MixesAngles
+from .probe import find_rotary
+from .rope import LayerRope, RotaryLayout
+from .router import MoICERouter
+from .training import register_hooks
+
+MODEL_TYPE = "moice"
+ROUTERS_NAME = "moice_routers"
+
+
+class MoICEAttention(MixesAngles):
+    """Mixed into an attention module's class: the module with its routers built in.
+
+    Attributes:
+        rope: its rotary embedding.
+        num_query_heads: H.
+        router_specs: what each of its routers is; `weight` is its share in this layer.
+        moice_routers: the routers.
+    """
+
+    original_class: type[nn.Module]
+    rope: LayerRope
+    num_query_heads: int
+    router_specs: list[RouterSpec]
+    moice_routers: nn.ModuleList
+
+    def members(self) -> list[Member]:
+        routers = zip(self.moice_routers, self.router_specs, strict=True)
+        return [Member(str(index), router, spec, spec.weight) for index, (router, spec) in enumerate(routers)]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        mixture = LayerMixture(self.members(), self.rope)
+        return mixture.run(super().forward, self.layer_idx, args, kwargs, self.router_logits)
+
+    def __reduce__(self):
+        # Generated classes cannot be imported by name; their originals can.
+        return _new_instance, (attention_class, self.original_class), self.__dict__
+
+
+@functools.cache
+def attention_class(original: type[nn.Module]) -> type[nn.Module]:
+    """The class of `original` attention modules with built-in routers."""
+    return type(f"MoICE{original.__name__}", (MoICEAttention, original), {"original_class": original})
+
+
+def build_in(attention: nn.Module, rope: LayerRope, num_heads: int, members: list[Member]) -> None:
+    """Build copies of the members' routers into an attention module, in place. Undone by [`take_out`]."""
+    intercept(attention)
+    specs = [dataclasses.replace(member.spec, weight=member.weight) for member in members]
+    # In float32 whatever the model's dtype, as PEFT keeps adapters, so that a reloaded model chooses the same experts.
+    routers = [copy.deepcopy(member.router).float().requires_grad_(False) for member in members]
+    _install(attention, rope, num_heads, specs, routers)
+
+
+def take_out(attention: nn.Module) -> None:
+    """Remove built-in routers from an attention module. Its attention function stays intercepted."""
+    attention.__class__ = attention.original_class
+    for name in ("rope", "num_query_heads", "router_specs", ROUTERS_NAME):
+        delattr(attention, name)
+
+
+def _install(
+    attention: nn.Module, rope: LayerRope, num_heads: int, specs: list[RouterSpec], routers: list[MoICERouter]
+) -> None:
+    attention.__class__ = attention_class(type(attention))
+    attention.rope = rope
+    attention.num_query_heads = num_heads
+    attention.router_specs = specs
+    setattr(attention, ROUTERS_NAME, nn.ModuleList(routers))
+
+
+def make_standalone(model: PreTrainedModel) -> PreTrainedModel:
+    """Turn a transformers model whose attention modules have routers built in into a standalone model, in place.
+
+    Its class and the class of its config change; the objects stay the same.
+    """
+    config_class = standalone_config_class(type(model.config))
+    base_model_type = model.config.model_type
+    description = _describe(model)
+    model.config.__class__ = config_class
+    model.config.base_model_type = base_model_type
+    model.config.moice = description
+    model.__class__ = standalone_model_class(type(model))
+    model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), ROUTERS_NAME}
+    return model
+
+
+def _describe(model: nn.Module) -> dict[str, Any]:
+    """What a config has to record of the routers built into `model`, in JSON's types."""
+    routers: list[dict] = []
+    layers: dict[str, dict] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, MoICEAttention):
+            continue
+        shares = []
+        for spec in module.router_specs:
+            fields = dataclasses.asdict(spec)
+            weight = fields.pop("weight")
+            if fields not in routers:
+                routers.append(fields)
+            shares.append([routers.index(fields), weight])
+        layers[name] = {
+            "routers": shares,
+            "num_heads": module.num_query_heads,
+            "head_dim": module.moice_routers[0].head_dim,
+            "layer_type": module.rope.layer_type,
+            "layout": dataclasses.asdict(module.rope.layout),
+        }
+    return {"routers": routers, "layers": layers}
+
+
+def install_described(model: PreTrainedModel, description: dict[str, Any]) -> None:
+    """Give `model` the routers that its config describes, freshly initialized."""
+    ropes: dict[tuple, LayerRope] = {}
+    for name, layer in description["layers"].items():
+        attention = _submodule(model, name)
+        holder, attribute = find_rotary(model, _name_of(model, attention))
+        rotary, layer_type, layout = getattr(holder, attribute), layer["layer_type"], RotaryLayout(**layer["layout"])
+        rope = ropes.setdefault(
+            (id(rotary), layer_type, layout), LayerRope(type(rotary), rotary.config, layer_type, layout)
+        )
+        specs = [RouterSpec(**description["routers"][index], weight=weight) for index, weight in layer["routers"]]
+        routers = [MoICERouter.from_spec(spec, layer_type, layer["num_heads"], layer["head_dim"]) for spec in specs]
+        for router in routers:
+            router.reset_parameters()
+        intercept(attention)
+        _install(attention, rope, layer["num_heads"], specs, routers)
+
+
+def _submodule(model: PreTrainedModel, name: str) -> nn.Module:
+    """The module called `name` in the model that was saved, which may have had a head that `model` lacks, or lack
+    one that `model` has."""
+    prefix = f"{model.base_model_prefix}."
+    for candidate in (name, name.removeprefix(prefix), prefix + name):
+        try:
+            return model.get_submodule(candidate)
+        except AttributeError:
+            continue
+    raise ValueError(
+        f"The config names the attention module {name!r}, which {type(model).__name__} does not have. Load the "
+        "checkpoint with the auto class that it was saved from."
+    )
+
+
+def _name_of(model: nn.Module, module: nn.Module) -> str:
+    return next(name for name, candidate in model.named_modules() if candidate is module)
+
+
+@functools.cache
+def standalone_config_class(original: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """The config class of standalone models whose base has configs of class `original`."""
+
+    class StandaloneConfig(original):
+        model_type = MODEL_TYPE
+        base_model_type: str = original.model_type
+        moice: dict | None = None
+
+        original_class = original
+
+        def __reduce__(self):
+            return _new_instance, (standalone_config_class, original), self.__dict__
+
+    StandaloneConfig.__name__ = StandaloneConfig.__qualname__ = f"MoICE{original.__name__}"
+    for auto_class in _AUTO_CLASSES:
+        if original in auto_class._model_mapping:
+            found = auto_class._model_mapping[original]
+            for model_class in found if isinstance(found, tuple) else (found,):
+                auto_class.register(StandaloneConfig, _model_class(model_class, StandaloneConfig), exist_ok=True)
+    return StandaloneConfig
+
+
+def standalone_model_class(original: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class of standalone models whose base is of class `original`."""
+    return _model_class(original, standalone_config_class(original.config_class))
+
+
+@functools.cache
+def _model_class(original: type[PreTrainedModel], standalone_config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+    class StandaloneModel(original):
+        config_class = standalone_config
+        _keep_in_fp32_modules_strict = {*(original._keep_in_fp32_modules_strict or ()), ROUTERS_NAME}
+
+        def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
+            super().__init__(config, *args, **kwargs)
+            # The decoder inside a model with a head is of its own, unchanged class.
+            install_described(self, config.moice)
+            register_hooks(self)
+
+        def __reduce__(self):
+            return _new_instance, (standalone_model_class, original), self.__dict__
+
+    StandaloneModel.__name__ = StandaloneModel.__qualname__ = f"MoICE{original.__name__}"
+    return StandaloneModel
+
+
+class MoICEAutoConfig(PreTrainedConfig):
+    """What transformers' `AutoConfig` finds under "moice"; reading a config gives one of the family's own class."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> PreTrainedConfig:
+        base_model_type = config_dict.get("base_model_type")
+        if base_model_type not in CONFIG_MAPPING or not config_dict.get("moice"):
+            raise ValueError(
+                f"This is not the config of a model with MoICE routers built in: 'base_model_type' is "
+                f"{base_model_type!r} and 'moice' is {'set' if config_dict.get('moice') else 'missing'}. Write it with "
+                "`merge_and_unload().save_pretrained(...)`; an adapter is loaded with `PeftModel.from_pretrained`."
+            )
+        return standalone_config_class(CONFIG_MAPPING[base_model_type]).from_dict(config_dict, **kwargs)
+
+
+def _new_instance(make_class, original: type) -> Any:
+    made = make_class(original)
+    return made.__new__(made)
+
+
+_AUTO_CLASSES = [
+    value
+    for value in vars(modeling_auto).values()
+    if isinstance(value, type) and issubclass(value, _BaseAutoModelClass) and value._model_mapping is not None
+]
+
+AutoConfig.register(MODEL_TYPE, MoICEAutoConfig, exist_ok=True)
