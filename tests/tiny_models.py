@@ -1,0 +1,98 @@
+"""Tiny random models on disk, and adapters on them that decide firmly."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from peft_moice import MoICEConfig, MoICELayer
+
+VOCABULARY = 64
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+FAMILIES = {
+    "llama": (LlamaConfig, {}),
+    "mistral": (MistralConfig, {"sliding_window": 6}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, {}),
+}
+WIDE = [1.0, 0.25, 0.5, 4.0]
+"""Multiples that change the output of a short sequence visibly."""
+
+
+def save_tiny_model(folder: Path, family: str = "llama", **overrides) -> str:
+    """Write a random model of `family` with a tokenizer to `folder`; returns the folder."""
+    config_class, own = FAMILIES[family]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_class(**{**SHAPE, **own, **overrides}))
+    # The usual standard deviation of 0.02 leaves attention nearly uniform, so that angles would hardly matter.
+    for name, parameter in model.named_parameters():
+        if "_proj" in name:
+            torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    model.save_pretrained(folder)
+    words = {"<pad>": 0, "<s>": 1, **{f"w{i}": i for i in range(2, VOCABULARY)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>").save_pretrained(folder)
+    return str(folder)
+
+
+def load(folder: str, **kwargs) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
+
+
+def wide_config(**overrides) -> MoICEConfig:
+    """A config whose adapters change the output of a tiny model."""
+    return MoICEConfig(**{"base_multipliers": list(WIDE), "top_k": 2, "task_type": "CAUSAL_LM", **overrides})
+
+
+def decide(model: torch.nn.Module, adapter_name: str = "default", seed: int = 0) -> None:
+    """Fill an adapter's routers with weights large enough to prefer some angles clearly."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in layers_of(model):
+        if adapter_name in layer.moice_router:
+            for parameter in layer.moice_router[adapter_name].parameters():
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.7)
+
+
+def layers_of(model: torch.nn.Module) -> list[MoICELayer]:
+    return [module for module in model.modules() if isinstance(module, MoICELayer)]
+
+
+def token_ids(batch: int = 2, length: int = 14, seed: int = 0) -> torch.Tensor:
+    return torch.randint(2, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits_of(model: torch.nn.Module, input_ids: torch.Tensor | None = None) -> torch.Tensor:
+    return model(token_ids() if input_ids is None else input_ids).logits
+
+
+def router_state(model: torch.nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
+    """A copy of an adapter's router weights."""
+    marker = f".{adapter_name}."
+    return {
+        name: parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if "moice_router" in name and marker in name
+    }
