@@ -1,0 +1,211 @@
+"""Equality with numbers that the official code computed (see golden/README.md)."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from peft_moice import MoICEConfig, load_official_checkpoint
+from peft_moice.attention import IMPLEMENTATIONS
+
+FILES = sorted((Path(__file__).parent / "golden").glob("*.safetensors"))
+OFFICIAL_NAMES = {"gate_proj": "gate_1", "down_proj": "gate_2", "up_proj": "gate_3"}
+
+
+@dataclass
+class Golden:
+    tensors: dict[str, torch.Tensor]
+    settings: dict
+
+    def __init__(self, file: Path):
+        with safe_open(file, "pt") as content:
+            self.settings = {k: json.loads(v) for k, v in content.metadata().items() if k != "source"}
+            self.tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return self.tensors[key]
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {k.removeprefix("weight/"): v for k, v in self.tensors.items() if k.startswith("weight/")}
+
+    def base_model(self) -> LlamaForCausalLM:
+        shape = dict(self.settings["config"])
+        rope = {"rope_type": "default", "rope_theta": shape.pop("rope_theta")}
+        model = LlamaForCausalLM(LlamaConfig(**shape, rope_parameters=rope))
+        result = model.load_state_dict(self.weights, strict=False)
+        assert not result.missing_keys
+        return model
+
+    def config(self, **overrides) -> MoICEConfig:
+        return MoICEConfig(
+            rope_bases=self.settings["bases"],
+            top_k=self.settings["topk"],
+            router_aux_loss_coef=self.settings["router_aux_loss_coef"],
+            **overrides,
+        )
+
+    def model(self, implementation: str) -> PeftModel:
+        return load_official_checkpoint(
+            self.base_model(), self.weights, self.config(implementation=implementation)
+        )
+
+
+@pytest.fixture(params=FILES, ids=lambda file: file.stem)
+def golden(request) -> Golden:
+    return Golden(request.param)
+
+
+@pytest.fixture(params=sorted(IMPLEMENTATIONS))
+def implementation(request) -> str:
+    return request.param
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(actual.reshape(expected.shape), expected, rtol=0, atol=tolerance)
+
+
+def test_golden_files_are_there():
+    assert len(FILES) == 3
+
+
+def test_forward_loss_and_gradients(golden, implementation):
+    model = golden.model(implementation).train()
+    outputs = model(input_ids=golden["input_ids"], labels=golden["input_ids"], output_router_logits=True)
+    assert_close(outputs.logits, golden["logits"])
+    assert_close(outputs.loss, golden["loss"])
+    assert_close(outputs.aux_loss, golden["aux_loss"])
+    assert len(outputs.router_logits) == 2
+    for index, logits in enumerate(outputs.router_logits):
+        expected = golden[f"router_logits/{index}"].transpose(1, 2)
+        # They reach 84 in magnitude, where float32 steps are 8e-6: a bound relative to the largest.
+        assert_close(logits, expected, tolerance=2e-6 * expected.abs().max().item())
+
+    outputs.loss.backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 6
+    for name, parameter in trained.items():
+        module, _, part = name.removeprefix("base_model.model.").rpartition(".moice_router.default.")
+        expected = golden[f"grad/{module}.{OFFICIAL_NAMES[part]}.weight"]
+        assert (parameter.grad - expected).norm() <= 1e-4 * expected.norm()
+
+
+def test_router_logits_are_as_near_to_the_exact_ones_as_the_official(golden):
+    """In float64 the two agree better than the official float32 numbers do with either."""
+    ours = golden.model("delegated").eval()
+    exact = golden.model("delegated").eval().double()
+    last = f"router_logits/{golden.settings['config']['num_hidden_layers'] - 1}"
+    with torch.no_grad():
+        router_logits = [
+            model(input_ids=golden["input_ids"], output_router_logits=True).router_logits[-1].transpose(1, 2)
+            for model in (ours, exact)
+        ]
+    our_error = (router_logits[0] - router_logits[1]).abs().max()
+    official_error = (golden[last] - router_logits[1]).abs().max()
+    assert our_error <= 2 * official_error
+
+
+@torch.no_grad()
+def test_cached_decoding(golden, implementation):
+    model = golden.model(implementation).eval()
+    input_ids = golden["input_ids"]
+    prefill = input_ids.shape[1] - golden.settings["decode_steps"]
+    outputs = model(input_ids=input_ids[:, :prefill], use_cache=True)
+    logits = [outputs.logits]
+    for position in range(prefill, input_ids.shape[1]):
+        step = input_ids[:, position : position + 1]
+        outputs = model(input_ids=step, past_key_values=outputs.past_key_values, use_cache=True)
+        logits.append(outputs.logits)
+    decoded = torch.cat(logits, dim=1)
+    assert_close(decoded, golden["decode_logits"])
+    assert_close(decoded, model(input_ids=input_ids).logits)
+
+
+@torch.no_grad()
+def test_head_scope_with_equal_weights_is_the_shared_router(golden, implementation):
+    shared = golden.model(implementation).eval()
+    per_head = load_official_checkpoint(golden.base_model(), golden.weights, golden.config())
+    per_head.add_adapter("head", golden.config(router_scope="head", implementation=implementation))
+    per_head.set_adapter("head")
+    for layer in (module for module in per_head.modules() if hasattr(module, "moice_router")):
+        source, target = layer.moice_router["default"], layer.moice_router["head"]
+        for name, parameter in target.named_parameters():
+            parameter.copy_(source.get_parameter(name).expand_as(parameter))
+    input_ids = golden["input_ids"]
+    assert_close(per_head.eval()(input_ids).logits, shared(input_ids).logits)
+
+
+class TestOfficialCheckpoints:
+    golden_file = FILES[0]
+
+    def routers(self, model: PeftModel) -> dict[str, torch.Tensor]:
+        return {name: p for name, p in model.named_parameters() if "moice_router" in name}
+
+    @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+    @pytest.mark.parametrize("sharded", [False, True])
+    def test_folders(self, tmp_path, suffix, sharded):
+        golden = Golden(self.golden_file)
+        save = save_file if suffix == ".safetensors" else torch.save
+        if sharded:
+            names = list(golden.weights)
+            shards = {f"model-{i}{suffix}": names[i::2] for i in range(2)}
+            for file, keys in shards.items():
+                save({key: golden.weights[key] for key in keys}, tmp_path / file)
+            index = {key: file for file, keys in shards.items() for key in keys}
+            (tmp_path / f"model{suffix}.index.json").write_text(json.dumps({"weight_map": index}))
+        else:
+            save(golden.weights, tmp_path / f"model{suffix}")
+        loaded = load_official_checkpoint(golden.base_model(), tmp_path, golden.config())
+        expected = self.routers(golden.model("auto"))
+        for name, parameter in self.routers(loaded).items():
+            assert torch.equal(parameter, expected[name])
+
+    def test_missing_shard(self, tmp_path):
+        golden = Golden(self.golden_file)
+        save_file(golden.weights, tmp_path / "model-0.safetensors")
+        index = {"weight_map": {"a": "model-0.safetensors", "b": "model-1.safetensors"}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(FileNotFoundError, match=r"model-1\.safetensors"):
+            load_official_checkpoint(golden.base_model(), tmp_path, golden.config())
+
+    def test_pickled_code_is_refused(self, tmp_path):
+        class Payload:
+            def __reduce__(self):
+                return Path.touch, (tmp_path / "executed",)
+
+        torch.save({"x.gate_1.weight": Payload()}, tmp_path / "pytorch_model.bin")
+        golden = Golden(self.golden_file)
+        with pytest.raises(Exception, match="[Ww]eights"):
+            load_official_checkpoint(golden.base_model(), tmp_path, golden.config())
+        assert not (tmp_path / "executed").exists()
+
+    def test_no_routers(self):
+        golden = Golden(self.golden_file)
+        plain = {key: value for key, value in golden.weights.items() if "gate_1" not in key and "gate_2" not in key}
+        plain = {key: value for key, value in plain.items() if "gate_3" not in key}
+        with pytest.raises(ValueError, match="no MoICE routers"):
+            load_official_checkpoint(golden.base_model(), plain, golden.config())
+
+    def test_missing_layer(self):
+        golden = Golden(self.golden_file)
+        partial = {key: value for key, value in golden.weights.items() if ".layers.1.self_attn.gate_" not in key}
+        with pytest.raises(ValueError, match=r"missing \['model\.layers\.1"):
+            load_official_checkpoint(golden.base_model(), partial, golden.config())
+
+    def test_other_number_of_angles(self):
+        golden = Golden(self.golden_file)
+        with pytest.raises(ValueError, match="7 angles, but the config has 2"):
+            load_official_checkpoint(golden.base_model(), golden.weights, MoICEConfig(base_multipliers=[1, 2]))
+
+    def test_other_head_size(self):
+        golden = Golden(self.golden_file)
+        shape = golden.settings["config"] | {"head_dim": 32}
+        shape.pop("rope_theta")
+        with pytest.raises(ValueError, match=r"\(7, 32\) in the model and \(7, 16\)"):
+            load_official_checkpoint(LlamaForCausalLM(LlamaConfig(**shape)), golden.weights, golden.config())

@@ -1,0 +1,252 @@
+"""Combining adapters, mixed batches, and building routers into the model reversibly."""
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from peft.utils import merge_utils
+from tiny_models import decide, layers_of, load, logits_of, router_state, save_tiny_model, token_ids, wide_config
+
+from peft_moice import MoICEConfig
+
+OTHER = {"base_multipliers": [1.0, 3.0, 0.3], "top_k": 1, "router_scope": "head"}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> str:
+    return save_tiny_model(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def model(llama) -> PeftModel:
+    """Adapters "a" and "b" of the same shape, and "other" with other angles and routers per head. "a" is active."""
+    model = get_peft_model(load(llama), wide_config(), adapter_name="a")
+    model.add_adapter("b", wide_config())
+    model.add_adapter("other", wide_config(**OTHER))
+    for seed, name in enumerate(("a", "b", "other")):
+        decide(model, name, seed=seed)
+    return model.eval()
+
+
+def logits_with(model: PeftModel, *adapters: str) -> torch.Tensor:
+    model.base_model.set_adapter(list(adapters))
+    return logits_of(model)
+
+
+class TestMergeAdapter:
+    @pytest.mark.parametrize("adapters", [["a"], ["a", "b"], ["a", "other"]])
+    def test_outputs_stay_and_unmerging_restores_them(self, model, adapters):
+        expected = logits_with(model, *adapters)
+        model.merge_adapter()
+        assert layers_of(model)[0].merged_adapters == adapters
+        torch.testing.assert_close(logits_of(model), expected, rtol=0, atol=1e-6)
+        model.unmerge_adapter()
+        assert torch.equal(logits_of(model), expected)
+
+    def test_named_adapters_take_effect_whatever_is_active(self, model):
+        expected = logits_with(model, "other")
+        model.set_adapter("a")
+        model.merge_adapter(["other"])
+        torch.testing.assert_close(logits_of(model), expected, rtol=0, atol=1e-6)
+
+    def test_merging_one_after_the_other_is_merging_both(self, model):
+        expected = logits_with(model, "a", "b")
+        model.merge_adapter(["a"])
+        with pytest.warns(UserWarning, match="additionally merging b"):
+            model.merge_adapter(["b"])
+        torch.testing.assert_close(logits_of(model), expected, rtol=0, atol=1e-6)
+
+    def test_merging_twice_is_said_and_changes_nothing(self, model):
+        expected = logits_with(model, "a")
+        model.merge_adapter()
+        with pytest.warns(UserWarning, match="already merged"):
+            model.merge_adapter()
+        assert torch.equal(logits_of(model), expected)
+        assert layers_of(model)[0].merged_adapters == ["a"]
+
+    def test_unmerging_nothing_is_said(self, model):
+        with pytest.warns(UserWarning, match="No adapter is merged"):
+            model.unmerge_adapter()
+
+    def test_merged_routers_do_not_follow_later_changes(self, model):
+        expected = logits_with(model, "a")
+        model.merge_adapter()
+        decide(model, "a", seed=9)
+        assert torch.equal(logits_of(model), expected)
+        model.unmerge_adapter()
+        assert not torch.equal(logits_of(model), expected)
+
+    def test_disabling_unmerges(self, model, llama):
+        model.merge_adapter()
+        with model.disable_adapter():
+            assert torch.equal(logits_of(model), logits_of(load(llama)))
+            assert not layers_of(model)[0].merged
+
+    def test_safe_merge_refuses_nan(self, model):
+        next(layers_of(model)[1].moice_router["a"].parameters()).data[0, 0] = float("nan")
+        with pytest.raises(ValueError, match="router of adapter 'a' holds values that are not finite"):
+            model.merge_adapter(safe_merge=True)
+
+    def test_a_merged_adapter_is_saved_as_if_unmerged(self, model, llama, tmp_path):
+        expected = logits_with(model, "a")
+        model.merge_adapter()
+        model.save_pretrained(tmp_path, selected_adapters=["a"])
+        loaded = PeftModel.from_pretrained(load(llama), tmp_path / "a")
+        assert torch.equal(logits_of(loaded), expected)
+
+    def test_unknown_adapter(self, model):
+        with pytest.raises(ValueError, match=r"no adapter 'c'; this model has \['a', 'b', 'other'\]"):
+            model.merge_adapter(["c"])
+
+
+class TestAddWeightedAdapter:
+    def test_cat_is_the_weighted_mean_of_gates(self, model):
+        model.add_weighted_adapter(["a", "other"], [0.3, 0.7], "mean")
+        layer = layers_of(model)[0]
+        query = torch.randn(2, 4, 5, 16, generator=torch.Generator().manual_seed(0))
+
+        def gates(name: str, bases: tuple[float, ...]) -> torch.Tensor:
+            layer.set_adapter([name])
+            from peft_moice.mixture import LayerMixture
+
+            return LayerMixture(layer.members(), layer.rope).gates(query, bases)
+
+        bases = tuple(model.peft_config["mean"].rope_bases)
+        assert len(bases) == 6
+        torch.testing.assert_close(gates("mean", bases), 0.3 * gates("a", bases) + 0.7 * gates("other", bases))
+
+    def test_cat_in_equal_shares_is_having_both_active(self, model):
+        expected = logits_with(model, "a", "other")
+        model.add_weighted_adapter(["a", "other"], [0.5, 0.5], "mean", combination_type="cat")
+        torch.testing.assert_close(logits_with(model, "mean"), expected, rtol=0, atol=1e-6)
+
+    def test_cat_is_an_ordinary_adapter(self, model, llama, tmp_path):
+        """Saved, loaded, combined again, merged, trained."""
+        model.add_weighted_adapter(["a", "other"], [0.25, 0.75], "mean")
+        expected = logits_with(model, "mean")
+        model.save_pretrained(tmp_path, selected_adapters=["mean"])
+        loaded = PeftModel.from_pretrained(load(llama), tmp_path / "mean", is_trainable=True)
+        assert torch.equal(logits_of(loaded), expected)
+        loaded.train()(input_ids=token_ids(), labels=token_ids()).loss.backward()
+        assert all(p.grad.abs().max() > 0 for p in loaded.parameters() if p.requires_grad)
+        assert sum(p.requires_grad for p in loaded.parameters()) == 3 * 6
+
+        model.add_weighted_adapter(["mean", "b"], [0.4, 0.6], "mean of means")
+        model.add_weighted_adapter(["a", "other", "b"], [0.1, 0.3, 0.6], "at once")
+        nested, flat = logits_with(model, "mean of means"), logits_with(model, "at once")
+        torch.testing.assert_close(nested, flat, rtol=0, atol=1e-6)
+        model.merge_adapter()
+        torch.testing.assert_close(logits_of(model), flat, rtol=0, atol=1e-6)
+
+    @pytest.mark.parametrize("kind", ["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"])
+    def test_router_weights_are_combined_by_pefts_functions(self, model, kind):
+        density = None if kind == "linear" else 0.5
+        torch.manual_seed(0)
+        model.add_weighted_adapter(["a", "b"], [0.4, 0.6], "new", combination_type=kind, density=density)
+        function = merge_utils.task_arithmetic if kind == "linear" else getattr(merge_utils, kind)
+        options = [] if kind == "linear" else [density]
+        options += ["total"] if "ties" in kind else []
+        a, b, new = (router_state(model, name) for name in ("a", "b", "new"))
+        torch.manual_seed(0)
+        for name, actual in new.items():
+            sources = [a[name.replace(".new.", ".a.")], b[name.replace(".new.", ".b.")]]
+            assert torch.equal(actual, function(sources, torch.tensor([0.4, 0.6]), *options))
+
+    def test_sources_and_activation_stay(self, model):
+        before = {name: router_state(model, name) for name in ("a", "b")}
+        expected = logits_with(model, "a")
+        model.add_weighted_adapter(["a", "b"], [2.0, -1.0], "new", combination_type="linear")
+        assert model.active_adapters == ["a"]
+        assert torch.equal(logits_of(model), expected)
+        for name, state in before.items():
+            assert all(torch.equal(value, router_state(model, name)[key]) for key, value in state.items())
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ((["a", "c"], [0.5, 0.5], "new"), "no adapter 'c'"),
+            ((["a", "b"], [0.5, 0.5], "other"), "adapter called 'other' already"),
+            ((["a", "b"], [1.0], "new"), "one weight per adapter"),
+            (([], [], "new"), "one weight per adapter"),
+            ((["a", "b"], [0.5, 0.6], "new"), "sum to one"),
+            ((["a", "b"], [1.5, -0.5], "new"), "have to be positive"),
+            ((["a", "b"], [0.5, float("nan")], "new", "linear"), "have to be finite"),
+            ((["a", "b"], [0.5, 0.5], "new", "svd"), "'svd'; choose one of"),
+            ((["a", "b"], [0.5, 0.5], "new", "ties"), "`density` is None"),
+            ((["a", "b"], [0.5, 0.5], "new", "ties", 1.5), "`density` is 1.5"),
+            ((["a", "other"], [0.5, 0.5], "new", "linear"), "'a' and 'other' differ.*combination_type='cat'"),
+        ],
+    )
+    def test_bad_input(self, model, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            model.add_weighted_adapter(*arguments)
+        assert set(model.peft_config) == {"a", "b", "other"}
+
+    def test_adapters_on_other_layers(self, model):
+        model.add_adapter("first", wide_config(layers_to_transform=[0]))
+        with pytest.raises(ValueError, match="'a' and 'first' adapt different modules"):
+            model.add_weighted_adapter(["a", "first"], [0.5, 0.5], "new")
+
+
+class TestMixedBatches:
+    NAMES = ("a", "other", "__base__")
+
+    def test_every_row_is_what_it_is_alone(self, model, llama):
+        ids = token_ids(3)
+        alone = [logits_of(load(llama), ids[2:])]
+        for row, name in ((1, "other"), (0, "a")):
+            model.set_adapter(name)
+            alone.insert(0, logits_of(model, ids[row : row + 1]))
+        with torch.no_grad():
+            mixed = model(ids, adapter_names=list(self.NAMES)).logits
+        torch.testing.assert_close(mixed, torch.cat(alone), rtol=1e-5, atol=1e-5)
+        assert torch.equal(logits_of(model, ids[:1]), alone[0]), "hooks were left behind"
+
+    def test_rows_of_the_base_model_only(self, model, llama):
+        with torch.no_grad():
+            logits = model(token_ids(), adapter_names=["__base__"] * 2).logits
+        assert torch.equal(logits, logits_of(load(llama)))
+
+    @pytest.mark.parametrize("num_beams", [1, 2])
+    def test_generate(self, model, llama, num_beams):
+        ids = token_ids(3)
+        options = {"max_new_tokens": 6, "num_beams": num_beams, "do_sample": False}
+        mixed = model.generate(input_ids=ids, adapter_names=list(self.NAMES), **options)
+        expected = [load(llama).generate(input_ids=ids[2:], **options)]
+        for row, name in ((1, "other"), (0, "a")):
+            model.set_adapter(name)
+            expected.insert(0, model.generate(input_ids=ids[row : row + 1], **options))
+        assert torch.equal(mixed, torch.cat(expected))
+
+    def test_a_layer_without_the_adapter_runs_as_the_base_model(self, llama):
+        model = get_peft_model(load(llama), wide_config(layers_to_transform=[0]), adapter_name="a")
+        model.add_adapter("b", wide_config())
+        decide(model, "a")
+        decide(model, "b", seed=1)
+        ids = token_ids(2)
+        model.eval()
+        with torch.no_grad():
+            mixed = model(ids, adapter_names=["a", "b"]).logits
+        expected = []
+        for row, name in enumerate("ab"):
+            model.set_adapter(name)
+            expected.append(logits_of(model, ids[row : row + 1]))
+        torch.testing.assert_close(mixed, torch.cat(expected), rtol=1e-5, atol=1e-5)
+
+    def test_an_angle_other_than_the_own_beside_the_base_model(self, llama):
+        model = get_peft_model(load(llama), MoICEConfig(rope_bases=[77.0], task_type="CAUSAL_LM")).eval()
+        ids = token_ids(2)
+        with torch.no_grad():
+            mixed = model(ids, adapter_names=["default", "__base__"]).logits
+        torch.testing.assert_close(mixed[:1], logits_of(model, ids[:1]), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(mixed[1:], logits_of(load(llama), ids[1:]), rtol=1e-5, atol=1e-5)
+
+    def test_bad_input(self, model):
+        with pytest.raises(ValueError, match="no adapter 'c'"):
+            model(token_ids(), adapter_names=["a", "c"])
+        with pytest.raises(ValueError, match="3 adapter names for a batch of 2 rows"):
+            model(token_ids(), adapter_names=["a", "b", "a"])
+        with pytest.raises(ValueError, match="inference only"):
+            model.train()(token_ids(), adapter_names=["a", "b"])
+        model.eval().merge_adapter()
+        with pytest.raises(ValueError, match="unmerge_adapter"):
+            model(token_ids(), adapter_names=["a", "b"])

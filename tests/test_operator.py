@@ -1,0 +1,220 @@
+"""Properties of the operator, for every implementation."""
+
+import pytest
+import torch
+
+from peft_moice.attention import IMPLEMENTATIONS, mixed_attention
+from peft_moice.rope import RotaryLayout, RotationTable, rotate
+from peft_moice.router import select_experts
+
+LAYOUTS = {
+    "half": RotaryLayout(0, 8, False),
+    "interleaved": RotaryLayout(0, 8, True),
+    "partial": RotaryLayout(0, 4, False),
+    "last": RotaryLayout(4, 4, True),
+}
+BASES = (10.0, 25.0, 100.0)
+
+
+@pytest.fixture(params=sorted(IMPLEMENTATIONS))
+def implementation(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request) -> RotaryLayout:
+    return LAYOUTS[request.param]
+
+
+def frequencies(base: float, layout: RotaryLayout) -> torch.Tensor:
+    return base ** (-torch.arange(0, layout.size, 2, dtype=torch.float64) / layout.size)
+
+
+def table(layout: RotaryLayout, bases: tuple[float, ...] = BASES) -> RotationTable:
+    own = frequencies(bases[0], layout)
+    return RotationTable(torch.stack([frequencies(base, layout) - own for base in bases]), layout)
+
+
+def turn(x: torch.Tensor, base: float, layout: RotaryLayout, start: int = 0) -> torch.Tensor:
+    positions = torch.arange(start, start + x.shape[-2], dtype=torch.float64)
+    angles = positions[:, None] * frequencies(base, layout)
+    return rotate(x, angles.cos().float(), angles.sin().float(), layout)
+
+
+def attend(query, key, value, attention_mask, **kwargs):
+    """Causal attention with probabilities, in the form of transformers' eager attention."""
+    groups = query.shape[1] // key.shape[1]
+    scores = query @ key.repeat_interleave(groups, 1).mT * query.shape[-1] ** -0.5
+    if attention_mask is None:
+        offset = key.shape[-2] - query.shape[-2]
+        attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(offset)
+    probs = scores.masked_fill(~attention_mask, -torch.inf).softmax(dim=-1)
+    return (probs @ value.repeat_interleave(groups, 1)).transpose(1, 2), probs
+
+
+def inputs(queries: int = 9, keys: int = 9, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(2, 4, queries, 8, generator=generator)
+    key = torch.randn(2, 2, keys, 8, generator=generator)
+    value = torch.randn(2, 2, keys, 6, generator=generator)
+    gates = select_experts(torch.randn(2, 4, queries, len(BASES), generator=generator), 2)
+    return query, key, value, gates
+
+
+def test_equals_attention_of_vectors_rotated_once(implementation, layout):
+    """Re-rotation from the cache is the definition: each expert rotates the unrotated vectors by its own angle."""
+    query, key, value, gates = inputs()
+    expected = sum(
+        gates[..., j, None].transpose(1, 2) * attend(turn(query, base, layout), turn(key, base, layout), value, None)[0]
+        for j, base in enumerate(BASES)
+    )
+    output, _ = mixed_attention(
+        turn(query, BASES[0], layout),
+        turn(key, BASES[0], layout),
+        value,
+        gates,
+        rotations=table(layout),
+        query_start=0,
+        attend=attend,
+        implementation=implementation,
+    )
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_only_differences_of_positions_matter(implementation, layout):
+    """A sequence whose keys carry shifted positions (left padding, a sliding cache) gives the same output."""
+    query, key, value, gates = inputs()
+    outputs = [
+        mixed_attention(
+            turn(query, BASES[0], layout, shift),
+            turn(key, BASES[0], layout, shift),
+            value,
+            gates,
+            rotations=table(layout),
+            query_start=0,
+            attend=attend,
+            implementation=implementation,
+        )[0]
+        for shift in (0, 1000)
+    ]
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+
+
+def test_segments_equal_the_whole(implementation):
+    layout = LAYOUTS["half"]
+    query, key, value, gates = inputs(12, 12)
+    query, key = turn(query, BASES[0], layout), turn(key, BASES[0], layout)
+    options = {"rotations": table(layout), "attend": attend, "implementation": implementation}
+    whole, probs = mixed_attention(query, key, value, gates, query_start=0, **options)
+    for start, end in ((0, 5), (5, 11), (11, 12)):
+        part, part_probs = mixed_attention(
+            query[..., start:end, :],
+            key[..., :end, :],
+            value[..., :end, :],
+            gates[..., start:end, :],
+            query_start=start,
+            **options,
+        )
+        torch.testing.assert_close(part, whole[:, start:end], rtol=1e-5, atol=1e-6)
+        if probs is not None:
+            torch.testing.assert_close(part_probs, probs[..., start:end, :end], rtol=1e-5, atol=1e-6)
+
+
+def test_query_start_as_a_tensor(implementation):
+    layout = LAYOUTS["half"]
+    query, key, value, gates = inputs(3, 9)
+    options = {"rotations": table(layout), "attend": attend, "implementation": implementation}
+    expected, _ = mixed_attention(query, key, value, gates, query_start=6, **options)
+    actual, _ = mixed_attention(query, key, value, gates, query_start=torch.tensor(6), **options)
+    assert torch.equal(actual, expected)
+
+
+def test_the_own_angle_alone_is_bitwise_the_models_attention():
+    query, key, value, _ = inputs()
+    gates = torch.ones(2, 4, 9, 1)
+    rotations = table(LAYOUTS["half"], BASES[:1])
+    output, probs = mixed_attention(query, key, value, gates, rotations=rotations, query_start=0, attend=attend)
+    expected, expected_probs = attend(query, key, value, None)
+    assert torch.equal(output, expected)
+    assert torch.equal(probs, expected_probs)
+
+
+@pytest.mark.parametrize("kind", ["boolean", "additive"])
+def test_masks(implementation, kind):
+    layout = LAYOUTS["half"]
+    query, key, value, gates = inputs()
+    allowed = torch.ones(9, 9, dtype=torch.bool).tril().expand(2, 1, 9, 9).clone()
+    allowed[0, :, 3:, :3] = False
+    additive = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
+
+    def attend_additive(query, key, value, mask, **kwargs):
+        return attend(query, key, value, mask if mask.dtype == torch.bool else mask == 0)
+
+    options = {"rotations": table(layout), "query_start": 0, "attend": attend_additive}
+    mask = allowed if kind == "boolean" else additive
+    output, _ = mixed_attention(
+        query, key, value, gates, attention_mask=mask, implementation=implementation, **options
+    )
+    query, key, value, gates = query[:1, :, 3:], key[:1, :, 3:], value[:1, :, 3:], gates[:1, :, 3:]
+    options["attend"] = attend
+    alone, _ = mixed_attention(query, key, value, gates, implementation=implementation, **options)
+    torch.testing.assert_close(output[:1, 3:], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_equal_the_reference(implementation):
+    layout = LAYOUTS["half"]
+
+    def gradients(name: str) -> list[torch.Tensor]:
+        tensors = [tensor.double().float().requires_grad_() for tensor in inputs()]
+        output, _ = mixed_attention(
+            *tensors, rotations=table(layout), query_start=0, attend=attend, implementation=name
+        )
+        (output * torch.linspace(-1, 1, output.numel()).reshape(output.shape)).sum().backward()
+        return [tensor.grad for tensor in tensors]
+
+    for actual, expected in zip(gradients(implementation), gradients("reference"), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_within_rounding_of_the_reference(implementation, dtype):
+    layout = LAYOUTS["half"]
+    query, key, value, gates = inputs()
+    options = {"rotations": table(layout), "query_start": 0, "attend": attend}
+    expected, _ = mixed_attention(query, key, value, gates, implementation="reference", **options)
+    low = [tensor.to(dtype) for tensor in (query, key, value)]
+    output, _ = mixed_attention(*low, gates, implementation=implementation, **options)
+    assert output.dtype == dtype
+    torch.testing.assert_close(output.float(), expected, rtol=0, atol=16 * torch.finfo(dtype).eps)
+
+
+def test_errors_name_the_way_out():
+    query, key, value, gates = inputs()
+    options = {"rotations": table(LAYOUTS["half"]), "attend": attend}
+    with pytest.raises(ValueError, match="'fast'; choose 'auto' or one of"):
+        mixed_attention(query, key, value, gates, query_start=0, implementation="fast", **options)
+    with pytest.raises(ValueError, match=r"need \(2, 4, 9, 3\)"):
+        mixed_attention(query, key, value, gates[..., :2], query_start=0, **options)
+    with pytest.raises(ValueError, match="9 queries starting at position 4 do not fit 9 keys"):
+        mixed_attention(query, key, value, gates, query_start=4, **options)
+    with pytest.raises(ValueError, match="attn_implementation='eager'"):
+        mask = torch.ones(2, 9)
+        mixed_attention(
+            query, key, value, gates, query_start=0, attention_mask=mask, implementation="reference", **options
+        )
+
+
+class TestRotationTable:
+    def test_values_are_those_of_float64(self):
+        rotations = table(LAYOUTS["half"])
+        cos, sin = rotations.cos_sin(5000, torch.device("cpu"))
+        angles = torch.arange(5000, dtype=torch.float64)[:, None] * rotations.deltas[2]
+        torch.testing.assert_close(cos[2], angles.cos().float(), rtol=0, atol=1e-7)
+        torch.testing.assert_close(sin[2], angles.sin().float(), rtol=0, atol=1e-7)
+
+    def test_growing_changes_no_value(self):
+        rotations = table(LAYOUTS["half"])
+        short = rotations.cos_sin(10, torch.device("cpu"))
+        long = rotations.cos_sin(3000, torch.device("cpu"))
+        assert torch.equal(short[0], long[0][:, :10])
+        assert torch.equal(short[1], long[1][:, :10])

@@ -1,0 +1,133 @@
+"""MoICE over LoRA."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_model
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file
+from tiny_models import decide, load, logits_of, save_tiny_model, token_ids, wide_config
+
+from peft_moice import unwrapped
+
+pytestmark = pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> str:
+    return save_tiny_model(tmp_path_factory.mktemp("llama"))
+
+
+def lora_config() -> LoraConfig:
+    targets = ["q_proj", "v_proj", "down_proj"]
+    return LoraConfig(r=2, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+
+
+def stacked(llama: str) -> tuple[PeftModel, PeftModel]:
+    """MoICE over LoRA on one base model, both adapters called "default"."""
+    lora = get_peft_model(load(llama), lora_config())
+    model = get_peft_model(lora, wide_config())
+    decide(model)
+    return lora, model.eval()
+
+
+def test_both_take_effect(llama):
+    lora, model = stacked(llama)
+    both = logits_of(model)
+    with model.disable_adapter():
+        only_lora = logits_of(model)
+    with unwrapped(model):
+        assert torch.equal(logits_of(lora), only_lora)
+        with lora.disable_adapter():
+            assert torch.equal(logits_of(lora), logits_of(load(llama)))
+    assert not torch.allclose(both, only_lora, atol=1e-3)
+    assert torch.equal(logits_of(model), both)
+
+
+def test_both_are_trained(llama):
+    _, model = stacked(llama)
+    model.train()(input_ids=token_ids(), labels=token_ids()).loss.backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    adapters = {name for name, _ in model.named_parameters() if "moice_router" in name or "lora_" in name}
+    assert trained == adapters
+
+
+def test_checkpoints_hold_nothing_of_each_other_and_fit_the_base_model(llama, tmp_path):
+    lora, model = stacked(llama)
+    expected = logits_of(model)
+    with pytest.warns(UserWarning, match="layers of another tuner .* are not. Save them with"):
+        model.save_pretrained(tmp_path / "moice")
+    with unwrapped(model):
+        only_lora = logits_of(lora)
+        lora.save_pretrained(tmp_path / "lora")
+    assert torch.equal(logits_of(model), expected), "the layers did not come back"
+    assert all("moice_router" in key for key in load_file(tmp_path / "moice" / "adapter_model.safetensors"))
+    assert all("lora_" in key for key in load_file(tmp_path / "lora" / "adapter_model.safetensors"))
+
+    alone = PeftModel.from_pretrained(load(llama), tmp_path / "lora")
+    torch.testing.assert_close(logits_of(alone), only_lora, rtol=0, atol=1e-6)
+    both = PeftModel.from_pretrained(alone, tmp_path / "moice")
+    torch.testing.assert_close(logits_of(both), expected, rtol=0, atol=1e-6)
+
+
+def test_routers_trained_over_lora_load_without_it(llama, tmp_path):
+    _, model = stacked(llama)
+    with pytest.warns(UserWarning, match="another tuner"):
+        model.save_pretrained(tmp_path)
+    alone = PeftModel.from_pretrained(load(llama), tmp_path)
+    stored, loaded = (get_peft_model_state_dict(alone), load_file(tmp_path / "adapter_model.safetensors"))
+    assert stored.keys() == loaded.keys()
+    assert all(torch.equal(stored[key], loaded[key]) for key in stored)
+
+
+def test_configs_stay_apart(llama):
+    lora, model = stacked(llama)
+    assert lora.peft_config["default"].peft_type == "LORA"
+    assert model.peft_config["default"].peft_type == "MOICE"
+
+
+def test_unloading_leaves_lora_in_place(llama):
+    lora, model = stacked(llama)
+    with unwrapped(model):
+        expected = logits_of(lora)
+    assert torch.equal(logits_of(model.unload()), expected)
+    torch.testing.assert_close(logits_of(lora.merge_and_unload()), expected, rtol=0, atol=1e-5)
+
+
+def test_merging_over_lora_says_the_order_that_works(llama, tmp_path):
+    lora, model = stacked(llama)
+    expected = logits_of(model)
+    with pytest.raises(ValueError, match="Unload MoICE with `unload\\(\\)`, merge the other adapter first"):
+        model.merge_and_unload()
+    with pytest.warns(UserWarning, match="another tuner"):
+        model.save_pretrained(tmp_path)
+    model.unload()
+    base = lora.merge_and_unload()
+    both = PeftModel.from_pretrained(base, tmp_path).merge_and_unload()
+    torch.testing.assert_close(logits_of(both), expected, rtol=0, atol=1e-5)
+
+
+def test_lora_after_moice_raises_and_works_while_unwrapped(llama):
+    model = get_peft_model(load(llama), wide_config())
+    decide(model)
+    alone = logits_of(model.eval())
+    attention_only = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    with pytest.raises(ValueError, match="not found in the base model"):
+        get_peft_model(model.get_base_model(), attention_only)
+    with unwrapped(model):
+        lora = get_peft_model(model.get_base_model(), attention_only)
+    assert not torch.allclose(logits_of(model), alone, atol=1e-3)
+    with unwrapped(model):
+        keys = get_peft_model_state_dict(lora)
+    assert keys
+    assert not any("base_layer" in key or "moice" in key for key in keys)
+
+
+def test_prompt_tuning_is_refused(llama):
+    config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4)
+    with pytest.raises(ValueError, match="cannot be put over PROMPT_TUNING"):
+        get_peft_model(get_peft_model(load(llama), config), wide_config())
+
+
+def test_moice_over_moice_is_refused(llama):
+    with pytest.raises(ValueError, match="Add another with `model.add_adapter"):
+        get_peft_model(get_peft_model(load(llama), wide_config()), wide_config())

@@ -1,0 +1,237 @@
+"""Models with routers built in, as merging leaves them and as they come back from disk."""
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_models import SHAPE, decide, load, logits_of, save_tiny_model, token_ids, wide_config
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Gemma2Config,
+    Gemma3TextConfig,
+    MixtralConfig,
+    Phi3Config,
+    PreTrainedModel,
+    pipeline,
+)
+
+import peft_moice
+
+FAMILIES = {
+    "gemma2": (Gemma2Config, {"sliding_window": 6, "attn_implementation": "eager"}),
+    "gemma3": (Gemma3TextConfig, {"sliding_window": 6}),
+    "phi3": (Phi3Config, {}),
+    "mixtral": (MixtralConfig, {"num_local_experts": 4}),
+}
+PYTHON = [sys.executable, "-W", "ignore", "-c"]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> str:
+    return save_tiny_model(tmp_path_factory.mktemp("llama"))
+
+
+def base_folder(family: str, folder) -> str:
+    if family not in FAMILIES:
+        return save_tiny_model(folder, family)
+    config_class, own = FAMILIES[family]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_class(**SHAPE, **own))
+    for name, parameter in model.named_parameters():
+        if "_proj" in name:
+            torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def merged(folder: str, **overrides) -> tuple[PreTrainedModel, torch.Tensor]:
+    """A standalone model, and the logits of the adapted model that it was made from."""
+    model = get_peft_model(load(folder), wide_config(**overrides)).eval()
+    decide(model)
+    expected = logits_of(model)
+    return model.merge_and_unload(), expected
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", *FAMILIES])
+def test_round_trip(family, tmp_path):
+    folder = base_folder(family, tmp_path / "base")
+    model, expected = merged(folder, router_scope="head" if family == "qwen2" else "layer")
+    torch.testing.assert_close(logits_of(model), expected, rtol=0, atol=1e-6)
+    model.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert type(again) is type(model)
+    assert type(again).__name__ == f"MoICE{type(load(folder)).__name__}"
+    assert torch.equal(logits_of(again), logits_of(model))
+    generated = model.generate(token_ids(), max_new_tokens=8, do_sample=False)
+    assert torch.equal(again.generate(token_ids(), max_new_tokens=8, do_sample=False), generated)
+
+
+def test_nothing_of_peft_is_left(llama):
+    model, _ = merged(llama)
+    assert not any("peft." in type(module).__module__ for module in model.modules())
+    assert not hasattr(model, "peft_config")
+    assert not any(p.requires_grad for name, p in model.named_parameters() if "moice" in name)
+
+
+@pytest.mark.slow
+def test_in_a_fresh_process(llama, tmp_path):
+    model, _ = merged(llama)
+    model.save_pretrained(tmp_path)
+    torch.save(logits_of(model), tmp_path / "logits.pt")
+    read = f"AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})"
+    head = "import torch; from transformers import AutoModelForCausalLM, AutoConfig, AutoTokenizer, pipeline;"
+    without = subprocess.run([*PYTHON, head + read], capture_output=True, text=True)
+    assert without.returncode != 0
+    assert "model type `moice` but Transformers does not recognize this architecture" in without.stderr
+    check = (
+        f"import peft_moice; model = {read}.eval(); expected = torch.load({str(tmp_path / 'logits.pt')!r});"
+        f"ids = torch.tensor({token_ids().tolist()}); assert torch.equal(model(ids).logits, expected);"
+        f"config = AutoConfig.from_pretrained({str(tmp_path)!r}); assert type(config) is type(model.config)"
+    )
+    with_import = subprocess.run([*PYTHON, head + check], capture_output=True, text=True)
+    assert with_import.returncode == 0, with_import.stderr
+
+
+def test_config(llama, tmp_path):
+    model, _ = merged(llama)
+    model.config.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    assert content["model_type"] == "moice"
+    assert content["base_model_type"] == "llama"
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.to_dict() == model.config.to_dict()
+    assert type(config).__name__ == "MoICELlamaConfig"
+
+
+def test_a_config_without_routers_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "moice", "base_model_type": "llama"}))
+    with pytest.raises(ValueError, match=r"'moice' is missing.*merge_and_unload"):
+        AutoConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies(llama, duplicate):
+    model, expected = merged(llama)
+    twin = duplicate(model)
+    assert torch.equal(logits_of(twin), logits_of(model))
+    assert type(twin) is type(model)
+    twin.model.layers[0].self_attn.moice_routers[0].down_proj.data.zero_()
+    torch.testing.assert_close(logits_of(model), expected, rtol=0, atol=1e-6)
+
+
+def test_sharded(llama, tmp_path):
+    model, _ = merged(llama)
+    model.save_pretrained(tmp_path, max_shard_size="20kB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert torch.equal(logits_of(load(tmp_path)), logits_of(model))
+
+
+def test_tied_weights(tmp_path):
+    folder = save_tiny_model(tmp_path / "base", tie_word_embeddings=True)
+    model, _ = merged(folder)
+    model.save_pretrained(tmp_path / "merged")
+    again = load(tmp_path / "merged")
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert torch.equal(logits_of(again), logits_of(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_routers_in_float32(llama, tmp_path, dtype):
+    model = get_peft_model(load(llama, dtype=dtype), wide_config()).eval()
+    decide(model)
+    expected = logits_of(model)
+    standalone = model.merge_and_unload()
+    assert torch.equal(logits_of(standalone), expected)
+    standalone.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert {p.dtype for name, p in again.named_parameters() if "moice" in name} == {torch.float32}
+    assert {p.dtype for name, p in again.named_parameters() if "moice" not in name} == {dtype}
+    assert torch.equal(logits_of(again), expected)
+
+
+def test_device_map(llama, tmp_path):
+    model, _ = merged(llama)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(load(tmp_path, device_map={"": "cpu"})), logits_of(model))
+
+
+def test_several_adapters_with_other_layers(llama, tmp_path):
+    model = get_peft_model(load(llama), wide_config(layers_to_transform=[0, 1]), adapter_name="a")
+    model.add_adapter("b", wide_config(base_multipliers=[1.0, 3.0], top_k=1, layers_to_transform=[1]))
+    decide(model, "a")
+    decide(model, "b", seed=1)
+    model.base_model.set_adapter(["a", "b"])
+    expected = logits_of(model.eval())
+    standalone = model.merge_and_unload()
+    standalone.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits_of(load(tmp_path)), expected, rtol=0, atol=1e-6)
+
+
+def test_identity_start(llama, tmp_path):
+    model, expected = merged(llama, init_weights="identity")
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits_of(load(tmp_path)), expected, rtol=0, atol=1e-6)
+
+
+def test_without_and_with_another_head(llama, tmp_path):
+    model, _ = merged(llama)
+    model.save_pretrained(tmp_path)
+    decoder = AutoModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        hidden = decoder(token_ids()).last_hidden_state
+        assert torch.equal(model.lm_head(hidden), logits_of(model))
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3).eval()
+    assert torch.equal(classifier.model(token_ids()).last_hidden_state, hidden)
+
+
+def test_pipeline(llama, tmp_path):
+    model, _ = merged(llama)
+    model.save_pretrained(tmp_path)
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path)
+    generate = pipeline("text-generation", model=str(tmp_path), device="cpu")
+    text = generate("w3 w9 w4", max_new_tokens=5, do_sample=False)[0]["generated_text"]
+    ids = generate.tokenizer("w3 w9 w4", return_tensors="pt")
+    expected = model.generate(**ids, max_new_tokens=5, do_sample=False)
+    assert text == generate.tokenizer.decode(expected[0])
+
+
+def test_attention_implementation_can_be_changed(llama):
+    model, expected = merged(llama)
+    model.set_attn_implementation("eager")
+    outputs = model(token_ids(), output_attentions=True)
+    torch.testing.assert_close(outputs.logits, expected, rtol=0, atol=1e-5)
+    assert outputs.attentions[0].shape == (2, 4, 14, 14)
+    torch.testing.assert_close(outputs.attentions[0].sum(dim=-1), torch.ones(2, 4, 14))
+
+
+def test_lora_on_a_standalone_model(llama, tmp_path):
+    model, expected = merged(llama)
+    lora = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)).eval()
+    changed = logits_of(lora)
+    assert not torch.allclose(changed, expected, atol=1e-3)
+    lora.save_pretrained(tmp_path / "lora")
+    torch.testing.assert_close(logits_of(lora.merge_and_unload()), changed, rtol=0, atol=1e-5)
+
+
+def test_a_standalone_model_takes_no_second_router(llama):
+    model, _ = merged(llama)
+    with pytest.raises(ValueError, match="has routers built in already"):
+        get_peft_model(model, wide_config())
+
+
+def test_is_trained_with_the_loss_of_its_config(llama):
+    model, _ = merged(llama)
+    assert peft_moice.MoICEConfig().router_aux_loss_coef > 0
+    model.train()
+    loss = model(input_ids=token_ids(), labels=token_ids()).loss
+    torch.testing.assert_close(loss, model.eval()(input_ids=token_ids(), labels=token_ids()).loss)
