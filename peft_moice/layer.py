@@ -77,6 +77,12 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         if adapter_names is not None:
+            hidden_states = args[0] if args else kwargs["hidden_states"]
+            if len(adapter_names) != hidden_states.shape[0]:
+                raise ValueError(
+                    f"Got {len(adapter_names)} adapter names for a batch of {hidden_states.shape[0]} rows; give one "
+                    "name per row."
+                )
             mixture = self._mixture_of_rows(adapter_names)
         else:
             mixture = LayerMixture(self.members(), self.rope)

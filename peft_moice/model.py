@@ -61,6 +61,11 @@ class MoICEModel(BaseTuner):
                 "The model has MoICE adapters already. Add another with `model.add_adapter(name, config)`."
             )
         model = base_of(model)
+        if hasattr(getattr(model, "config", None), "moice"):
+            raise ValueError(
+                f"{type(model).__name__} has routers built in already. Put an adapter on the base model that it was "
+                "merged from."
+            )
         if hasattr(model, "peft_config") and not getattr(model, "_hf_peft_config_loaded", False):
             # Another tuner's record, which PEFT would extend in place; an equal adapter name would replace its config.
             # (transformers' own `add_adapter` keeps the adapters of all tuners in one record, under distinct names.)

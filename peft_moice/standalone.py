@@ -2,8 +2,8 @@
 
 A standalone model is an instance of a subclass of its own class, made on demand: `LlamaForCausalLM` becomes
 `MoICELlamaForCausalLM`, its config `MoICELlamaConfig` with the model type "moice" and the family's own in
-`base_model_type`. Without `import peft_moice`, transformers refuses the model type; it cannot mistake the model for the
-base model.
+`base_model_type`. Without `import peft_moice`, transformers refuses the model type; it cannot mistake the model for
+the base model.
 """
 
 import copy
@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -67,7 +68,8 @@ def attention_class(original: type[nn.Module]) -> type[nn.Module]:
 def build_in(attention: nn.Module, rope: LayerRope, num_heads: int, members: list[Member]) -> None:
     """Build copies of the members' routers into an attention module, in place. Undone by [`take_out`]."""
     intercept(attention)
-    specs = [dataclasses.replace(member.spec, weight=member.weight) for member in members]
+    # Built-in routers are frozen, so training has no balance loss for them.
+    specs = [dataclasses.replace(m.spec, weight=m.weight, router_aux_loss_coef=0.0) for m in members]
     # In float32 whatever the model's dtype, as PEFT keeps adapters, so that a reloaded model chooses the same experts.
     routers = [copy.deepcopy(member.router).float().requires_grad_(False) for member in members]
     _install(attention, rope, num_heads, specs, routers)
@@ -135,6 +137,9 @@ def install_described(model: PreTrainedModel, description: dict[str, Any]) -> No
     ropes: dict[tuple, LayerRope] = {}
     for name, layer in description["layers"].items():
         attention = _submodule(model, name)
+        if isinstance(attention, MoICEAttention):
+            # A model that builds its decoder through an auto class, which gave it a standalone one.
+            continue
         holder, attribute = find_rotary(model, _name_of(model, attention))
         rotary, layer_type, layout = getattr(holder, attribute), layer["layer_type"], RotaryLayout(**layer["layout"])
         rope = ropes.setdefault(
@@ -203,7 +208,6 @@ def _model_class(original: type[PreTrainedModel], standalone_config: type[PreTra
 
         def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
             super().__init__(config, *args, **kwargs)
-            # The decoder inside a model with a head is of its own, unchanged class.
             install_described(self, config.moice)
             register_hooks(self)
 
@@ -211,6 +215,12 @@ def _model_class(original: type[PreTrainedModel], standalone_config: type[PreTra
             return _new_instance, (standalone_model_class, original), self.__dict__
 
     StandaloneModel.__name__ = StandaloneModel.__qualname__ = f"MoICE{original.__name__}"
+    # Families whose checkpoints differ from their modules (fused experts, ...) stay in their checkpoint format.
+    for identifier in (original.__name__, original.config_class.model_type):
+        conversions = get_checkpoint_conversion_mapping(identifier)
+        if conversions is not None:
+            register_checkpoint_conversion_mapping(StandaloneModel.__name__, conversions, overwrite=True)
+            break
     return StandaloneModel
 
 

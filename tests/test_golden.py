@@ -52,9 +52,7 @@ class Golden:
         )
 
     def model(self, implementation: str) -> PeftModel:
-        return load_official_checkpoint(
-            self.base_model(), self.weights, self.config(implementation=implementation)
-        )
+        return load_official_checkpoint(self.base_model(), self.weights, self.config(implementation=implementation))
 
 
 @pytest.fixture(params=FILES, ids=lambda file: file.stem)

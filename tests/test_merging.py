@@ -7,6 +7,7 @@ from peft.utils import merge_utils
 from tiny_models import decide, layers_of, load, logits_of, router_state, save_tiny_model, token_ids, wide_config
 
 from peft_moice import MoICEConfig
+from peft_moice.mixture import LayerMixture
 
 OTHER = {"base_multipliers": [1.0, 3.0, 0.3], "top_k": 1, "router_scope": "head"}
 
@@ -106,8 +107,6 @@ class TestAddWeightedAdapter:
 
         def gates(name: str, bases: tuple[float, ...]) -> torch.Tensor:
             layer.set_adapter([name])
-            from peft_moice.mixture import LayerMixture
-
             return LayerMixture(layer.members(), layer.rope).gates(query, bases)
 
         bases = tuple(model.peft_config["mean"].rope_bases)
@@ -139,14 +138,13 @@ class TestAddWeightedAdapter:
 
     @pytest.mark.parametrize("kind", ["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"])
     def test_router_weights_are_combined_by_pefts_functions(self, model, kind):
-        density = None if kind == "linear" else 0.5
-        torch.manual_seed(0)
+        # PEFT prunes at random for the "dare" types; keeping all values makes them comparable.
+        density = None if kind == "linear" else 1.0 if "dare" in kind else 0.5
         model.add_weighted_adapter(["a", "b"], [0.4, 0.6], "new", combination_type=kind, density=density)
         function = merge_utils.task_arithmetic if kind == "linear" else getattr(merge_utils, kind)
         options = [] if kind == "linear" else [density]
         options += ["total"] if "ties" in kind else []
         a, b, new = (router_state(model, name) for name in ("a", "b", "new"))
-        torch.manual_seed(0)
         for name, actual in new.items():
             sources = [a[name.replace(".new.", ".a.")], b[name.replace(".new.", ".b.")]]
             assert torch.equal(actual, function(sources, torch.tensor([0.4, 0.6]), *options))

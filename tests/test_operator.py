@@ -65,7 +65,8 @@ def test_equals_attention_of_vectors_rotated_once(implementation, layout):
     """Re-rotation from the cache is the definition: each expert rotates the unrotated vectors by its own angle."""
     query, key, value, gates = inputs()
     expected = sum(
-        gates[..., j, None].transpose(1, 2) * attend(turn(query, base, layout), turn(key, base, layout), value, None)[0]
+        gates[..., j, None].transpose(1, 2)
+        * attend(turn(query, base, layout), turn(key, base, layout), value, None)[0]
         for j, base in enumerate(BASES)
     )
     output, _ = mixed_attention(

@@ -15,6 +15,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     Gemma2Config,
     Gemma3TextConfig,
     MixtralConfig,
@@ -22,8 +23,6 @@ from transformers import (
     PreTrainedModel,
     pipeline,
 )
-
-import peft_moice
 
 FAMILIES = {
     "gemma2": (Gemma2Config, {"sliding_window": 6, "attn_implementation": "eager"}),
@@ -107,7 +106,7 @@ def test_config(llama, tmp_path):
     assert content["model_type"] == "moice"
     assert content["base_model_type"] == "llama"
     config = AutoConfig.from_pretrained(tmp_path)
-    assert config.to_dict() == model.config.to_dict()
+    assert {**config.to_dict(), "_name_or_path": None} == {**model.config.to_dict(), "_name_or_path": None}
     assert type(config).__name__ == "MoICELlamaConfig"
 
 
@@ -195,14 +194,12 @@ def test_without_and_with_another_head(llama, tmp_path):
 def test_pipeline(llama, tmp_path):
     model, _ = merged(llama)
     model.save_pretrained(tmp_path)
-    from transformers import AutoTokenizer
-
     AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path)
     generate = pipeline("text-generation", model=str(tmp_path), device="cpu")
-    text = generate("w3 w9 w4", max_new_tokens=5, do_sample=False)[0]["generated_text"]
+    options = {"max_new_tokens": 5, "do_sample": False}
+    generated = generate("w3 w9 w4", return_tensors=True, **options)[0]["generated_token_ids"]
     ids = generate.tokenizer("w3 w9 w4", return_tensors="pt")
-    expected = model.generate(**ids, max_new_tokens=5, do_sample=False)
-    assert text == generate.tokenizer.decode(expected[0])
+    assert generated == model.generate(**ids, **options)[0].tolist()
 
 
 def test_attention_implementation_can_be_changed(llama):
@@ -229,9 +226,7 @@ def test_a_standalone_model_takes_no_second_router(llama):
         get_peft_model(model, wide_config())
 
 
-def test_is_trained_with_the_loss_of_its_config(llama):
+def test_merged_routers_are_frozen_and_have_no_balance_loss(llama):
     model, _ = merged(llama)
-    assert peft_moice.MoICEConfig().router_aux_loss_coef > 0
-    model.train()
-    loss = model(input_ids=token_ids(), labels=token_ids()).loss
-    torch.testing.assert_close(loss, model.eval()(input_ids=token_ids(), labels=token_ids()).loss)
+    loss = model.train()(input_ids=token_ids(), labels=token_ids()).loss
+    assert torch.equal(loss, model.eval()(input_ids=token_ids(), labels=token_ids()).loss)

