@@ -75,7 +75,8 @@ class MoICEModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: MoICEConfig, model_config: dict) -> MoICEConfig:
         if peft_config.implementation not in ("auto", *IMPLEMENTATIONS):
             raise ValueError(
-                f"`implementation` is {peft_config.implementation!r}; choose 'auto' or one of {sorted(IMPLEMENTATIONS)}."
+                f"`implementation` is {peft_config.implementation!r}; choose 'auto' or one of "
+                f"{sorted(IMPLEMENTATIONS)}."
             )
         if peft_config.hidden_act is None:
             names = [model_config.get(name) for name in _OWN_ACTIVATION_FIELDS]

@@ -20,8 +20,8 @@ def base_of(model: nn.Module) -> nn.Module:
         return model
     if model.active_peft_config.is_prompt_learning:
         raise ValueError(
-            f"MoICE cannot be put over {model.peft_type.value}: virtual tokens have no place among the positions that MoICE "
-            "rotates. Use a tuner that works inside layers, such as LoRA."
+            f"MoICE cannot be put over {model.peft_type.value}: virtual tokens have no place among the positions that "
+            "MoICE rotates. Use a tuner that works inside layers, such as LoRA."
         )
     return model.get_base_model()
 

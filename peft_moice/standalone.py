@@ -9,7 +9,7 @@ the base model.
 import copy
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -204,7 +204,10 @@ def standalone_model_class(original: type[PreTrainedModel]) -> type[PreTrainedMo
 def _model_class(original: type[PreTrainedModel], standalone_config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
     class StandaloneModel(original):
         config_class = standalone_config
-        _keep_in_fp32_modules_strict = {*(original._keep_in_fp32_modules_strict or ()), ROUTERS_NAME}
+        _keep_in_fp32_modules_strict: ClassVar[set[str]] = {
+            *(original._keep_in_fp32_modules_strict or ()),
+            ROUTERS_NAME,
+        }
 
         def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
             super().__init__(config, *args, **kwargs)
@@ -235,8 +238,8 @@ class MoICEAutoConfig(PreTrainedConfig):
         if base_model_type not in CONFIG_MAPPING or not config_dict.get("moice"):
             raise ValueError(
                 f"This is not the config of a model with MoICE routers built in: 'base_model_type' is "
-                f"{base_model_type!r} and 'moice' is {'set' if config_dict.get('moice') else 'missing'}. Write it with "
-                "`merge_and_unload().save_pretrained(...)`; an adapter is loaded with `PeftModel.from_pretrained`."
+                f"{base_model_type!r} and 'moice' is {'set' if config_dict.get('moice') else 'missing'}. Write it "
+                "with `merge_and_unload().save_pretrained(...)`; an adapter is loaded with `PeftModel.from_pretrained`."
             )
         return standalone_config_class(CONFIG_MAPPING[base_model_type]).from_dict(config_dict, **kwargs)
 

@@ -1,7 +1,7 @@
 """The balance loss on its way into `outputs.loss`, and the router logits on theirs to the caller.
 
 Both are forward hooks of the model that computes the loss. A loss added in the tuner's own forward would be lost
-wherever PEFT or transformers call that model directly: with `task_type` unset, after `model.add_adapter`, in `generate`.
+wherever PEFT or transformers call that model directly: with `task_type` unset, or after `model.add_adapter`.
 """
 
 import inspect
@@ -50,10 +50,10 @@ def collect_router_logits(model: nn.Module, args: tuple, kwargs: dict[str, Any])
 def add_balance_loss(model: nn.Module, args: tuple, kwargs: dict[str, Any], outputs: Any) -> Any:
     """Forward hook: add `router_aux_loss_coef` times the balance loss of every active adapter to the loss.
 
-    The loss is found at `outputs.loss`, or first in a tuple. `outputs.aux_loss` holds the balance loss itself, and with
-    `output_router_logits=True`, `outputs.router_logits` holds a tuple of `[B, H, S, N]` logits, one per layer (a dict
-    of such tuples with several active adapters; `outputs.moice_router_logits` where the model has router logits of its
-    own).
+    The loss is found at `outputs.loss`, or first in a tuple. `outputs.aux_loss` holds the balance loss itself, and
+    with `output_router_logits=True`, `outputs.router_logits` holds a tuple of `[B, H, S, N]` logits, one per layer (a
+    dict of such tuples with several active adapters; `outputs.moice_router_logits` where the model has router logits
+    of its own).
     """
     if not (model.training or kwargs.get("output_router_logits")):
         return outputs

@@ -179,7 +179,7 @@ class TestOfficialCheckpoints:
 
         torch.save({"x.gate_1.weight": Payload()}, tmp_path / "pytorch_model.bin")
         golden = Golden(self.golden_file)
-        with pytest.raises(Exception, match="[Ww]eights"):
+        with pytest.raises(Exception, match=r"[Ww]eights"):
             load_official_checkpoint(golden.base_model(), tmp_path, golden.config())
         assert not (tmp_path / "executed").exists()
 

@@ -129,5 +129,5 @@ def test_prompt_tuning_is_refused(llama):
 
 
 def test_moice_over_moice_is_refused(llama):
-    with pytest.raises(ValueError, match="Add another with `model.add_adapter"):
+    with pytest.raises(ValueError, match=r"Add another with `model\.add_adapter"):
         get_peft_model(get_peft_model(load(llama), wide_config()), wide_config())

@@ -7,12 +7,11 @@ import warnings
 import pytest
 import torch
 from peft import get_peft_model
+from tiny_models import SHAPE, decide, load, save_tiny_model, token_ids, wide_config
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from peft_moice import MoICEModel
 from peft_moice.router import balance_loss
-
-from tiny_models import SHAPE, decide, load, save_tiny_model, token_ids, wide_config
 
 COEF = 0.5
 
