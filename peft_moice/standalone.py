@@ -239,7 +239,7 @@ class MoICEAutoConfig(PreTrainedConfig):
             raise ValueError(
                 f"This is not the config of a model with MoICE routers built in: 'base_model_type' is "
                 f"{base_model_type!r} and 'moice' is {'set' if config_dict.get('moice') else 'missing'}. Write it "
-                "with `merge_and_unload().save_pretrained(...)`; an adapter is loaded with `PeftModel.from_pretrained`."
+                "with `merge_and_unload().save_pretrained(...)`; load an adapter with `PeftModel.from_pretrained`."
             )
         return standalone_config_class(CONFIG_MAPPING[base_model_type]).from_dict(config_dict, **kwargs)
 
