@@ -5,8 +5,10 @@ PYTEST_OPTIONS ?= -n 2
 # For example --index-url https://download.pytorch.org/whl/cpu, where the default index offers CUDA builds only.
 TORCH_OPTIONS ?=
 DEMO_OPTIONS ?=
+# constraints-lowest.txt tests the lowest versions that pyproject.toml allows.
+CONSTRAINTS ?= constraints.txt
 BIN = $(VENV)/bin
-INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
 .PHONY: demo test lint clean
 
@@ -21,7 +23,7 @@ lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 
 # torch first: another package's requirement would take a build with CUDA.
-$(VENV)/torch: constraints.txt
+$(VENV)/torch: $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) $(TORCH_OPTIONS) torch
 	touch $@
