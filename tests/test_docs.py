@@ -1,0 +1,33 @@
+"""What the documents say of the code is there."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def tests_in(file: Path) -> set[str]:
+    """Names of the tests in a file, methods as `Class::test`."""
+    names = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.FunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}::{item.name}" for item in node.body if isinstance(item, ast.FunctionDef)}
+    return names
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_named_tests_exist(document):
+    for file, name in re.findall(r"`(?:tests/)?(test_\w+\.py)::([\w:]+)`", document.read_text()):
+        assert name in tests_in(ROOT / "tests" / file), f"{file}::{name}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_links_within_the_project_lead_somewhere(document):
+    for target in re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", document.read_text()):
+        assert (document.parent / target).exists(), target
