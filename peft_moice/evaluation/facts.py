@@ -8,7 +8,16 @@ import random
 from dataclasses import dataclass
 from typing import Any, Literal
 
-NAMES = ["Abel", "Ada", "Agnes", "Aidan", "Albert", "Alice", "Alma", "Amos", "Anita", "Anna", "Arthur", "Audrey", "August", "Barbara", "Basil", "Beatrice", "Ben", "Bianca", "Boris", "Bruno", "Caleb", "Carla", "Carmen", "Cecil", "Celia", "Clara", "Colin", "Conrad", "Cora", "Cyrus", "Dana", "Daphne", "David", "Dennis", "Diana", "Dora", "Edgar", "Edith", "Elena", "Elias", "Ella", "Emil", "Emma", "Eric", "Esther", "Eva", "Felix", "Fiona", "Flora", "Frank", "Frida", "Gabriel", "Gemma", "George", "Gloria", "Grace", "Greta", "Gustav", "Hanna", "Harold", "Hazel", "Hector", "Helen", "Henry", "Hilda", "Hugo", "Ida", "Igor", "Ingrid", "Irene", "Isaac", "Ivan", "Jacob", "Jane", "Jasper", "Joan", "Jonas", "Josef", "Judith", "Julia", "Karl", "Kate", "Keith", "Laura", "Leo", "Lewis", "Lily", "Linda", "Lucas", "Lydia", "Mabel", "Marcus", "Maria", "Martha", "Max", "Mona", "Nadia", "Nathan", "Nina", "Noah", "Nora", "Olaf", "Olive", "Oscar", "Otto", "Pablo", "Paula", "Peter", "Phoebe", "Quentin", "Rachel", "Ralph", "Rebecca", "Rita", "Robert", "Rosa", "Rufus", "Ruth", "Samuel", "Sara", "Silas", "Simon", "Sofia", "Stella", "Theo", "Thomas", "Tina", "Ursula", "Vera", "Victor", "Viola", "Walter", "Wanda", "Xavier"]
+NAMES = """
+    Abel Ada Agnes Aidan Albert Alice Alma Amos Anita Anna Arthur Audrey August Barbara Basil Beatrice Ben Bianca
+    Boris Bruno Caleb Carla Carmen Cecil Celia Clara Colin Conrad Cora Cyrus Dana Daphne David Dennis Diana Dora
+    Edgar Edith Elena Elias Ella Emil Emma Eric Esther Eva Felix Fiona Flora Frank Frida Gabriel Gemma George Gloria
+    Grace Greta Gustav Hanna Harold Hazel Hector Helen Henry Hilda Hugo Ida Igor Ingrid Irene Isaac Ivan Jacob Jane
+    Jasper Joan Jonas Josef Judith Julia Karl Kate Keith Laura Leo Lewis Lily Linda Lucas Lydia Mabel Marcus Maria
+    Martha Max Mona Nadia Nathan Nina Noah Nora Olaf Olive Oscar Otto Pablo Paula Peter Phoebe Quentin Rachel Ralph
+    Rebecca Rita Robert Rosa Rufus Ruth Samuel Sara Silas Simon Sofia Stella Theo Thomas Tina Ursula Vera Victor
+    Viola Walter Wanda Xavier
+""".split()  # noqa: SIM905 (a hundred quotes would hide the names)
 """Names that the facts are about."""
 
 Split = Literal["train", "eval"]

@@ -1,4 +1,4 @@
-"""Accuracy as a function of where the asked fact stands: the U curve of "Lost in the Middle" (Liu et al., TACL 2024)."""
+"""Accuracy by position of the asked fact: the U curve of "Lost in the Middle" (Liu et al., TACL 2024)."""
 
 import random
 from dataclasses import asdict, dataclass
