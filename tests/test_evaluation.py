@@ -130,7 +130,7 @@ def test_refuses_a_tokenizer_without_character_offsets():
 
 
 @pytest.fixture(scope="module")
-def knows_some(self):
+def knows_some():
     """A model that has learned by heart the facts at the first, the middle and the last position of one list."""
     model, tokenizer = tiny_llama(), byte_tokenizer(CHAT_TEMPLATE)
     facts = sample_facts(5, random.Random(7))
