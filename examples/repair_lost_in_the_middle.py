@@ -50,6 +50,7 @@ class Arguments:
     )
     top_k: int | None = field(default=None, metadata={"help": "Angles mixed per head and token. Default: all."})
     router_scope: str = field(default="layer", metadata={"help": "One router per 'layer' or per 'head'."})
+    first_layer: int = field(default=0, metadata={"help": "Index of the first layer that gets a router."})
     init: str = field(default="normal", metadata={"help": "Start at the 'normal' mixture or at the 'identity'."})
     aux_coef: float = field(default=0.0, metadata={"help": "Weight of the balance loss."})
     facts: int = field(default=30, metadata={"help": "Facts in a training prompt."})
@@ -156,6 +157,7 @@ def add_routers(model, args: Arguments):
         base_multipliers=args.angles,
         top_k=args.top_k,
         router_scope=args.router_scope,
+        layers_to_transform=list(range(args.first_layer, model.config.num_hidden_layers)),
         init_weights="identity" if args.init == "identity" else True,
         router_aux_loss_coef=args.aux_coef,
     )
