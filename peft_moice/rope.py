@@ -83,8 +83,10 @@ class RotationTable:
         table = self._tables.get(device)
         if table is None or table[0].shape[1] < length:
             padded = max(_MIN_TABLE_LENGTH, 1 << (length - 1).bit_length())
-            table = _cos_sin(torch.arange(padded, dtype=torch.float64), self.deltas)
-            table = self._tables[device] = tuple(t.to(device) for t in table)
+            # The table outlives this pass, so a pass in inference mode must not make it unfit for training.
+            with torch.inference_mode(False):
+                table = _cos_sin(torch.arange(padded, dtype=torch.float64), self.deltas)
+                table = self._tables[device] = tuple(t.to(device) for t in table)
         return table[0][:, :length], table[1][:, :length]
 
 

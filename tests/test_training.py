@@ -80,6 +80,14 @@ def test_has_gradients_only_in_the_routers(llama):
         assert (parameter.grad is not None and parameter.grad.abs().max() > 0) == ("moice_router" in name), name
 
 
+def test_training_follows_a_pass_in_inference_mode(llama):
+    model, ids = adapted(llama), token_ids()
+    with torch.inference_mode():
+        model(input_ids=ids)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "moice_router" in name)
+
+
 def test_is_the_coefficient_times_the_balance_gradient(llama):
     ids = token_ids()
     gradients = []
