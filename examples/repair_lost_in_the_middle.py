@@ -13,12 +13,14 @@ language model of transformers, as a folder or as an id on the Hub.
 """
 
 import importlib.util
+import inspect
 import json
 import pydoc_data.topics
 import random
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -43,7 +45,9 @@ class Arguments:
     """What to train and how to measure it."""
 
     model: str | None = field(default=None, metadata={"help": "Folder or Hub id. Default: SmolLM2-135M-Instruct."})
-    output_dir: str = field(default="outputs/lost_in_the_middle", metadata={"help": "Folder for adapter, results and picture."})
+    output_dir: str = field(
+        default="outputs/lost_in_the_middle", metadata={"help": "Folder for adapter, results and picture."}
+    )
     angles: list[float] = field(
         default_factory=lambda: [1.0, 0.25, 0.5, 2.0, 4.0],
         metadata={"help": "Base angles as multiples of the model's own, which comes first."},
@@ -56,6 +60,10 @@ class Arguments:
     facts: int = field(default=30, metadata={"help": "Facts in a training prompt."})
     longer_facts: int = field(default=45, metadata={"help": "Facts in the longer prompts, measured only."})
     questions: int = field(default=4, metadata={"help": "Questions asked in turn about a training prompt."})
+    keep_weight: float = field(
+        default=5.0, metadata={"help": "Weight of the distance (KL) from the base model on ordinary text; 0: none."}
+    )
+    keep_tokens: int = field(default=256, metadata={"help": "Tokens of ordinary text in a step."})
     steps: int = field(default=40, metadata={"help": "Training steps."})
     batch_size: int = field(default=1, metadata={"help": "Training prompts in a step."})
     learning_rate: float = field(default=1e-2, metadata={"help": "Peak learning rate of AdamW."})
@@ -65,6 +73,10 @@ class Arguments:
 
 
 EVALUATION_SEED = 1234
+DOCUMENTED_MODULES = (
+    "argparse", "collections", "datetime", "decimal", "functools", "inspect", "logging", "multiprocessing", "random",
+    "socket", "statistics", "subprocess", "tarfile", "threading", "typing", "unittest", "urllib.request",
+)  # fmt: skip
 
 
 def main(args: Arguments) -> None:
@@ -206,9 +218,40 @@ class AnswerCollator:
         }
 
 
+def docstrings() -> str:
+    """Ordinary text to train on, other than the text that is measured."""
+    members = (member for name in DOCUMENTED_MODULES for _, member in inspect.getmembers(import_module(name)))
+    docs = (inspect.getdoc(member) for member in members)
+    return "\n\n".join(dict.fromkeys(doc for doc in docs if doc and len(doc) > 200))
+
+
+class KeepingTrainer(Trainer):
+    """Adds the distance from the base model on ordinary text: routers should change only what they have to."""
+
+    def __init__(self, *, tokenizer, keep_weight: float, keep_tokens: int, **kwargs):
+        super().__init__(**kwargs)
+        self.keep_weight, self.keep_tokens = keep_weight, keep_tokens
+        self.text_ids = torch.tensor(tokenizer(docstrings(), add_special_tokens=False, verbose=False)["input_ids"])
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        if self.keep_weight == 0 or not model.training:
+            return loss
+        start = random.randrange(len(self.text_ids) - self.keep_tokens)
+        text = self.text_ids[None, start : start + self.keep_tokens].to(loss.device)
+        with torch.no_grad(), model.disable_adapter():
+            base = model(input_ids=text, use_cache=False).logits[0].log_softmax(-1)
+        adapted = model(input_ids=text, use_cache=False).logits[0].log_softmax(-1)
+        distance = torch.nn.functional.kl_div(adapted, base, log_target=True, reduction="batchmean")
+        return loss + self.keep_weight * distance
+
+
 def train(model, tokenizer, args: Arguments) -> list[float]:
     """Train what is trainable, the routers, and return the loss of every step."""
-    trainer = Trainer(
+    trainer = KeepingTrainer(
+        tokenizer=tokenizer,
+        keep_weight=args.keep_weight,
+        keep_tokens=args.keep_tokens,
         model=model,
         args=TrainingArguments(
             output_dir=args.output_dir,
