@@ -1,8 +1,11 @@
 """Pictures of measurements. Needs matplotlib, from the extra `peft_moice[plot]`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
+from .angles import attention_waveform
 from .evaluation import PositionSweep
 
 if TYPE_CHECKING:
@@ -28,18 +31,16 @@ def plot_position_sweeps(panels: Mapping[str, Mapping[str, PositionSweep]], *, c
         ImportError: matplotlib is not installed.
         ValueError: there is nothing to draw, or more curves than can be told apart.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import PercentFormatter
-    except ImportError as error:
-        raise ImportError("Plotting needs matplotlib: pip install 'peft_moice[plot]'.") from error
+    figure_class = _figure_class()
+    from matplotlib.ticker import PercentFormatter
+
     if not panels or not all(panels.values()):
         raise ValueError("There is nothing to draw; give at least one panel, and at least one sweep for each.")
     names = list(dict.fromkeys(name for sweeps in panels.values() for name in sweeps))
     if len(names) > len(_COLORS):
         raise ValueError(f"{len(names)} curves cannot be told apart; draw at most {len(_COLORS)} in a picture.")
 
-    figure = Figure(figsize=(1 + 4 * len(panels), 3.6), layout="constrained")
+    figure = figure_class(figsize=(1 + 4 * len(panels), 3.6), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, (title, sweeps) in zip(axes, panels.items(), strict=True):
         for name, sweep in sweeps.items():
@@ -69,3 +70,46 @@ def plot_position_sweeps(panels: Mapping[str, Mapping[str, PositionSweep]], *, c
     axes[0].yaxis.set_major_formatter(PercentFormatter(1.0))
     axes[-1].legend(loc="best")
     return figure
+
+
+def plot_waveforms(head_dim: int, rope_bases: Sequence[float], context_length: int) -> "Figure":
+    """Draw the attention waveforms of base angles, and the envelope of all of them over that of the first.
+
+    Args:
+        head_dim: number D of rotated dimensions.
+        rope_bases: base angles, the model's own first; at most seven.
+        context_length: number of distances.
+
+    Returns:
+        A matplotlib figure; it is not registered with pyplot, so nothing has to be closed.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: more angles than can be told apart, or a value out of its range.
+    """
+    figure_class = _figure_class()
+    if not 1 <= len(rope_bases) <= len(_COLORS):
+        raise ValueError(f"`rope_bases` holds {len(rope_bases)} angles; draw 1 to {len(_COLORS)} in a picture.")
+    waveforms = torch.stack([attention_waveform(head_dim, base, context_length) for base in rope_bases])
+    figure = figure_class(figsize=(9, 6), layout="constrained")
+    single, envelope = figure.subplots(2, 1, sharex=True, sharey=True)
+    for base, waveform, color in zip(rope_bases, waveforms, _COLORS, strict=False):
+        single.plot(waveform, color=color, linewidth=0.8, label=f"{base:g}")
+    single.legend(title="base angle", ncols=2)
+    envelope.fill_between(range(context_length), waveforms[0], waveforms.amax(dim=0), color=_COLORS[5], alpha=0.6)
+    envelope.plot(waveforms[0], color=_COLORS[0], linewidth=0.8, label=f"{rope_bases[0]:g} alone")
+    envelope.plot(waveforms.amax(dim=0), color=_COLORS[1], linewidth=0.8, label="the highest of all")
+    envelope.legend()
+    envelope.set_xlabel("distance in tokens")
+    for axis in (single, envelope):
+        axis.set_ylabel("bound on attention")
+        axis.grid(alpha=0.3)
+    return figure
+
+
+def _figure_class() -> type["Figure"]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Plotting needs matplotlib: pip install 'peft_moice[plot]'.") from error
+    return Figure

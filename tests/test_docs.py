@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def tests_in(file: Path) -> set[str]:
+def names_of_tests(file: Path) -> set[str]:
     """Names of the tests in a file, methods as `Class::test`."""
     names = set()
     for node in ast.parse(file.read_text()).body:
@@ -24,7 +24,7 @@ def tests_in(file: Path) -> set[str]:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
 def test_named_tests_exist(document):
     for file, name in re.findall(r"`(?:tests/)?(test_\w+\.py)::([\w:]+)`", document.read_text()):
-        assert name in tests_in(ROOT / "tests" / file), f"{file}::{name}"
+        assert name in names_of_tests(ROOT / "tests" / file), f"{file}::{name}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)

@@ -1,9 +1,11 @@
 import sys
 
 import pytest
+import torch
 
+from peft_moice.angles import attention_waveform
 from peft_moice.evaluation import PositionSweep
-from peft_moice.plotting import plot_position_sweeps
+from peft_moice.plotting import plot_position_sweeps, plot_waveforms
 
 AFTER = PositionSweep(30, (0.0, 0.5, 1.0), (20, 19, 20), 20)
 BEFORE = PositionSweep(30, (0.0, 0.5, 1.0), (20, 2, 11), 20)
@@ -55,3 +57,16 @@ def test_without_matplotlib_it_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"peft_moice\[plot\]"):
         plot_position_sweeps({"30 facts": {"before": BEFORE}})
+
+
+def test_waveforms_and_their_envelope():
+    figure = plot_waveforms(16, [1e4, 2e4, 3e4], 50)
+    single, envelope = figure.axes
+    drawn = [torch.as_tensor(line.get_ydata()) for line in single.lines]
+    assert all(torch.equal(line, attention_waveform(16, base, 50)) for line, base in zip(drawn, (1e4, 2e4, 3e4)))
+    assert torch.equal(torch.as_tensor(envelope.lines[1].get_ydata()), torch.stack(drawn).amax(dim=0))
+
+
+def test_too_many_waveforms_are_refused():
+    with pytest.raises(ValueError, match=r"holds 8 angles; draw 1 to 7"):
+        plot_waveforms(16, [1e4 + i for i in range(8)], 50)
