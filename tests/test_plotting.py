@@ -63,7 +63,9 @@ def test_waveforms_and_their_envelope():
     figure = plot_waveforms(16, [1e4, 2e4, 3e4], 50)
     single, envelope = figure.axes
     drawn = [torch.as_tensor(line.get_ydata()) for line in single.lines]
-    assert all(torch.equal(line, attention_waveform(16, base, 50)) for line, base in zip(drawn, (1e4, 2e4, 3e4)))
+    assert all(
+        torch.equal(line, attention_waveform(16, base, 50)) for line, base in zip(drawn, (1e4, 2e4, 3e4), strict=True)
+    )
     assert torch.equal(torch.as_tensor(envelope.lines[1].get_ydata()), torch.stack(drawn).amax(dim=0))
 
 
