@@ -110,8 +110,12 @@ class LayerMixture:
         rope_bases = self.rope_bases()
         rotations: RotationTable = self.rope.table(rope_bases)
 
-        def gate(query: torch.Tensor) -> torch.Tensor:
-            return self.gates(query, rope_bases, collect)
+        def gate(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+            gates = self.gates(query, rope_bases, collect)
+            # An identity scale of zero closes gates that have a gradient all the same.
+            closed_gates_learn = any(member.router.identity_scale is not None for member in self.members)
+            picked = torch.ones_like(gates, dtype=torch.bool) if closed_gates_learn and gates.requires_grad else None
+            return gates, picked
 
         start = query_start(find_cache(args, kwargs), hidden_states.shape[-2], layer_idx)
         call = MixtureCall(gate, rotations, start, self.implementation())

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from peft_moice.attention import IMPLEMENTATIONS, mixed_attention
+from peft_moice.attention import grouped as grouped_module
 from peft_moice.rope import RotaryLayout, RotationTable, rotate
 from peft_moice.router import select_experts
 
@@ -162,19 +165,26 @@ def test_masks(implementation, kind):
     torch.testing.assert_close(output[:1, 3:], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_equal_the_reference(implementation):
+@pytest.mark.parametrize("all_picked", [False, True])
+def test_gradients_equal_the_reference(implementation, all_picked):
+    """Those of gates only where the expert was picked: a gate that is zero and stays zero needs none."""
     layout = LAYOUTS["half"]
 
     def gradients(name: str) -> list[torch.Tensor]:
-        tensors = [tensor.double().float().requires_grad_() for tensor in inputs()]
+        tensors = [tensor.requires_grad_() for tensor in inputs()]
         output, _ = mixed_attention(
-            *tensors, rotations=table(layout), query_start=0, attend=attend, implementation=name
+            *tensors, rotations=table(layout), query_start=0, attend=attend, implementation=name, picked=picked
         )
         (output * torch.linspace(-1, 1, output.numel()).reshape(output.shape)).sum().backward()
         return [tensor.grad for tensor in tensors]
 
-    for actual, expected in zip(gradients(implementation), gradients("reference"), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    gates = inputs()[-1]
+    picked = torch.ones_like(gates, dtype=torch.bool) if all_picked else gates != 0
+    *actual, actual_gates = gradients(implementation)
+    *expected, expected_gates = gradients("reference")
+    for gradient, reference in zip(actual, expected, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual_gates * picked, expected_gates * picked, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -203,6 +213,105 @@ def test_errors_name_the_way_out():
         mixed_attention(
             query, key, value, gates, query_start=0, attention_mask=mask, implementation="reference", **options
         )
+
+
+@st.composite
+def problems(draw) -> dict:
+    """Shapes, masks and numbers of experts of all kinds."""
+    num_experts = draw(st.integers(1, 5))
+    queries = draw(st.integers(1, 40))
+    start = draw(st.integers(0, 20))
+    layout = draw(st.sampled_from([RotaryLayout(0, 8, False), RotaryLayout(0, 4, True), RotaryLayout(4, 4, False)]))
+    mask = draw(st.sampled_from([None, "padding", "window", "additive", "per head"]))
+    return {
+        "batch": draw(st.integers(1, 2)),
+        "kv_heads": draw(st.integers(1, 3)),
+        "groups": draw(st.integers(1, 3)),
+        "queries": queries,
+        "start": start,
+        # A static cache has more room than tokens, which needs a mask.
+        "keys": start + queries + (0 if mask is None else draw(st.integers(0, 5))),
+        "num_experts": num_experts,
+        "top_k": draw(st.integers(1, num_experts)),
+        "layout": layout,
+        "mask": mask,
+        "chunk": draw(st.sampled_from([4, 16, 128])),
+        "seed": draw(st.integers(0, 100)),
+    }
+
+
+def make_mask(problem: dict) -> torch.Tensor | None:
+    if problem["mask"] is None:
+        return None
+    positions = problem["start"] + torch.arange(problem["queries"])[:, None]
+    keys = torch.arange(problem["keys"])
+    allowed = (keys <= positions).expand(problem["batch"], 1, -1, -1).clone()
+    if problem["mask"] == "window":
+        allowed &= keys > positions - 6
+    if problem["mask"] == "padding":
+        padding = min(3, problem["start"])
+        allowed[0, ..., :padding] = False
+    if problem["mask"] == "per head":
+        heads = problem["kv_heads"] * problem["groups"]
+        reach = 2 + torch.arange(heads)[:, None, None]
+        allowed = allowed & (keys > positions - reach)
+    if problem["mask"] == "additive":
+        bias = torch.randn(allowed.shape, generator=torch.Generator().manual_seed(1))
+        return bias.masked_fill(~allowed, torch.finfo(torch.float32).min)
+    return allowed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", sorted(set(IMPLEMENTATIONS) - {"reference", "delegated"}))
+@settings(max_examples=150, deadline=None)
+@given(problem=problems())
+def test_any_problem_equals_the_reference(implementation, problem):
+    generator = torch.Generator().manual_seed(problem["seed"])
+    heads = problem["kv_heads"] * problem["groups"]
+    bases = tuple(10.0 * 3**index for index in range(problem["num_experts"]))
+    logits = torch.randn(problem["batch"], heads, problem["queries"], len(bases), generator=generator)
+    tensors = [
+        torch.randn(problem["batch"], count, length, size, generator=generator).requires_grad_()
+        for count, length, size in (
+            (heads, problem["queries"], 8),
+            (problem["kv_heads"], problem["keys"], 8),
+            (problem["kv_heads"], problem["keys"], 6),
+        )
+    ]
+    gates = select_experts(logits, problem["top_k"]).requires_grad_()
+    results = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grouped_module, "_MIN_CHUNK", problem["chunk"])
+        patch.setattr(grouped_module, "_MAX_CHUNK", problem["chunk"])
+        for name in (implementation, "reference"):
+            output, _ = mixed_attention(
+                *tensors,
+                gates,
+                rotations=table(problem["layout"], bases),
+                query_start=problem["start"],
+                attend=None,
+                attention_mask=make_mask(problem),
+                implementation=name,
+            )
+            weight = torch.linspace(-1, 1, output.numel()).reshape(output.shape)
+            grads = torch.autograd.grad((output * weight).sum(), [*tensors, gates])
+            results.append((output, *grads[:3], grads[3] * (gates != 0)))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-5)
+
+
+def test_grouped_says_why_it_cannot_be_used():
+    query, key, value, gates = inputs()
+    options = {"rotations": table(LAYOUTS["half"]), "query_start": 0, "attend": attend, "implementation": "grouped"}
+    for reason, extra in {
+        "masks of four dimensions": {"attention_mask": torch.ones(2, 9)},
+        "no dropout": {"dropout": 0.1},
+        "softcap": {"softcap": 30.0},
+        "it is causal": {"is_causal": False},
+        "probabilities": {"output_attentions": True},
+    }.items():
+        with pytest.raises(ValueError, match=f"{reason}.*implementation='delegated'"):
+            mixed_attention(query, key, value, gates, **options, **extra)
 
 
 class TestRotationTable:

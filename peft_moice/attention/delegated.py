@@ -18,6 +18,7 @@ def delegated(
     query_start: int | torch.Tensor,
     attend: Callable,
     attention_mask=None,
+    picked: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See [`mixed_attention`]. Costs N attentions, whatever `top_k` is."""

@@ -53,13 +53,13 @@ class MixtureCall:
     """What one forward pass of one layer asks of the attention function.
 
     Attributes:
-        gate: maps queries `[B, H, S, D]` to gates `[B, H, S, N]`.
+        gate: maps queries `[B, H, S, D]` to gates `[B, H, S, N]` and a mask of the picked experts (or None).
         rotations: further rotations of the N experts.
         query_start: index of the first query among the keys.
         implementation: name of the operator's implementation.
     """
 
-    gate: Callable[[torch.Tensor], torch.Tensor]
+    gate: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
     rotations: RotationTable
     query_start: int | torch.Tensor
     implementation: str = "auto"
@@ -68,13 +68,16 @@ class MixtureCall:
         """The keyword argument under which an attention module passes the mixture on."""
         return {_KEYWORD: self}
 
-    def attend(self, attend: Callable, query, key, value, attention_mask, **kwargs):
-        """Compute the mixture in place of `attend`, the model's own attention."""
+    def attend(self, attend: Callable, query, key, value, attention_mask, backend: str | None = None, **kwargs):
+        """Compute the mixture in place of `attend`, the model's own attention, which `backend` names."""
+        gates, picked = self.gate(query)
         return mixed_attention(
             query,
             key,
             value,
-            self.gate(query),
+            gates,
+            picked=picked,
+            backend=backend,
             rotations=self.rotations,
             query_start=self.query_start,
             attend=attend,
@@ -98,7 +101,8 @@ def moice_attention_forward(module: nn.Module, query, key, value, attention_mask
     def attend(q, k, v, mask, **options):
         return function(view, q, k, v, mask, **options)
 
-    return moice.attend(attend, query, key, value, attention_mask, **kwargs)
+    name = backend.config._attn_implementation
+    return moice.attend(attend, query, key, value, attention_mask, backend=name, **kwargs)
 
 
 AttentionInterface.register(ATTENTION_NAME, moice_attention_forward)

@@ -6,9 +6,10 @@ import torch
 
 from ..rope import RotationTable
 from .delegated import delegated
+from .grouped import grouped, why_not_grouped
 from .reference import reference
 
-IMPLEMENTATIONS: dict[str, Callable] = {"reference": reference, "delegated": delegated}
+IMPLEMENTATIONS: dict[str, Callable] = {"reference": reference, "delegated": delegated, "grouped": grouped}
 
 
 def mixed_attention(
@@ -21,7 +22,9 @@ def mixed_attention(
     query_start: int | torch.Tensor,
     attend: Callable,
     attention_mask=None,
+    picked: torch.Tensor | None = None,
     implementation: str = "auto",
+    backend: str | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention under N base angles at once, mixed per head and token: `Σ_j p_j softmax(R_j(q) R_j(k)ᵀ) v`.
@@ -38,8 +41,11 @@ def mixed_attention(
         attend: the model's own attention, `attend(query, key, value, attention_mask, **kwargs)`, returning the output
             `[B, S, H, Dv]` and the attention probabilities `[B, H, S, T]` or None.
         attention_mask: mask in the form that `attend` takes; None for causal attention without padding.
-        implementation: `"reference"` (float32, returns probabilities), `"delegated"` (`attend` once per expert) or
-            `"auto"` (default).
+        picked: `[B, H, S, N]`, true where an expert is computed and its gate gets a gradient. Default: where the gate
+            is not zero. Implementations whose cost does not follow K compute all.
+        implementation: `"reference"` (float32, returns probabilities), `"delegated"` (`attend` once per expert),
+            `"grouped"` (CPU; cost follows K) or `"auto"` (default).
+        backend: name of the attention implementation behind `attend`, by which "auto" chooses.
         kwargs: further arguments of `attend`, such as `scaling` and `dropout`.
 
     Returns:
@@ -55,7 +61,7 @@ def mixed_attention(
             f"{rotations.num_experts} angles need {(*query.shape[:3], rotations.num_experts)}."
         )
     if implementation == "auto":
-        implementation = "delegated"
+        implementation = _choose(query, gates, attention_mask, backend, **kwargs)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"Unknown implementation {implementation!r}; choose 'auto' or one of {sorted(IMPLEMENTATIONS)}."
@@ -69,5 +75,15 @@ def mixed_attention(
         query_start=query_start,
         attend=attend,
         attention_mask=attention_mask,
+        picked=picked,
         **kwargs,
     )
+
+
+def _choose(query: torch.Tensor, gates: torch.Tensor, attention_mask, backend: str | None, **kwargs) -> str:
+    """The fastest implementation that computes what the backend would, in the same precision."""
+    in_place_of_sdpa = backend == "sdpa" and query.dtype == torch.float32
+    mixes_a_sequence = gates.shape[-1] > 1 and query.shape[-2] > 1
+    if not (in_place_of_sdpa and mixes_a_sequence) or torch.compiler.is_compiling():
+        return "delegated"
+    return "delegated" if why_not_grouped(query, attention_mask, **kwargs) else "grouped"
