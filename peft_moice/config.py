@@ -170,11 +170,29 @@ class MoICEConfig(PeftConfig):
                 )
 
     def _check_targets(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            names = value if isinstance(value, (set, list, tuple)) else ()
+            if not isinstance(value, (set, list, tuple, str, type(None))) or not all(
+                isinstance(n, str) for n in names
+            ):
+                raise TypeError(f"`{name}` has to be a list of names, a regular expression or None, not {value!r}.")
         if self.target_modules == "all-linear":
             raise ValueError(
                 "target_modules='all-linear' selects linear layers, but MoICE adapts attention modules. Leave "
                 "`target_modules` out to adapt every attention module, or name them, such as ['self_attn']."
             )
+        if self.layers_to_transform is not None:
+            indices = self.layers_to_transform
+            indices = list(indices) if isinstance(indices, (list, tuple, set, range)) else [indices]
+            if any(isinstance(index, bool) or not isinstance(index, int) for index in indices):
+                raise TypeError(f"`layers_to_transform` has to hold integers, not {self.layers_to_transform!r}.")
+            if not indices or min(indices) < 0:
+                raise ValueError(
+                    f"`layers_to_transform` is {self.layers_to_transform!r}, but has to name at least one layer, by "
+                    "its index from 0. Leave it out to adapt all layers."
+                )
+            self.layers_to_transform = indices
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ValueError(
                 "`layers_to_transform` cannot be combined with a regular expression in `target_modules`. Give "
@@ -189,8 +207,10 @@ class MoICEConfig(PeftConfig):
         if isinstance(self.rope_bases, dict):
             if not self.rope_bases:
                 raise ValueError("`rope_bases` is empty; give at least one angle, or leave it out.")
-            for layer_type, bases in self.rope_bases.items():
-                self.rope_bases[layer_type] = _checked_angles(bases, f"rope_bases[{layer_type!r}]")
+            self.rope_bases = {
+                layer_type: _checked_angles(bases, f"rope_bases[{layer_type!r}]")
+                for layer_type, bases in self.rope_bases.items()
+            }
             if len({len(bases) for bases in self.rope_bases.values()}) > 1:
                 raise ValueError("`rope_bases` needs the same number of angles for every layer type.")
         elif self.rope_bases is not None:
@@ -222,8 +242,10 @@ class MoICEConfig(PeftConfig):
             )
         if self.init_weights not in (True, False, "identity"):
             raise ValueError(f"`init_weights` is {self.init_weights!r}; choose True, False or 'identity'.")
-        if self.hidden_act is not None and self.hidden_act not in ACT2FN:
+        if self.hidden_act is not None and (not isinstance(self.hidden_act, str) or self.hidden_act not in ACT2FN):
             raise ValueError(f"`hidden_act` is {self.hidden_act!r}; choose one of {sorted(ACT2FN)}.")
+        if isinstance(self.router_aux_loss_coef, bool) or not isinstance(self.router_aux_loss_coef, (int, float)):
+            raise TypeError(f"`router_aux_loss_coef` has to be a number, not {self.router_aux_loss_coef!r}.")
         if not math.isfinite(self.router_aux_loss_coef) or self.router_aux_loss_coef < 0:
             raise ValueError(
                 f"`router_aux_loss_coef` is {self.router_aux_loss_coef}, but has to be a finite number of at least 0; "

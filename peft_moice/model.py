@@ -1,5 +1,6 @@
 """`MoICEModel`: injects routers into a model's attention modules."""
 
+import copy
 import logging
 import warnings
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .attention import IMPLEMENTATIONS
+from .checkpoint import check_stored_routers
 from .config import MoICEConfig
 from .layer import BASE_MODEL_NAME, MoICELayer
 from .merging import combine_routers, combined_config
@@ -72,6 +74,16 @@ class MoICEModel(BaseTuner):
             del model.peft_config
         super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
 
+    def _check_new_adapter_config(self, config: MoICEConfig) -> None:
+        super()._check_new_adapter_config(config)
+        for name in self.peft_config:
+            # Routers are kept in a ModuleDict, which cannot hold these.
+            if not name or "." in name or hasattr(nn.ModuleDict, name) or hasattr(nn.ModuleDict(), name):
+                raise ValueError(
+                    f"An adapter cannot be called {name!r}: PyTorch has no place for a module of that name. Choose a "
+                    "name without dots that is not an attribute of torch.nn.ModuleDict."
+                )
+
     def _prepare_adapter_config(self, peft_config: MoICEConfig, model_config: dict) -> MoICEConfig:
         if peft_config.implementation not in ("auto", *IMPLEMENTATIONS):
             raise ValueError(
@@ -104,6 +116,9 @@ class MoICEModel(BaseTuner):
             for name, _ in model.named_modules()
             if "base_layer" not in name.split(".") and check_target_module_exists(peft_config, name)
         ]
+        self._check_layers_to_transform(peft_config, names)
+        for name in names:
+            _check_not_on_disk(model, name)
         without_rope = [name for name in names if self._plan_of(model, name).rope is None]
         if without_rope:
             logger.info("MoICE leaves out %d attention modules without a rotary embedding.", len(without_rope))
@@ -137,6 +152,20 @@ class MoICEModel(BaseTuner):
         suffixes = {name.rpartition(".")[2] for name in names}
         matched = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in suffixes]
         peft_config.target_modules = suffixes if matched == names else set(names)
+
+    @staticmethod
+    def _check_layers_to_transform(peft_config: MoICEConfig, names: list[str]) -> None:
+        """Raise if an index matches none of the targeted modules `names` while others do."""
+        if not names:
+            return  # PEFT raises where nothing matches at all.
+        one_layer = copy.copy(peft_config)
+        for index in peft_config.layers_to_transform or ():
+            one_layer.layers_to_transform = [index]
+            if not any(check_target_module_exists(one_layer, name) for name in names):
+                raise ValueError(
+                    f"`layers_to_transform` names layer {index}, but no targeted module lies in one of that index. "
+                    "Indices start at 0; leave out those that the model does not have."
+                )
 
     def _plan_of(self, model: nn.Module, name: str) -> LayerPlan:
         if name not in self._plans:
@@ -212,6 +241,15 @@ class MoICEModel(BaseTuner):
         """
         self._check_adapters_exist([adapter_name] if isinstance(adapter_name, str) else adapter_name)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
+        """Train the routers of `adapter_names`, or freeze them with `requires_grad=False`.
+
+        Raises:
+            ValueError: an adapter does not exist.
+        """
+        self._check_adapters_exist([adapter_names] if isinstance(adapter_names, str) else adapter_names)
+        super().set_requires_grad(adapter_names, requires_grad)
 
     def add_weighted_adapter(
         self,
@@ -380,7 +418,34 @@ class MoICEModel(BaseTuner):
         # PEFT's version expects the adapter's name next to last; the routers of a mean of adapters lie deeper.
         return key.replace(f".moice_router.{adapter_name}.", ".moice_router.")
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: MoICEConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_stored_routers(model, adapter_name, state_dict)
+        return state_dict
+
 
 def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict[str, Any], adapter_names: list[str]):
     kwargs["adapter_names"] = adapter_names
     return args, kwargs
+
+
+def _check_not_on_disk(model: nn.Module, name: str) -> None:
+    """Raise if the weights of the module called `name` are offloaded to disk.
+
+    PEFT looks offloaded weights up under names that hold for adapters of linear layers only, and transformers' loader
+    leaves the adapter of a layer that is on disk at its random start.
+    """
+    device_map = getattr(model, "hf_device_map", None) or {}
+    on_disk = any(
+        device == "disk" and (not key or f"{name}.".startswith(f"{key}.") or key.startswith(f"{name}."))
+        for key, device in device_map.items()
+    )
+    if on_disk and any(parameter.is_meta for parameter in model.get_submodule(name).parameters()):
+        raise ValueError(
+            f"The weights of {name!r} are offloaded to disk, where an adapter cannot be loaded. Keep the attention "
+            "modules in memory with another `device_map`, or merge the adapter on a machine with more memory "
+            "(`merge_and_unload().save_pretrained(...)`) and offload the result."
+        )

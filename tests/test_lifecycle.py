@@ -34,6 +34,7 @@ from tiny_models import (
 from transformers import AutoModelForCausalLM, LlamaConfig, pipeline
 
 from peft_moice import MoICEConfig, MoICELayer, MoICEModel
+from peft_moice.mixture import LayerMixture
 from peft_moice.router import select_experts
 
 
@@ -332,28 +333,20 @@ def test_active_adapters_average_their_attention(llama, second):
     torch.testing.assert_close(both, (singles[0] + singles[1]) / 2, rtol=1e-5, atol=1e-6)
 
 
-def test_active_adapters_share_equal_angles(llama):
-    model = two_adapters(llama, base_multipliers=[1.0, 0.25, 8.0], top_k=2)
-    layer = layers_of(model)[0]
-    members, rotations = layer._mixture_of(("one", "two"))
-    own = layer.rope.rope_theta
-    # 1, 0.25, 0.5 and 4 times the own angle, then 8 times; 1 and 0.25 occur in both adapters.
-    assert [member.experts for member in members] == [(0, 1, 2, 3), (0, 1, 4)]
-    assert torch.equal(rotations.deltas, layer.rope.table(tuple(own * m for m in (1.0, 0.25, 0.5, 4.0, 8.0))).deltas)
-
-
 def test_gates_of_active_adapters_are_the_mean_of_gates_on_the_union(llama):
-    from peft_moice.router import mix_gates
-
     model = two_adapters(llama, base_multipliers=[1.0, 0.25, 8.0], top_k=2)
     layer = layers_of(model)[0]
-    members, rotations = layer._mixture_of(("one", "two"))
+    model.base_model.set_adapter(["one", "two"])
+    mixture = LayerMixture(layer.members(), layer.rope)
+    own = layer.rope.rope_theta
+    # The angles 1 and 0.25 occur in both adapters, and are computed once.
+    assert mixture.rope_bases() == tuple(own * multiple for multiple in (1.0, 0.25, 0.5, 4.0, 8.0))
     query = torch.randn(2, 4, 5, 16, generator=torch.Generator().manual_seed(3))
-    logits = [member.router(query) for member in members]
+    one, two = (layer.moice_router[name](query) for name in ("one", "two"))
     expected = torch.zeros(2, 4, 5, 5)
-    expected[..., [0, 1, 2, 3]] += select_experts(logits[0], 2) / 2
-    expected[..., [0, 1, 4]] += select_experts(logits[1], 2) / 2
-    torch.testing.assert_close(mix_gates(members, logits, rotations.num_experts), expected)
+    expected[..., [0, 1, 2, 3]] += select_experts(one, 2) / 2
+    expected[..., [0, 1, 4]] += select_experts(two, 2) / 2
+    torch.testing.assert_close(mixture.gates(query, mixture.rope_bases()), expected)
 
 
 def test_one_adapter_twice_is_that_adapter(llama):
