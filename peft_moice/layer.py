@@ -40,6 +40,8 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
         self.rope = rope
         self.num_heads = num_heads
         self.head_dim = head_dim
+        # Other tools read these from any PEFT layer. Attention leaves the size of hidden states as it is.
+        self.in_features = self.out_features = base_layer.config.hidden_size
         self.moice_router = nn.ModuleDict()
         self.router_specs: dict[str, list[RouterSpec]] = {}
         self._disable_adapters = False
@@ -76,12 +78,12 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if adapter_names is not None:
+        if adapter_names is not None and not self.disable_adapters:
             hidden_states = args[0] if args else kwargs["hidden_states"]
             if len(adapter_names) != hidden_states.shape[0]:
                 raise ValueError(
-                    f"Got {len(adapter_names)} adapter names for a batch of {hidden_states.shape[0]} rows; give one "
-                    "name per row."
+                    "Length of `adapter_names` should be the same as the number of inputs, but got "
+                    f"{len(adapter_names)} and {hidden_states.shape[0]}. Give one name per row of the batch."
                 )
             mixture = self._mixture_of_rows(adapter_names)
         else:
@@ -103,10 +105,9 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
 
     def _mixture_of_rows(self, adapter_names: list[str]) -> LayerMixture:
         """Each row of the batch under the adapter that it names, or under the model's own angle."""
-        if self.disable_adapters or self.merged:
+        if self.merged:
             raise ValueError(
-                "`adapter_names` cannot be used while adapters are disabled or merged. Enable them, or call "
-                "`unmerge_adapter()` first."
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
         members = []
         for name in dict.fromkeys(adapter_names):
@@ -132,8 +133,9 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
             for name in names:
                 if not all(parameter.isfinite().all() for parameter in self.moice_router[name].parameters()):
                     raise ValueError(
-                        f"The router of adapter {name!r} holds values that are not finite, so it was not merged. "
-                        "Train it again with a lower learning rate, or load an earlier checkpoint."
+                        f"NaNs detected in the merged weights. The adapter {name} seems to be broken: its router "
+                        "holds values that are not finite, so it was not merged. Train it again with a lower learning "
+                        "rate, or load an earlier checkpoint."
                     )
         if self.merged:
             take_out(self.base_layer)

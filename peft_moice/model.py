@@ -214,7 +214,7 @@ class MoICEModel(BaseTuner):
             return
         if self.training:
             raise ValueError(
-                "`adapter_names` works in inference only, but the model is in training mode. Call `model.eval()`, or "
+                "Cannot pass `adapter_names` when the model is in training mode. Call `model.eval()`, or "
                 "train one adapter at a time with `set_adapter`."
             )
         self._check_adapters_exist([name for name in adapter_names if name != BASE_MODEL_NAME])

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .layer import MoICELayer
@@ -27,11 +28,13 @@ def base_of(model: nn.Module) -> nn.Module:
 
 
 def other_tuner_layers(model: nn.Module) -> list[BaseTunerLayer]:
-    """Layers of other tuners in `model`."""
+    """Layers of other tuners in `model`, without those by which `trainable_token_indices` trains tokens for us."""
+    wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    own = {id(module) for wrapper in wrappers for module in wrapper.modules()}
     return [
         module
         for module in model.modules()
-        if isinstance(module, BaseTunerLayer) and not isinstance(module, MoICELayer)
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, MoICELayer) and id(module) not in own
     ]
 
 

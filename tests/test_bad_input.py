@@ -1,4 +1,4 @@
-"""Input that cannot mean anything raises an error that names it, and leaves the model as it was."""
+"""Input that cannot mean anything raises an error that names the value and the way out."""
 
 import json
 from pathlib import Path

@@ -621,6 +621,18 @@ def test_trainable_token_indices(llama, tmp_path):
         assert torch.equal(logits_of(loaded, ids), expected)
 
 
+def test_merging_beside_trained_tokens(llama):
+    model = get_peft_model(load(llama), wide_config(trainable_token_indices=[3, 5])).eval()
+    decide(model)
+    model.get_input_embeddings().token_adapter.trainable_tokens_delta["default"].data.normal_()
+    ids = token_ids()
+    ids[:, :2] = torch.tensor([3, 5])
+    expected = logits_of(model, ids)
+    assert not torch.allclose(expected, logits_of(load(llama), ids), atol=1e-3)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits_of(merged, ids), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_part_of_the_layers(llama, tmp_path):
     model = get_peft_model(load(llama), wide_config(layers_to_transform=[0, 2])).eval()
     decide(model)
