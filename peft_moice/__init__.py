@@ -4,6 +4,7 @@ Importing this package registers the PEFT type `MOICE`.
 """
 
 from .config import MoICEConfig
+from .hub import push_to_hub, write_model_card
 from .layer import MoICELayer
 from .model import MoICEModel
 from .official import load_official_checkpoint
@@ -12,6 +13,15 @@ from .stacking import unwrapped
 
 __version__ = "0.1.0"
 
-__all__ = ["MoICEConfig", "MoICELayer", "MoICEModel", "__version__", "load_official_checkpoint", "unwrapped"]
+__all__ = [
+    "MoICEConfig",
+    "MoICELayer",
+    "MoICEModel",
+    "__version__",
+    "load_official_checkpoint",
+    "push_to_hub",
+    "unwrapped",
+    "write_model_card",
+]
 
 register(MoICEConfig, MoICEModel)

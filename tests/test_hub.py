@@ -16,8 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import decide, load, logits_of, router_state, save_tiny_model, token_ids, wide_config
 
-from peft_moice import MoICEConfig, hub
-from peft_moice.hub import push_to_hub, write_model_card
+from peft_moice import MoICEConfig, hub, push_to_hub, write_model_card
 
 ROOT = Path(__file__).parents[1]
 BASE_ID = "tiny/llama"
