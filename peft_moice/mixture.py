@@ -9,7 +9,7 @@ from torch import nn
 
 from .attention import MixtureCall
 from .config import RouterSpec
-from .positions import find_cache, query_start
+from .positions import query_start
 from .rope import LayerRope, RotationTable
 from .router import MoICERouter
 
@@ -106,7 +106,6 @@ class LayerMixture:
             kwargs: keyword arguments of the call.
             collect: receives the router logits of this pass.
         """
-        hidden_states = args[0] if args else kwargs["hidden_states"]
         rope_bases = self.rope_bases()
         rotations: RotationTable = self.rope.table(rope_bases)
 
@@ -117,7 +116,7 @@ class LayerMixture:
             picked = torch.ones_like(gates, dtype=torch.bool) if closed_gates_learn and gates.requires_grad else None
             return gates, picked
 
-        start = query_start(find_cache(args, kwargs), hidden_states.shape[-2], layer_idx)
+        start = query_start(layer_idx, args, kwargs)
         call = MixtureCall(gate, rotations, start, self.implementation())
         return attention(*args, **call.as_keyword(), **kwargs)
 

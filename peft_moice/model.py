@@ -21,7 +21,8 @@ from .checkpoint import check_stored_routers
 from .config import MoICEConfig
 from .layer import BASE_MODEL_NAME, MoICELayer
 from .merging import combine_routers, combined_config
-from .probe import LayerPlan, attention_module_names, plan_layer
+from .position_checks import unwatch_positions, watch_positions
+from .probe import LayerPlan, LayerProbe, attention_module_names, explain_no_targets
 from .stacking import base_of, other_tuner_layers
 from .standalone import MoICEAttention, make_standalone
 from .training import register_hooks, remove_hooks
@@ -108,7 +109,7 @@ class MoICEModel(BaseTuner):
     def _prepare_model(self, peft_config: MoICEConfig, model: nn.Module) -> None:
         """Probe the targeted layers and resolve what the config leaves open, before anything is replaced."""
         self._plans: dict[str, LayerPlan] = {}
-        self._ropes: dict = {}
+        self._probe = LayerProbe(model)
         if peft_config.target_modules is None:
             self._choose_targets(peft_config, model)
         names = [
@@ -144,11 +145,7 @@ class MoICEModel(BaseTuner):
         names = [name.removesuffix(".base_layer") for name in attention_module_names(model)]
         names = [name for name in names if self._plan_of(model, name).rope is not None]
         if not names:
-            raise ValueError(
-                f"No attention module of {type(model).__name__} goes through transformers' attention interface and "
-                "has a rotary embedding. MoICE works on RoPE models of transformers; if this is one, name its "
-                "attention modules with `target_modules`."
-            )
+            raise ValueError(explain_no_targets(model))
         suffixes = {name.rpartition(".")[2] for name in names}
         matched = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in suffixes]
         peft_config.target_modules = suffixes if matched == names else set(names)
@@ -173,7 +170,7 @@ class MoICEModel(BaseTuner):
             if isinstance(target, MoICELayer):
                 self._plans[name] = LayerPlan(target.rope, target.num_heads, target.head_dim)
             else:
-                self._plans[name] = plan_layer(model, name, self._ropes)
+                self._plans[name] = self._probe.plan(name)
         return self._plans[name]
 
     def _create_and_replace(
@@ -204,6 +201,7 @@ class MoICEModel(BaseTuner):
 
     def _post_injection_hook(self, model: nn.Module, config: MoICEConfig, adapter_name: str) -> None:
         register_hooks(model)
+        watch_positions(model)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -342,6 +340,7 @@ class MoICEModel(BaseTuner):
         ):
             make_standalone(model)
             register_hooks(model)
+            watch_positions(model)
         return model
 
     def _unload_and_optionally_merge(
@@ -366,6 +365,7 @@ class MoICEModel(BaseTuner):
                 )
             setattr(self.model.get_submodule(parent_name), child_name, unloaded)
         remove_hooks(self.model)
+        unwatch_positions(self.model)
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model

@@ -1,29 +1,50 @@
 """Where queries stand among the keys, in the coordinates of the key-value cache."""
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache, StaticLayer
 
 
 def find_cache(args: tuple, kwargs: dict) -> Cache | None:
     """The cache among an attention module's arguments, whatever the family calls it."""
     for value in (*kwargs.values(), *args):
+        if isinstance(value, EncoderDecoderCache):
+            return value.self_attention_cache
         if isinstance(value, Cache):
             return value
     return None
 
 
-def query_start(cache: Cache | None, query_length: int, layer_idx: int) -> int | torch.Tensor:
-    """Index of the first query among the keys that the attention function will receive.
+def query_start(layer_idx: int, args: tuple, kwargs: dict) -> int | torch.Tensor | None:
+    """Index of the first query among the keys that an attention function will receive.
 
     Keys are numbered from 0 in the order in which they arrive, so query s stands at `query_start + s`. Only
     differences of positions matter to rotations; a constant shift of a row (left padding) cancels.
 
     Has to be called before the attention module runs: a static cache moves its length in place.
 
+    Args:
+        layer_idx: the attention module's own index in the cache.
+        args, kwargs: the module's arguments.
+
     Returns:
-        An int, or a scalar tensor with a static cache.
+        None where the queries belong to the last keys, that is without a cache and with any cache that grows. With a
+        static cache, whose keys end in unused places, an int or a scalar tensor.
+
+    Raises:
+        ValueError: a static cache whose layer for this module cannot be told.
     """
-    if cache is None:
-        return 0
+    cache = find_cache(args, kwargs)
+    if cache is None or not any(isinstance(layer, StaticLayer) for layer in cache.layers):
+        return None
+    # Families that share an attention module among layers name the layer in the call.
+    layer_idx = kwargs.get("layer_idx", layer_idx)
+    offsets = [name for name, value in kwargs.items() if type(value) is int and name != "layer_idx"]
+    if offsets or layer_idx >= len(cache.layers):
+        reason = f"`{offsets[0]}` chooses among several of its layers" if offsets else "it lends keys to this layer"
+        raise ValueError(
+            f"MoICE cannot tell the positions of attention layer {layer_idx} in a static cache: {reason}. Use a "
+            "DynamicCache, transformers' default."
+        )
+    query_length = (args[0] if args else kwargs["hidden_states"]).shape[-2]
     _, key_offset = cache.get_mask_sizes(query_length, layer_idx)
     return cache.get_query_offset(layer_idx) - key_offset

@@ -1,9 +1,9 @@
 """Finds attention modules and learns, by running them on a few tokens, how their rotary embedding acts.
 
 A layer is run twice, under the model's own base angle and under another, up to its call of the attention function.
-Equal queries and keys mean that the layer has no rotary embedding; queries and keys that differ by exactly the rotation
-predicted from the inverse frequencies tell the layout; anything else cannot be supported. No list of model families is
-needed.
+Equal queries and keys mean that the layer has no rotary embedding; queries and keys that differ by exactly the
+rotation predicted from the inverse frequencies tell the layout; anything else cannot be supported. No list of model
+families is needed.
 """
 
 import copy
@@ -11,9 +11,11 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import KVSharingDict
 
 from .attention.interface import intercept, restore, uses_attention_interface
 from .rope import LayerRope, RotaryLayout, inverse_frequencies, rope_parameters, rotary_with_theta, rotate
@@ -21,6 +23,7 @@ from .rope import LayerRope, RotaryLayout, inverse_frequencies, rope_parameters,
 _THETA_FACTOR = 4.0
 _POSITIONS = (0, 1, 3, 8, 20, 50)
 _RUNTIME_ROPE_TYPES = ("dynamic", "longrope")
+_IMPLEMENTATION_NAMES = {"eager", "sdpa", "flex_attention", "flash_attention_2"}
 
 
 class UnsupportedLayerError(ValueError):
@@ -33,20 +36,32 @@ class LayerPlan:
 
     Attributes:
         rope: the layer's rotary embedding, or None if the layer has none.
-        num_heads: H, number of query heads.
-        head_dim: D, size of a query vector.
+        num_heads: H, number of query heads; 0 if the layer has no rotary embedding.
+        head_dim: D, size of a query vector; likewise.
     """
 
     rope: LayerRope | None
-    num_heads: int
-    head_dim: int
+    num_heads: int = 0
+    head_dim: int = 0
+
+
+@dataclass
+class FoundRotary:
+    """A rotary embedding of the model and where it hangs."""
+
+    holder: nn.Module
+    attribute: str
+
+    @property
+    def module(self) -> nn.Module:
+        return getattr(self.holder, self.attribute)
 
 
 class _QueryKeyCapture(Exception):
     """Stands in for a mixture, and leaves the forward pass with the queries and keys it was given."""
 
     def attend(self, attend, query, key, value, attention_mask, **kwargs):
-        self.query, self.key = query, key
+        self.query, self.key, self.kwargs = query, key, kwargs
         raise self
 
 
@@ -55,30 +70,229 @@ def attention_module_names(model: nn.Module) -> list[str]:
 
     Encoders of other modalities are left out by asking the model for its decoder.
     """
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    decoder = _decoder_of(model)
     inside = {id(module) for module in decoder.modules()}
     return [
         name for name, module in model.named_modules() if id(module) in inside and uses_attention_interface(module)
     ]
 
 
-def find_rotary(model: nn.Module, name: str) -> tuple[nn.Module, str] | None:
-    """The rotary embedding nearest to the module called `name`, inside it or beside one of its ancestors.
+def _decoder_of(model: nn.Module) -> nn.Module:
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    # Where a model calls something else its decoder (ModernBERT: the head), all of it is searched.
+    return decoder if any(map(uses_attention_interface, decoder.modules())) else model
 
-    Returns the module that holds it and the attribute's name, or None.
+
+def explain_no_targets(model: nn.Module) -> str:
+    """Why no attention module of `model` can be adapted, and what the user can do."""
+    outside = sorted(
+        {
+            type(module).__name__
+            for module in model.modules()
+            if "Attention" in type(module).__name__ and not uses_attention_interface(module)
+        }
+    )
+    if attention_module_names(model):
+        reason = "none of its attention modules has a rotary embedding"
+    elif outside:
+        reason = f"its attention modules ({', '.join(outside)}) do not go through transformers' attention interface"
+    else:
+        reason = "it has no attention modules that go through transformers' attention interface"
+    return (
+        f"MoICE cannot be applied to {type(model).__name__}: {reason}. It works on RoPE models of transformers; if "
+        "this is one, name its attention modules with `target_modules`."
+    )
+
+
+class LayerProbe:
+    """Probes the attention modules of one model.
+
+    Args:
+        model: the model that holds them.
     """
-    module = model.get_submodule(name)
-    for holder in module.modules():
-        for attribute, child in holder.named_children():
-            if _is_rotary(child):
-                return holder, attribute
-    while name:
-        name = name.rpartition(".")[0]
-        holder = model.get_submodule(name)
-        for attribute, child in holder.named_children():
-            if _is_rotary(child):
-                return holder, attribute
-    return None
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self._ropes: dict[tuple, LayerRope] = {}
+        # Some families hand keys and values from layer to layer; one such hand-over per base angle.
+        self._shared_keys: dict[float, KVSharingDict] = {}
+        self._observed: dict[str, Any] | None = None
+
+    def plan(self, name: str) -> LayerPlan:
+        """Probe the attention module called `name`. Layers with equal rotary embeddings share one [`LayerRope`].
+
+        Raises:
+            UnsupportedLayerError: the layer's position encoding cannot be turned to other base angles; names the
+                layer, the reason and the way out.
+        """
+        try:
+            return self._plan(name)
+        except UnsupportedLayerError as error:
+            raise UnsupportedLayerError(
+                f"MoICE cannot be applied to the attention module {name!r} "
+                f"({type(self.model.get_submodule(name)).__name__}): {error}. Leave it out with `exclude_modules`, or "
+                "name the modules to adapt with `target_modules`."
+            ) from error.__cause__
+
+    def _plan(self, name: str) -> LayerPlan:
+        module = self.model.get_submodule(name)
+        if not uses_attention_interface(module):
+            raise UnsupportedLayerError("its forward does not go through transformers' attention interface")
+        found = self.find_rotary(name)
+        if found is None:
+            return LayerPlan(rope=None)
+        rotary = found.module
+        layer_type = _layer_type(module, rotary)
+        parameters = rope_parameters(rotary.config, layer_type)
+        if parameters is None:
+            return LayerPlan(rope=None)
+        if parameters.get("rope_type", "default") in _RUNTIME_ROPE_TYPES:
+            raise UnsupportedLayerError(
+                f"its rope type {parameters['rope_type']!r} changes the angles with the sequence length, while keys "
+                "in the cache keep the old ones"
+            )
+
+        own_theta = float(parameters["rope_theta"])
+        other_theta = own_theta * _THETA_FACTOR
+        build = (type(rotary), rotary.config, layer_type)
+        own_frequencies, own_scaling = inverse_frequencies(*build, own_theta)
+        frequencies, scaling = inverse_frequencies(*build, other_theta)
+        if scaling != own_scaling:
+            raise UnsupportedLayerError("its attention scaling depends on rope_theta")
+
+        with _on_real_weights(module) as runnable:
+            query, key = self._capture(runnable, found, rotary_with_theta(*build, own_theta), layer_type)
+            turned_query, turned_key = self._capture(
+                runnable, found, rotary_with_theta(*build, other_theta), layer_type, turned=True
+            )
+        plan = LayerPlan(None, num_heads=query.shape[1], head_dim=query.shape[-1])
+        if torch.equal(query, turned_query) and torch.equal(key, turned_key):
+            return plan
+
+        deltas = frequencies - own_frequencies
+        for layout, direction in _layouts(size=2 * deltas.numel(), head_dim=plan.head_dim):
+            turn = (direction * deltas, layout)
+            if _explains(*turn, query, turned_query) and _explains(*turn, key, turned_key):
+                rope_key = (id(rotary), layer_type, layout)
+                plan.rope = self._ropes.setdefault(rope_key, LayerRope(*build, layout, direction))
+                return plan
+        raise UnsupportedLayerError(
+            "its queries and keys under another rope_theta are not a rotation of those under its own, so something "
+            "other than a rotation acts on them after the rotary embedding"
+        )
+
+    def find_rotary(self, name: str) -> FoundRotary | None:
+        """The rotary embedding nearest to the module called `name`: inside it, or beside one of its ancestors.
+
+        None if there is none, or if it cannot reach the module.
+        """
+        module = self.model.get_submodule(name)
+        for holder in module.modules():
+            for attribute, child in holder.named_children():
+                if _is_rotary(child):
+                    return FoundRotary(holder, attribute)
+        if "position_embeddings" not in inspect.signature(type(module).forward).parameters:
+            return None
+        while name:
+            name = name.rpartition(".")[0]
+            ancestor = self.model.get_submodule(name)
+            for child in ancestor.children():
+                if isinstance(child, nn.ModuleList) and len(child) > 0 and all(map(_is_rotary, child)):
+                    return self._observed_rotary(module, child)
+            for attribute, child in ancestor.named_children():
+                if _is_rotary(child):
+                    return FoundRotary(ancestor, attribute)
+        return None
+
+    def _observed_rotary(self, module: nn.Module, rotaries: nn.ModuleList) -> FoundRotary | None:
+        """Which of several rotary embeddings the model gives to `module`, seen by running it on three tokens."""
+        if self._observed is None:
+            self._observed = _observe_position_embeddings(self.model)
+        if module not in self._observed:
+            raise UnsupportedLayerError("the model has several rotary embeddings, and running it did not tell which")
+        received = self._observed[module]
+        if received is None:
+            return None
+        hidden_states = received[0].new_zeros(())
+        position_ids = torch.arange(received[0].shape[-2], device=hidden_states.device)[None]
+        for index, rotary in enumerate(rotaries):
+            if torch.equal(rotary(hidden_states, position_ids)[0], received[0]):
+                return FoundRotary(rotaries, str(index))
+        raise UnsupportedLayerError("the model has several rotary embeddings, and it uses none of them unchanged")
+
+    @torch.no_grad()
+    def _capture(
+        self, module: nn.Module, found: FoundRotary, rotary: nn.Module, layer_type: str | None, turned: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries `[1, H, 6, D]` and keys that `module` hands to its attention function under `rotary`."""
+        weight = next((p for p in module.parameters() if p.is_floating_point() and not p.is_meta), None)
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        device = device if device is not None else (weight.device if weight is not None else torch.device("cpu"))
+        dtype = weight.dtype if weight is not None else torch.get_default_dtype()
+        rotary = rotary.to(device)
+        hidden_states = _hidden_states(module).to(device, dtype)
+        position_ids = torch.tensor([_POSITIONS], device=device)
+        position_embeddings = _position_embeddings(rotary, hidden_states, position_ids, layer_type)
+        arguments = {
+            "position_embeddings": position_embeddings,
+            "position_ids": position_ids,
+            "layer_idx": getattr(module, "layer_idx", 0),
+            "shared_kv_states": self._shared_keys.setdefault(turned, KVSharingDict()),
+        }
+        parameters = inspect.signature(type(module).forward).parameters
+        arguments = {name: value for name, value in arguments.items() if name in parameters}
+
+        own_rotary = found.module
+        intercept(module)
+        setattr(found.holder, found.attribute, rotary)
+        try:
+            capture = _run_up_to_attention(module, hidden_states, arguments)
+        finally:
+            setattr(found.holder, found.attribute, own_rotary)
+            restore(module)
+            if hasattr(module, "_hf_hook"):
+                module._hf_hook.post_forward(module, ())
+        _refuse_own_key_selection(module, capture)
+        return capture.query, capture.key
+
+
+def _run_up_to_attention(
+    module: nn.Module, hidden_states: torch.Tensor, arguments: dict[str, Any]
+) -> _QueryKeyCapture:
+    capture = _QueryKeyCapture()
+    vectors = _uneven_vectors(module)
+    length = hidden_states.shape[-2]
+    future = torch.ones(length, length, dtype=torch.bool, device=hidden_states.device).triu(1)
+    mask = torch.zeros(1, 1, length, length, device=hidden_states.device, dtype=hidden_states.dtype)
+    failure = None
+    # Most modules run without a mask; those that choose keys themselves need one; in others it is not a tensor.
+    for attention_mask in (None, mask.masked_fill(future, torch.finfo(mask.dtype).min)):
+        keywords = {"moice": capture, "attention_mask": attention_mask, **arguments}
+        try:
+            torch.func.functional_call(module, vectors, (hidden_states,), keywords)
+        except _QueryKeyCapture:
+            return capture
+        except Exception as error:
+            failure = failure or error
+        else:
+            raise UnsupportedLayerError("its attention function did not receive the keyword arguments of its forward")
+    raise UnsupportedLayerError(f"it could not be run on its own ({type(failure).__name__}: {failure})") from failure
+
+
+def _refuse_own_key_selection(module: nn.Module, capture: _QueryKeyCapture) -> None:
+    """Refuse sparse attention that reads the name of the attention implementation, which is ours."""
+    selections = [
+        name
+        for name, value in capture.kwargs.items()
+        if name != "position_ids" and isinstance(value, torch.Tensor) and not value.is_floating_point()
+    ]
+    constants = inspect.unwrap(type(module).forward).__code__.co_consts
+    names = {name for value in constants for name in (value if isinstance(value, tuple) else (value,))}
+    if selections and names & _IMPLEMENTATION_NAMES:
+        raise UnsupportedLayerError(
+            f"it selects keys itself (`{selections[0]}`), in a way that depends on the name of the attention "
+            "implementation"
+        )
 
 
 def _is_rotary(module: nn.Module) -> bool:
@@ -86,91 +300,24 @@ def _is_rotary(module: nn.Module) -> bool:
     return has_frequencies and hasattr(module, "config")
 
 
-def plan_layer(model: nn.Module, name: str, ropes: dict | None = None) -> LayerPlan:
-    """Probe the attention module called `name`.
-
-    Args:
-        model: the model that holds it.
-        name: name of an attention module in `model`.
-        ropes: rotary embeddings of layers probed before, shared with this one where they are equal. Filled.
-
-    Raises:
-        UnsupportedLayerError: the layer's position encoding cannot be turned to other base angles; names the layer,
-            the reason and the way out.
-    """
-    ropes = {} if ropes is None else ropes
-    module = model.get_submodule(name)
-
-    def refuse(reason: str) -> UnsupportedLayerError:
-        return UnsupportedLayerError(
-            f"MoICE cannot be applied to the attention module {name!r} ({type(module).__name__}): {reason}. "
-            "Leave it out with `exclude_modules`, or name the modules to adapt with `target_modules`."
-        )
-
-    if not uses_attention_interface(module):
-        raise refuse("its forward does not go through transformers' attention interface")
-    found = find_rotary(model, name)
-    if found is None:
-        raise refuse("no rotary embedding was found in it or above it")
-    holder, attribute = found
-    rotary = getattr(holder, attribute)
-    layer_type = _layer_type(module, rotary)
-    parameters = rope_parameters(rotary.config, layer_type)
-    if parameters is None:
-        raise refuse(f"the model's config has no rope parameters for layers of type {layer_type!r}")
-    if parameters.get("rope_type", "default") in _RUNTIME_ROPE_TYPES:
-        raise refuse(
-            f"its rope type {parameters['rope_type']!r} changes the angles with the sequence length, while keys in the "
-            "cache keep the old ones"
-        )
-    if "mrope_section" in parameters:
-        raise refuse("its positions have three dimensions (mRoPE)")
-
-    own_theta = float(parameters["rope_theta"])
-    other_theta = own_theta * _THETA_FACTOR
-    build = (type(rotary), rotary.config, layer_type)
-    own_frequencies, own_scaling = inverse_frequencies(*build, own_theta)
-    frequencies, scaling = inverse_frequencies(*build, other_theta)
-    if scaling != own_scaling:
-        raise refuse("its attention scaling depends on rope_theta")
-
-    with _on_real_weights(module) as runnable:
-        try:
-            query, key = _capture(runnable, holder, attribute, rotary, layer_type)
-            other_rotary = rotary_with_theta(*build, other_theta)
-            turned_query, turned_key = _capture(runnable, holder, attribute, other_rotary, layer_type)
-        except UnsupportedLayerError as error:
-            raise refuse(str(error)) from error
-
-    plan = LayerPlan(None, num_heads=query.shape[1], head_dim=query.shape[-1])
-    if torch.equal(query, turned_query) and torch.equal(key, turned_key):
-        return plan
-
-    deltas = frequencies - own_frequencies
-    for layout in _layouts(size=2 * deltas.numel(), head_dim=plan.head_dim):
-        if _explains(deltas, layout, query, turned_query) and _explains(deltas, layout, key, turned_key):
-            rope_key = (id(rotary), layer_type, layout)
-            plan.rope = ropes.setdefault(rope_key, LayerRope(*build, layout))
-            return plan
-    raise refuse(
-        "its queries and keys under another rope_theta are not a rotation of those under its own, so something other "
-        "than a rotation acts on them after the rotary embedding"
-    )
-
-
 def _layer_type(module: nn.Module, rotary: nn.Module) -> str | None:
     """The module's key into `rope_parameters` where the model has angles per layer type, else None."""
     if not isinstance(getattr(rotary, "rope_type", None), dict):
         return None
     layer_type = getattr(module, "layer_type", None)
-    return layer_type if layer_type is not None else module.config.layer_types[module.layer_idx]
+    if layer_type is None:
+        layer_type = module.config.layer_types[module.layer_idx]
+    if layer_type not in rotary.config.rope_parameters:
+        raise UnsupportedLayerError(f"the model's config has no rope parameters for layers of type {layer_type!r}")
+    return layer_type
 
 
-def _layouts(size: int, head_dim: int) -> Iterator[RotaryLayout]:
-    for start in dict.fromkeys((0, head_dim - size)):
-        for interleaved in (False, True):
-            if start >= 0:
-                yield RotaryLayout(start, size, interleaved)
+def _layouts(size: int, head_dim: int) -> Iterator[tuple[RotaryLayout, int]]:
+    for direction in (1, -1):
+        for start in dict.fromkeys((0, head_dim - size)):
+            for interleaved in (False, True):
+                if start >= 0:
+                    yield RotaryLayout(start, size, interleaved), direction
 
 
 def _explains(deltas: torch.Tensor, layout: RotaryLayout, own: torch.Tensor, turned: torch.Tensor) -> bool:
@@ -195,40 +342,67 @@ def _on_real_weights(module: nn.Module) -> Iterator[nn.Module]:
     yield twin
 
 
-@torch.no_grad()
-def _capture(
-    module: nn.Module, holder: nn.Module, attribute: str, rotary: nn.Module, layer_type: str | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries `[1, H, 6, D]` and keys that `module` hands to its attention function under `rotary`."""
-    weight = next((p for p in module.parameters() if p.is_floating_point() and not p.is_meta), None)
-    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    device = device if device is not None else (weight.device if weight is not None else torch.device("cpu"))
-    dtype = weight.dtype if weight is not None else torch.get_default_dtype()
+def _uneven_vectors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Values for the module's one-dimensional parameters that differ from entry to entry.
+
+    The weight of a norm after the rotary embedding commutes with rotations only while all of its entries are equal, as
+    they are in a model that was not trained yet.
+    """
+    if hasattr(module, "_hf_hook"):
+        return {}
     generator = torch.Generator().manual_seed(0)
-    hidden_states = torch.randn(1, len(_POSITIONS), module.config.hidden_size, generator=generator).to(device, dtype)
-    position_ids = torch.tensor([_POSITIONS], device=device)
+    return {
+        name: (1 + torch.rand(parameter.shape, generator=generator)).to(parameter)
+        for name, parameter in module.named_parameters()
+        if parameter.dim() == 1 and parameter.is_floating_point()
+    }
 
-    own_rotary = getattr(holder, attribute)
-    parameters = inspect.signature(type(module).forward).parameters
-    arguments = {"attention_mask": None, "position_ids": position_ids}
-    arguments = {name: value for name, value in arguments.items() if name in parameters}
-    if "position_embeddings" in parameters:
-        rotary = rotary.to(device)
-        options = {} if layer_type is None else {"layer_type": layer_type}
-        arguments["position_embeddings"] = rotary(hidden_states, position_ids, **options)
 
-    capture = _QueryKeyCapture()
-    intercept(module)
-    setattr(holder, attribute, rotary.to(device))
+def _hidden_states(module: nn.Module) -> torch.Tensor:
+    """Random input `[1, 6, hidden size]`; where no projection reads the model's hidden size, of the first one's."""
+    widths = [child.in_features for child in module.modules() if hasattr(child, "in_features")]
+    width = module.config.hidden_size
+    if widths and width not in widths:
+        width = widths[0]
+    return torch.randn(1, len(_POSITIONS), width, generator=torch.Generator().manual_seed(0))
+
+
+def _position_embeddings(
+    rotary: nn.Module, hidden_states: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None
+) -> Any:
+    """What the model would give to its layers; text positions on all axes where positions have several."""
+    options = {} if layer_type is None else {"layer_type": layer_type}
     try:
-        module(hidden_states, moice=capture, **arguments)
-    except _QueryKeyCapture:
-        return capture.query, capture.key
+        return rotary(hidden_states, position_ids, **options)
+    except (IndexError, RuntimeError):
+        pass
+    try:
+        return rotary(hidden_states, position_ids.expand(3, *position_ids.shape), **options)
     except Exception as error:
-        raise UnsupportedLayerError(f"it could not be run on its own ({type(error).__name__}: {error})") from error
+        raise UnsupportedLayerError(
+            f"its rotary embedding could not be run ({type(error).__name__}: {error})"
+        ) from error
+
+
+@torch.no_grad()
+def _observe_position_embeddings(model: nn.Module) -> dict[nn.Module, Any]:
+    """The `position_embeddings` that each attention module receives when the model runs on three tokens."""
+    received = {}
+
+    def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+        received[module] = {**dict(zip(names, args, strict=False)), **kwargs}.get("position_embeddings")
+
+    modules = [model.get_submodule(name) for name in attention_module_names(model)]
+    handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in modules]
+    try:
+        model(input_ids=torch.arange(3, device=model.device)[None], use_cache=False)
+    except Exception as error:
+        raise UnsupportedLayerError(
+            f"the model has several rotary embeddings, and could not be run to see which one serves this layer "
+            f"({type(error).__name__}: {error})"
+        ) from error
     finally:
-        setattr(holder, attribute, own_rotary)
-        restore(module)
-        if hasattr(module, "_hf_hook"):
-            module._hf_hook.post_forward(module, ())
-    raise UnsupportedLayerError("its attention function did not receive the keyword arguments of its forward")
+        for handle in handles:
+            handle.remove()
+    return received

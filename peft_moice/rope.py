@@ -104,12 +104,14 @@ class LayerRope:
         config: the config that the rotary module was built from.
         layer_type: key into `config.rope_parameters` where the model has angles per layer type, else None.
         layout: where the rotated coordinates lie.
+        direction: 1 if queries turn with their position as in the paper's equation, -1 if against it.
     """
 
     rotary: type[nn.Module]
     config: object
     layer_type: str | None
     layout: RotaryLayout
+    direction: int = 1
     _tables: dict[tuple[float, ...], RotationTable] = field(default_factory=dict, repr=False)
 
     @property
@@ -124,7 +126,7 @@ class LayerRope:
             deltas = [
                 inverse_frequencies(self.rotary, self.config, self.layer_type, base)[0] - own for base in rope_bases
             ]
-            self._tables[rope_bases] = RotationTable(torch.stack(deltas), self.layout)
+            self._tables[rope_bases] = RotationTable(self.direction * torch.stack(deltas), self.layout)
         return self._tables[rope_bases]
 
 

@@ -21,7 +21,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from .attention import intercept
 from .config import RouterSpec
 from .mixture import LayerMixture, Member, MixesAngles
-from .probe import find_rotary
+from .position_checks import watch_positions
+from .probe import LayerProbe
 from .rope import LayerRope, RotaryLayout
 from .router import MoICERouter
 from .training import register_hooks
@@ -128,6 +129,7 @@ def _describe(model: nn.Module) -> dict[str, Any]:
             "head_dim": module.moice_routers[0].head_dim,
             "layer_type": module.rope.layer_type,
             "layout": dataclasses.asdict(module.rope.layout),
+            "direction": module.rope.direction,
         }
     return {"routers": routers, "layers": layers}
 
@@ -140,10 +142,10 @@ def install_described(model: PreTrainedModel, description: dict[str, Any]) -> No
         if isinstance(attention, MoICEAttention):
             # A model that builds its decoder through an auto class, which gave it a standalone one.
             continue
-        holder, attribute = find_rotary(model, _name_of(model, attention))
-        rotary, layer_type, layout = getattr(holder, attribute), layer["layer_type"], RotaryLayout(**layer["layout"])
+        rotary = LayerProbe(model).find_rotary(_name_of(model, attention)).module
+        layer_type, layout, direction = layer["layer_type"], RotaryLayout(**layer["layout"]), layer["direction"]
         rope = ropes.setdefault(
-            (id(rotary), layer_type, layout), LayerRope(type(rotary), rotary.config, layer_type, layout)
+            (id(rotary), layer_type, layout), LayerRope(type(rotary), rotary.config, layer_type, layout, direction)
         )
         specs = [RouterSpec(**description["routers"][index], weight=weight) for index, weight in layer["routers"]]
         routers = [MoICERouter.from_spec(spec, layer_type, layer["num_heads"], layer["head_dim"]) for spec in specs]
@@ -213,6 +215,7 @@ def _model_class(original: type[PreTrainedModel], standalone_config: type[PreTra
             super().__init__(config, *args, **kwargs)
             install_described(self, config.moice)
             register_hooks(self)
+            watch_positions(self)
 
         def __reduce__(self):
             return _new_instance, (standalone_model_class, original), self.__dict__

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 from peft_moice import MoICEModel
 from peft_moice.router import balance_loss
+from peft_moice.training import add_balance_loss
 
 COEF = 0.5
 
@@ -202,5 +203,7 @@ def test_hooks_are_registered_once(llama):
     model = adapted(llama)
     model.add_adapter("b", wide_config())
     base = model.get_base_model()
-    assert len(base._forward_hooks) == len(base._forward_pre_hooks) == 1
+    for hooks in (base._forward_hooks, base._forward_pre_hooks):
+        assert len(hooks) == len(set(hooks.values()))
+    assert add_balance_loss in base._forward_hooks.values()
     assert isinstance(model.base_model, MoICEModel)

@@ -55,13 +55,13 @@ class MixtureCall:
     Attributes:
         gate: maps queries `[B, H, S, D]` to gates `[B, H, S, N]` and a mask of the picked experts (or None).
         rotations: further rotations of the N experts.
-        query_start: index of the first query among the keys.
+        query_start: index of the first query among the keys; None if the queries belong to the last keys.
         implementation: name of the operator's implementation.
     """
 
     gate: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
     rotations: RotationTable
-    query_start: int | torch.Tensor
+    query_start: int | torch.Tensor | None
     implementation: str = "auto"
 
     def as_keyword(self) -> dict:
@@ -70,6 +70,14 @@ class MixtureCall:
 
     def attend(self, attend: Callable, query, key, value, attention_mask, backend: str | None = None, **kwargs):
         """Compute the mixture in place of `attend`, the model's own attention, which `backend` names."""
+        query_start, implementation = self.query_start, self.implementation
+        if query_start is None:
+            query_start = key.shape[-2] - query.shape[-2]
+            if query_start < 0:
+                raise ValueError(
+                    f"{query.shape[-2]} queries meet {key.shape[-2]} keys, so keys and positions do not correspond. "
+                    "MoICE needs one key per position."
+                )
         gates, picked = self.gate(query)
         return mixed_attention(
             query,
@@ -79,7 +87,7 @@ class MixtureCall:
             picked=picked,
             backend=backend,
             rotations=self.rotations,
-            query_start=self.query_start,
+            query_start=query_start,
             attend=attend,
             attention_mask=attention_mask,
             implementation=self.implementation,

@@ -1,0 +1,85 @@
+"""Refuses token positions that the adapted layers cannot represent.
+
+MoICE counts positions by the order of the keys. That agrees with the model's own positions wherever these go up by one
+within a sequence: in plain, left-padded and packed batches. What does not agree is refused by two kinds of forward
+hooks before it is used. They look at prompts only, not at single tokens, so decoding never waits for the device; and
+compiled graphs leave them out.
+"""
+
+import functools
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+from .mixture import MixesAngles
+
+
+def watch_positions(model: nn.Module) -> None:
+    """Refuse positions that the layers of `model` that mix angles cannot represent. Called again, it starts afresh."""
+    unwatch_positions(model)
+    model.register_forward_pre_hook(_check_padding, with_kwargs=True)
+    layers = [module for module in model.modules() if isinstance(module, MixesAngles)]
+    rotaries = {(layer.rope.rotary, id(layer.rope.config)) for layer in layers}
+    for module in model.modules():
+        if (type(module), id(getattr(module, "config", None))) in rotaries:
+            module.register_forward_pre_hook(functools.partial(_check_position_ids, model), with_kwargs=True)
+
+
+def unwatch_positions(model: nn.Module) -> None:
+    """Undo [`watch_positions`]."""
+    # Found by their function, because handles would not survive copies and pickles of the model.
+    for module in model.modules():
+        for handle_id, hook in list(module._forward_pre_hooks.items()):
+            if getattr(hook, "func", hook) in (_check_padding, _check_position_ids):
+                del module._forward_pre_hooks[handle_id]
+                module._forward_pre_hooks_with_kwargs.pop(handle_id, None)
+
+
+def _mixes(model: nn.Module) -> bool:
+    return any(isinstance(module, MixesAngles) and module.members() for module in model.modules())
+
+
+def _check_padding(model: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Refuse prompts padded on the right that are to be continued: later tokens would not follow the last real one."""
+    mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    if torch.compiler.is_compiling() or position_ids is None or not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        return
+    if position_ids.shape[-1] == 1 or not isinstance(kwargs.get("past_key_values"), Cache) or not _mixes(model):
+        return
+    ends_in_padding = (mask[:, -1] == 0) & mask.bool().any(dim=-1)
+    if ends_in_padding.any():
+        row = int(ends_in_padding.nonzero()[0])
+        raise ValueError(
+            f"Row {row} of the prompts is padded on the right, so the tokens to be generated would not stand right "
+            'after its last token. Pad on the left: `tokenizer.padding_side = "left"`.'
+        )
+
+
+def _check_position_ids(model: nn.Module, rotary: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Refuse position ids of prompts that do not go up by one within a sequence."""
+    if torch.compiler.is_compiling():
+        return
+    position_ids = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
+    if not isinstance(position_ids, torch.Tensor) or position_ids.shape[-1] == 1 or not _mixes(model):
+        return
+    if position_ids.dim() == 3:
+        differs = (position_ids != position_ids[:1]).any(dim=0).any(dim=-1)
+        if differs.any():
+            raise ValueError(
+                f"Row {int(differs.nonzero()[0])} has positions in more than one dimension (mRoPE), as images and "
+                "videos do. MoICE can only turn text positions: use text alone, or `disable_adapter()`."
+            )
+        position_ids = position_ids[0]
+    step = position_ids.diff(dim=-1)
+    gap = step > 1
+    # Padding repeats a position too, but is not followed by the next one, or stands at the start at 0.
+    repeated = (step[:, :-1] == 0) & (step[:, 1:] == 1) & (position_ids[:, 1:-1] > 0)
+    bad = gap.any(dim=-1) | repeated.any(dim=-1)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"The position_ids of row {row} do not go up by one from token to token: "
+            f"{position_ids[row].tolist()[:32]}. MoICE counts positions by the order of the keys. Leave "
+            "`position_ids` out, or start every packed sequence at 0 and leave no gaps."
+        )

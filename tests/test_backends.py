@@ -1,0 +1,107 @@
+"""Attention backends and number formats: the mixture is the same whatever computes the attention."""
+
+import pytest
+import torch
+from families import tiny_model, tokens
+from peft import get_peft_model
+
+from peft_moice import MoICEConfig
+
+
+def adapted(family: str = "llama", dtype: torch.dtype = torch.float32, attention: str = "sdpa", **options):
+    torch.manual_seed(1)
+    model = tiny_model(family).to(dtype)
+    model.set_attn_implementation(attention)
+    config = MoICEConfig(base_multipliers=[1.0, 4.0, 0.25], top_k=2, init_weights=False, **options)
+    return get_peft_model(model, config).eval()
+
+
+def left_padded() -> dict[str, torch.Tensor]:
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[0, :7] = 0
+    return {"input_ids": tokens() * mask, "attention_mask": mask}
+
+
+def real_logits(model) -> torch.Tensor:
+    batch = left_padded()
+    return model(**batch).logits[batch["attention_mask"].bool()]
+
+
+@pytest.mark.parametrize("attention", ["eager", pytest.param("flex_attention", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@torch.no_grad()
+def test_backends_agree(family, attention):
+    expected = real_logits(adapted(family, attention="sdpa"))
+    actual = real_logits(adapted(family, attention=attention))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+@torch.no_grad()
+def test_the_backend_can_be_changed_after_injection():
+    model = adapted(attention="sdpa")
+    expected = real_logits(model)
+    for attention in ("eager", "sdpa"):
+        model.get_base_model().set_attn_implementation(attention)
+        assert model.config._attn_implementation == attention
+        actual = real_logits(model)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    probs = model(**left_padded(), output_attentions=True).attentions
+    assert probs is None or all(layer is None for layer in probs)
+    model.get_base_model().set_attn_implementation("eager")
+    assert all(layer is not None for layer in model(**left_padded(), output_attentions=True).attentions)
+
+
+@torch.no_grad()
+def test_eager_attention_returns_the_mixed_probabilities():
+    model = adapted(attention="eager")
+    reference = adapted(attention="eager", implementation="reference")
+    batch = left_padded()
+    for probs, expected in zip(
+        model(**batch, output_attentions=True).attentions,
+        reference(**batch, output_attentions=True).attentions,
+        strict=True,
+    ):
+        assert probs.shape == (2, 4, 20, 20)
+        torch.testing.assert_close(probs.sum(dim=-1), torch.ones(2, 4, 20))
+        torch.testing.assert_close(probs[1], expected[1], rtol=0, atol=1e-6)
+        torch.testing.assert_close(probs[0, :, 7:], expected[0, :, 7:], rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_scores_with_a_soft_cap_are_mixed_after_the_cap():
+    model = adapted("gemma2", attention="eager")
+    reference = adapted("gemma2", attention="eager", implementation="reference")
+    for layer in (*model.modules(), *reference.modules()):
+        if hasattr(layer, "attn_logit_softcapping"):
+            layer.attn_logit_softcapping = 0.5
+    expected = reference(tokens()).logits
+    torch.testing.assert_close(model(tokens()).logits, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    assert (adapted("gemma2", attention="eager")(tokens()).logits - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@torch.no_grad()
+def test_low_precision_costs_about_what_it_costs_the_base_model(dtype, attention):
+    exact = adapted(attention=attention)
+    low = adapted(dtype=dtype, attention=attention)
+    low.load_state_dict(exact.state_dict())
+    error = (low(tokens()).logits.float() - exact(tokens()).logits).abs().mean()
+    assert low(tokens()).logits.dtype == dtype
+    with exact.disable_adapter(), low.disable_adapter():
+        own_error = (low(tokens()).logits.float() - exact(tokens()).logits).abs().mean()
+    assert error < 2 * own_error
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_autocast_runs_forward_and_backward(attention):
+    model = adapted(attention=attention)
+    exact = model(tokens()).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(tokens(), labels=tokens())
+    output.loss.backward()
+    error = (output.logits.float() - exact).abs().mean() / exact.abs().mean()
+    assert 0 < error < 0.05
+    gradients = [parameter.grad for name, parameter in model.named_parameters() if "moice_" in name]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+    assert any(gradient.abs().max() > 0 for gradient in gradients)

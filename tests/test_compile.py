@@ -1,0 +1,84 @@
+"""One graph for a prompt, one for a step of decoding with a static cache, and exported programs."""
+
+import pytest
+import torch
+from families import tiny_model, tokens
+from peft import get_peft_model
+from torch._dynamo.testing import CompileCounter
+from transformers import StaticCache
+
+from peft_moice import MoICEConfig
+
+FAMILIES = ["llama", *(pytest.param(family, marks=pytest.mark.slow) for family in ("mistral", "gemma3_text"))]
+
+
+def adapted(family: str = "llama"):
+    torch.manual_seed(1)
+    config = MoICEConfig(base_multipliers=[1.0, 4.0, 0.25], top_k=2, init_weights=False)
+    return get_peft_model(tiny_model(family), config).eval()
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_prompt_is_one_graph(family):
+    model, graphs = adapted(family), CompileCounter()
+    expected = model(tokens(), use_cache=False).logits
+    compiled = torch.compile(model, fullgraph=True, backend=graphs)
+    for seed in (0, 1):
+        compiled(tokens(seed=seed), use_cache=False)
+    torch.testing.assert_close(compiled(tokens(), use_cache=False).logits, expected)
+    assert graphs.frame_count == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_decoding_with_a_static_cache_takes_no_more_graphs_than_the_base_model(family):
+    """One graph, and in transformers 5.23 a second one where a sliding layer counts its keys in Python."""
+    model, ids = adapted(family), tokens(length=16)
+    expected = model(ids, use_cache=False).logits
+    logits, graphs = decode_compiled(model, ids, prompt_length=11)
+    torch.testing.assert_close(logits, expected[:, 11:], rtol=0, atol=1e-5 * expected.abs().max().item())
+    _, own_graphs = decode_compiled(tiny_model(family), ids, prompt_length=11)
+    assert graphs == own_graphs
+    assert family != "llama" or graphs == 1
+
+
+def decode_compiled(model, ids: torch.Tensor, prompt_length: int) -> tuple[torch.Tensor, int]:
+    """Logits of all tokens after the prompt, and the number of graphs that decoding them took."""
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    model(ids[:, :prompt_length], past_key_values=cache, position_ids=torch.arange(prompt_length)[None])
+    torch.compiler.reset()
+    graphs = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=graphs)
+    logits = [
+        compiled(ids[:, step : step + 1], past_key_values=cache, position_ids=torch.tensor([[step]])).logits
+        for step in range(prompt_length, ids.shape[1])
+    ]
+    return torch.cat(logits, dim=1), graphs.frame_count
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_generation_compiles_by_itself_with_a_static_cache():
+    model, ids = adapted(), tokens(length=9)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    expected = model.generate(input_ids=ids, **options)
+    assert torch.equal(model.generate(input_ids=ids, cache_implementation="static", **options), expected)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@torch.no_grad()
+def test_exported_programs_compute_the_same(merged):
+    model = adapted()
+    expected = model(tokens(), use_cache=False).logits
+    model = model.merge_and_unload() if merged else model.get_base_model()
+    program = torch.export.export(model, (), {"input_ids": tokens(), "use_cache": False}, strict=False)
+    actual = program.module()(input_ids=tokens(), use_cache=False).logits
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())

@@ -1,0 +1,136 @@
+"""Where queries stand among the keys, and positions that are refused because the keys' order cannot represent them."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from families import tiny_model, tokens
+from peft import get_peft_model
+from transformers import DynamicCache, StaticCache
+
+from peft_moice import MoICEConfig
+from peft_moice.positions import query_start
+
+
+def adapted(family: str = "llama", **overrides):
+    torch.manual_seed(1)
+    config = MoICEConfig(base_multipliers=[1.0, 4.0, 0.25], top_k=2, init_weights=False)
+    return get_peft_model(tiny_model(family, **overrides), config).eval()
+
+
+def right_padded_prompt() -> dict[str, torch.Tensor]:
+    mask = torch.ones(3, 9, dtype=torch.long)
+    mask[1, 6:] = 0
+    return {"input_ids": tokens(batch=3, length=9) * mask, "attention_mask": mask}
+
+
+@torch.no_grad()
+def test_right_padding_before_generation_is_refused_with_its_row():
+    model, prompt = adapted(), right_padded_prompt()
+    with pytest.raises(ValueError, match=r"Row 1 of the prompts is padded on the right.*padding_side"):
+        model.generate(**prompt, max_new_tokens=2)
+    with model.disable_adapter():
+        model.generate(**prompt, max_new_tokens=2)
+
+
+@torch.no_grad()
+def test_right_padding_without_generation_changes_no_real_token():
+    model, prompt = adapted(), right_padded_prompt()
+    logits = model(**prompt).logits
+    alone = model(prompt["input_ids"][1:2, :6]).logits
+    torch.testing.assert_close(logits[1:2, :6], alone, rtol=0, atol=1e-5 * alone.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    "position_ids",
+    [
+        pytest.param([0, 1, 2, 3, 4, 8, 9, 10], id="gap"),
+        pytest.param([0, 0, 1, 1, 2, 2, 3, 3], id="repeated"),
+        pytest.param([0, 2, 4, 6, 8, 10, 12, 14], id="stretched"),
+    ],
+)
+@torch.no_grad()
+def test_positions_that_do_not_count_are_refused_with_their_row(position_ids):
+    model = adapted()
+    rows = torch.tensor([list(range(8)), position_ids])
+    with pytest.raises(ValueError, match=r"position_ids of row 1 .*Leave `position_ids` out"):
+        model(tokens(length=8), position_ids=rows)
+    with model.disable_adapter():
+        model(tokens(length=8), position_ids=rows)
+
+
+@pytest.mark.parametrize(
+    "position_ids",
+    [
+        pytest.param([5, 6, 7, 8, 9, 10, 11, 12], id="shifted"),
+        pytest.param([0, 0, 0, 0, 1, 2, 3, 4], id="left padding"),
+        pytest.param([1, 1, 1, 0, 1, 2, 3, 4], id="left padding marked by ones"),
+        pytest.param([0, 1, 2, 0, 1, 0, 1, 2], id="packed"),
+        pytest.param([0, 1, 2, 3, 4, 1, 1, 1], id="right padding in training"),
+    ],
+)
+@torch.no_grad()
+def test_positions_that_count_are_accepted(position_ids):
+    adapted()(tokens(length=8), position_ids=torch.tensor([position_ids, list(range(8))]))
+
+
+@torch.no_grad()
+def test_positions_are_watched_in_copies_and_no_longer_after_unloading():
+    position_ids = torch.tensor([[0, 1, 2, 9]])
+    model = adapted()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with pytest.raises(ValueError, match="row 0"):
+            twin(tokens(1, 4), position_ids=position_ids)
+        with twin.disable_adapter():
+            twin(tokens(1, 4), position_ids=position_ids)
+    base = model.unload()
+    base(tokens(1, 4), position_ids=position_ids)
+    assert not any(module._forward_pre_hooks for module in base.modules())
+
+
+@torch.no_grad()
+def test_merged_routers_watch_positions_too():
+    model = adapted()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="row 0"):
+        model(tokens(1, 4), position_ids=torch.tensor([[0, 1, 2, 9]]))
+
+
+@torch.no_grad()
+def test_positions_of_images_are_refused():
+    model = adapted("qwen3_vl")
+    text = torch.arange(8)[None, None].expand(3, 2, 8)
+    model(input_ids=tokens(length=8), position_ids=text)
+    image = text.clone()
+    image[1, 1, 3:6] = 3
+    with pytest.raises(ValueError, match=r"Row 1 has positions in more than one dimension \(mRoPE\)"):
+        model(input_ids=tokens(length=8), position_ids=image)
+    with model.disable_adapter():
+        model(input_ids=tokens(length=8), position_ids=image)
+
+
+def test_query_start_in_a_static_cache():
+    config = tiny_model("llama").config
+    cache = StaticCache(config=config, max_cache_len=16)
+    keys = torch.zeros(1, 2, 5, 16)
+    assert query_start(0, (torch.zeros(1, 5, 64),), {"past_key_values": cache}) == 0
+    cache.update(keys, keys, 0)
+    assert query_start(0, (torch.zeros(1, 1, 64),), {"past_key_values": cache}) == 5
+    assert query_start(1, (torch.zeros(1, 5, 64),), {"past_key_values": cache}) == 0
+    # A family that shares its attention modules names the layer in the call.
+    assert query_start(1, (torch.zeros(1, 1, 64),), {"past_key_values": cache, "layer_idx": 0}) == 5
+
+
+def test_query_start_is_left_to_the_keys_of_growing_caches():
+    cache = DynamicCache(config=tiny_model("mistral").config)
+    assert query_start(0, (torch.zeros(1, 5, 64),), {"past_key_values": cache}) is None
+    assert query_start(0, (torch.zeros(1, 5, 64),), {}) is None
+
+
+@torch.no_grad()
+def test_static_caches_whose_layer_cannot_be_told_are_refused():
+    model = adapted("hrm_text")
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    with pytest.raises(ValueError, match=r"`cycle_offset` chooses among several of its layers.*DynamicCache"):
+        model(tokens(length=4), past_key_values=cache)

@@ -1,0 +1,199 @@
+"""What the probe finds, leaves out and refuses."""
+
+import pytest
+import torch
+from families import tiny_model, tokens
+from peft import get_peft_model
+from torch import nn
+
+from peft_moice import MoICEConfig, MoICELayer
+from peft_moice.probe import LayerProbe, UnsupportedLayerError, attention_module_names
+from peft_moice.rope import RotaryLayout
+
+
+def config(**options) -> MoICEConfig:
+    return MoICEConfig(**{"base_multipliers": [1.0, 4.0, 0.25], "init_weights": False, **options})
+
+
+def adapted_names(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, MoICELayer)]
+
+
+def plans(family: str, **overrides) -> list:
+    model = tiny_model(family, **overrides)
+    probe = LayerProbe(model)
+    return [probe.plan(name) for name in attention_module_names(model)]
+
+
+@pytest.mark.parametrize(
+    "family, layout, direction",
+    [
+        ("llama", RotaryLayout(0, 16, interleaved=False), 1),
+        ("cohere", RotaryLayout(0, 16, interleaved=True), 1),
+        ("stablelm", RotaryLayout(0, 4, interleaved=False), 1),
+        ("glm4", RotaryLayout(0, 8, interleaved=True), 1),
+        ("gpt_oss", RotaryLayout(0, 16, interleaved=False), 1),
+        ("deepseek_v2", RotaryLayout(16, 8, interleaved=True), 1),
+        ("deepseek_v3", RotaryLayout(16, 8, interleaved=False), 1),
+        ("nanochat", RotaryLayout(0, 16, interleaved=False), -1),
+    ],
+)
+def test_layouts(family, layout, direction):
+    for plan in plans(family):
+        assert plan.rope.layout == layout
+        assert plan.rope.direction == direction
+
+
+@pytest.mark.parametrize(
+    "family, overrides, rotary",
+    [
+        ("smollm3", {"no_rope_layers": [1, 0]}, [True, False]),
+        ("llama4_text", {"no_rope_layers": [0, 1]}, [False, True]),
+        ("cohere2", {"layer_types": ["sliding_attention", "full_attention"]}, [True, False]),
+        ("exaone4", {"layer_types": ["full_attention", "sliding_attention"]}, [False, True]),
+        ("granite_swa", {"layer_rope_theta": [0.0, 10000.0]}, [False, True]),
+        ("granitemoe_swa", {"layer_rope_theta": [10000.0, 0.0]}, [True, False]),
+        ("beam", {}, None),
+    ],
+)
+@torch.no_grad()
+def test_layers_without_rotary_embedding_are_left_out(family, overrides, rotary):
+    found = [plan.rope is not None for plan in plans(family, **overrides)]
+    if rotary is None:
+        assert any(found) and not all(found)
+    else:
+        assert found == rotary
+    model = tiny_model(family, **overrides)
+    base = model(tokens()).logits
+    model = get_peft_model(model, config(base_multipliers=[1.0]))
+    assert len(adapted_names(model)) == sum(found)
+    assert torch.equal(model(tokens()).logits, base)
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "olmo3", "modernbert-decoder", "mimo_v2_flash", "gemma4_text"])
+def test_layer_types_have_angles_of_their_own(family):
+    model = get_peft_model(tiny_model(family), config(base_multipliers=[1.0, 2.0]))
+    rope_bases = model.peft_config["default"].rope_bases
+    parameters = model.config.rope_parameters
+    assert rope_bases == {
+        kind: pytest.approx([parameters[kind]["rope_theta"], 2 * parameters[kind]["rope_theta"]])
+        for kind in rope_bases
+    }
+    assert len(rope_bases) == 2
+
+
+@pytest.mark.parametrize(
+    "family, reason",
+    [
+        ("hunyuan_v1_dense", "something other than a rotation acts on them"),
+        ("hunyuan_v1_moe", "something other than a rotation acts on them"),
+        ("deepseek_v32", "it selects keys itself .`indices`."),
+        ("deepseek_v4", "no rope parameters for layers of type"),
+        ("falcon", "FalconAttention.* do not go through transformers' attention interface"),
+        ("gpt_neox_japanese", "do not go through transformers' attention interface"),
+        ("opt", "none of its attention modules has a rotary embedding"),
+        ("bert", "none of its attention modules has a rotary embedding"),
+        ("nemotron_h", "none of its attention modules has a rotary embedding"),
+        ("mamba", "no attention modules"),
+    ],
+)
+def test_families_that_cannot_be_adapted_are_refused_with_the_reason(family, reason):
+    model = tiny_model(family)
+    with pytest.raises(ValueError, match=reason) as error:
+        get_peft_model(model, config())
+    assert "target_modules" in str(error.value)
+    assert not adapted_names(model)
+
+
+def test_a_weighted_norm_after_the_rotation_is_refused_even_while_its_weights_are_equal():
+    model = tiny_model("hunyuan_v1_dense")
+    for name, parameter in model.named_parameters():
+        if "layernorm" in name:
+            nn.init.ones_(parameter)
+    with pytest.raises(UnsupportedLayerError, match="something other than a rotation"):
+        get_peft_model(model, config())
+
+
+@pytest.mark.parametrize(
+    "rope_parameters",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+        {
+            "rope_type": "llama3",
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+        {"rope_type": "proportional", "factor": 2.0, "partial_rotary_factor": 0.5},
+    ],
+    ids=lambda parameters: parameters["rope_type"],
+)
+@torch.no_grad()
+def test_rope_types_keep_their_parameters_under_every_angle(rope_parameters):
+    rope_parameters = {"rope_theta": 10000.0, **rope_parameters}
+    expected = tiny_model("llama", rope_parameters=dict(rope_parameters), theta_factor=3.0)(tokens()).logits
+    model = tiny_model("llama", rope_parameters=dict(rope_parameters))
+    plain = tiny_model("llama", rope_parameters={"rope_theta": 10000.0}, theta_factor=3.0)(tokens()).logits
+    assert (plain - expected).abs().max() > 1e-3 * expected.abs().max()
+    actual = get_peft_model(model, config(base_multipliers=[3.0]))(tokens()).logits
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_rope_types_that_change_while_running_are_refused(rope_type):
+    parameters = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 4.0}
+    if rope_type == "longrope":
+        parameters |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 32}
+    with pytest.raises(UnsupportedLayerError, match=f"'{rope_type}' changes the angles"):
+        get_peft_model(tiny_model("llama", rope_parameters=parameters), config())
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava", "gemma3", "mistral3", "internvl", "lfm2_vl"])
+@torch.no_grad()
+def test_vision_language_models_are_adapted_in_their_text_tower_alone(family):
+    model = tiny_model(family)
+    base = model(input_ids=tokens()).logits
+    decoder = {id(module) for module in model.get_decoder().modules()}
+    model = get_peft_model(model, config())
+    names = adapted_names(model)
+    assert names and all(id(model.get_submodule(name).base_layer) in decoder for name in names)
+    assert (model(input_ids=tokens()).logits - base).abs().max() > 1e-4 * base.abs().max()
+
+    turned = get_peft_model(tiny_model(family), config(base_multipliers=[3.0]))
+    expected = tiny_model(family, theta_factor=3.0)(input_ids=tokens()).logits
+    actual = turned(input_ids=tokens()).logits
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+def test_cross_attention_is_not_wrapped():
+    model = get_peft_model(tiny_model("mllama", cross_attention_layers=[1], num_hidden_layers=3), config())
+    assert [name.split(".")[-2] for name in adapted_names(model)] == ["0", "2"]
+
+
+def test_layers_with_equal_rotary_embeddings_share_their_tables():
+    model = get_peft_model(tiny_model("llama"), config())
+    first, second = (model.get_submodule(name).rope for name in adapted_names(model))
+    assert first is second
+
+
+def test_probing_leaves_the_model_as_it_was():
+    model = tiny_model("gemma4_text")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    configs = {name: module.config for name, module in model.named_modules() if hasattr(module, "config")}
+    probe = LayerProbe(model)
+    for name in attention_module_names(model):
+        probe.plan(name)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(model.get_submodule(name).config is config for name, config in configs.items())
+
+
+def test_a_model_without_weights_is_probed_like_one_with_them():
+    expected = [(plan.rope.layout, plan.num_heads, plan.head_dim) for plan in plans("deepseek_v3")]
+    with torch.device("meta"):
+        model = tiny_model("deepseek_v3")
+    probe = LayerProbe(model)
+    found = [probe.plan(name) for name in attention_module_names(model)]
+    assert [(plan.rope.layout, plan.num_heads, plan.head_dim) for plan in found] == expected
+    assert all(parameter.is_meta for parameter in model.parameters())
