@@ -18,12 +18,12 @@ from .mixture import MixesAngles
 def watch_positions(model: nn.Module) -> None:
     """Refuse positions that the layers of `model` that mix angles cannot represent. Called again, it starts afresh."""
     unwatch_positions(model)
-    model.register_forward_pre_hook(_check_padding, with_kwargs=True)
+    model.register_forward_pre_hook(_check_prompt, with_kwargs=True)
     layers = [module for module in model.modules() if isinstance(module, MixesAngles)]
     rotaries = {(layer.rope.rotary, id(layer.rope.config)) for layer in layers}
     for module in model.modules():
         if (type(module), id(getattr(module, "config", None))) in rotaries:
-            module.register_forward_pre_hook(functools.partial(_check_position_ids, model), with_kwargs=True)
+            module.register_forward_pre_hook(functools.partial(_check_dimensions, model), with_kwargs=True)
 
 
 def unwatch_positions(model: nn.Module) -> None:
@@ -31,7 +31,7 @@ def unwatch_positions(model: nn.Module) -> None:
     # Found by their function, because handles would not survive copies and pickles of the model.
     for module in model.modules():
         for handle_id, hook in list(module._forward_pre_hooks.items()):
-            if getattr(hook, "func", hook) in (_check_padding, _check_position_ids):
+            if getattr(hook, "func", hook) in (_check_prompt, _check_dimensions):
                 del module._forward_pre_hooks[handle_id]
                 module._forward_pre_hooks_with_kwargs.pop(handle_id, None)
 
@@ -40,37 +40,22 @@ def _mixes(model: nn.Module) -> bool:
     return any(isinstance(module, MixesAngles) and module.members() for module in model.modules())
 
 
-def _check_padding(model: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Refuse prompts padded on the right that are to be continued: later tokens would not follow the last real one."""
-    mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if torch.compiler.is_compiling() or position_ids is None or not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+def _check_prompt(model: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Refuse explicit position ids of prompts that the order of the keys does not give."""
+    position_ids = kwargs.get("position_ids")
+    # Continuous batching and flattened batches say by `cu_seq_lens_q` where sequences begin.
+    if torch.compiler.is_compiling() or position_ids is None or "cu_seq_lens_q" in kwargs:
         return
-    if position_ids.shape[-1] == 1 or not isinstance(kwargs.get("past_key_values"), Cache) or not _mixes(model):
+    if position_ids.shape[-1] == 1 or not _mixes(model):
         return
-    ends_in_padding = (mask[:, -1] == 0) & mask.bool().any(dim=-1)
-    if ends_in_padding.any():
-        row = int(ends_in_padding.nonzero()[0])
-        raise ValueError(
-            f"Row {row} of the prompts is padded on the right, so the tokens to be generated would not stand right "
-            'after its last token. Pad on the left: `tokenizer.padding_side = "left"`.'
-        )
+    _check_steps(position_ids[0] if position_ids.dim() == 3 else position_ids)
+    mask = kwargs.get("attention_mask")
+    if isinstance(kwargs.get("past_key_values"), Cache) and isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        _check_padding(mask)
 
 
-def _check_position_ids(model: nn.Module, rotary: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Refuse position ids of prompts that do not go up by one within a sequence."""
-    if torch.compiler.is_compiling():
-        return
-    position_ids = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
-    if not isinstance(position_ids, torch.Tensor) or position_ids.shape[-1] == 1 or not _mixes(model):
-        return
-    if position_ids.dim() == 3:
-        differs = (position_ids != position_ids[:1]).any(dim=0).any(dim=-1)
-        if differs.any():
-            raise ValueError(
-                f"Row {int(differs.nonzero()[0])} has positions in more than one dimension (mRoPE), as images and "
-                "videos do. MoICE can only turn text positions: use text alone, or `disable_adapter()`."
-            )
-        position_ids = position_ids[0]
+def _check_steps(position_ids: torch.Tensor) -> None:
+    """Refuse position ids `[B, S]` that do not go up by one within a sequence."""
     step = position_ids.diff(dim=-1)
     gap = step > 1
     # Padding repeats a position too, but is not followed by the next one, or stands at the start at 0.
@@ -82,4 +67,30 @@ def _check_position_ids(model: nn.Module, rotary: nn.Module, args: tuple, kwargs
             f"The position_ids of row {row} do not go up by one from token to token: "
             f"{position_ids[row].tolist()[:32]}. MoICE counts positions by the order of the keys. Leave "
             "`position_ids` out, or start every packed sequence at 0 and leave no gaps."
+        )
+
+
+def _check_padding(mask: torch.Tensor) -> None:
+    """Refuse prompts padded on the right that are to be continued: later tokens would not follow the last real one."""
+    ends_in_padding = (mask[:, -1] == 0) & mask.bool().any(dim=-1)
+    if ends_in_padding.any():
+        row = int(ends_in_padding.nonzero()[0])
+        raise ValueError(
+            f"Row {row} of the prompts is padded on the right, so the tokens to be generated would not stand right "
+            'after its last token. Pad on the left: `tokenizer.padding_side = "left"`.'
+        )
+
+
+def _check_dimensions(model: nn.Module, rotary: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Refuse positions that differ from dimension to dimension."""
+    if torch.compiler.is_compiling():
+        return
+    position_ids = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
+    if not isinstance(position_ids, torch.Tensor) or position_ids.dim() < 3 or position_ids.shape[-1] == 1:
+        return
+    differs = (position_ids != position_ids[:1]).any(dim=0).any(dim=-1)
+    if _mixes(model) and differs.any():
+        raise ValueError(
+            f"Row {int(differs.nonzero()[0])} has positions in more than one dimension (mRoPE), as images and videos "
+            "do. MoICE can only turn text positions: use text alone, or `disable_adapter()`."
         )

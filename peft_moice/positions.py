@@ -48,3 +48,23 @@ def query_start(layer_idx: int, args: tuple, kwargs: dict) -> int | torch.Tensor
     query_length = (args[0] if args else kwargs["hidden_states"]).shape[-2]
     _, key_offset = cache.get_mask_sizes(query_length, layer_idx)
     return cache.get_query_offset(layer_idx) - key_offset
+
+
+def packed_query_start(
+    cu_seq_lens_q: torch.Tensor, cu_seq_lens_k: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+) -> torch.Tensor:
+    """Like [`query_start`], for sequences that lie one after the other in one row, each with its own past.
+
+    Args:
+        cu_seq_lens_q: `[sequences + 1]`, where each sequence's queries begin, and where the last one's end.
+        cu_seq_lens_k: `[sequences + 1]`, the same for keys. The queries of a sequence belong to its last keys.
+        query: `[1, H, S, D]`; what lies behind the last sequence is padding.
+        key: `[1, G, T, D]`.
+
+    Returns:
+        `[S]`, so that query s stands at `query_start[s] + s`.
+    """
+    order = torch.arange(query.shape[-2], device=query.device)
+    sequence = torch.bucketize(order, cu_seq_lens_q[1:], right=True).clamp(max=cu_seq_lens_q.shape[0] - 2)
+    from_end = cu_seq_lens_q[sequence + 1] - order
+    return (cu_seq_lens_k[sequence + 1] - from_end).clamp(0, key.shape[-2] - 1) - order

@@ -5,7 +5,7 @@ import pytest
 import torch
 from families import tiny_model, tokens
 from peft import get_peft_model
-from transformers import DynamicCache, QuantizedCache, StaticCache
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, QuantizedCache, StaticCache
 
 from peft_moice import MoICEConfig
 
@@ -202,3 +202,21 @@ def test_the_cache_holds_what_the_base_model_would_keep():
         model(ids, past_key_values=own, use_cache=True)
     for layer, own_layer in zip(cache.layers, own.layers, strict=True):
         assert torch.equal(layer.keys, own_layer.keys) and torch.equal(layer.values, own_layer.values)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "paged|eager"])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@torch.no_grad()
+def test_continuous_batching_gives_the_text_of_single_prompts(family, attention):
+    model = adapted(family)
+    prompts = [tokens(batch=1, length=length, seed=length) for length in (11, 5, 3)]
+    expected = [generated(model, prompt, new_tokens=8)[0, prompt.shape[1] :].tolist() for prompt in prompts]
+    base = model.get_base_model()
+    base.set_attn_implementation(attention)
+    outputs = base.generate_batch(
+        inputs=[prompt[0].tolist() for prompt in prompts],
+        generation_config=GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0),
+        continuous_batching_config=ContinuousBatchingConfig(num_blocks=16, page_size=32, max_batch_tokens=16),
+        progress_bar=False,
+    )
+    assert [output.generated_tokens for output in outputs.values()] == expected

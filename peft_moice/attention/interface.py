@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
+from ..positions import packed_query_start
 from ..rope import RotationTable
 from .operator import mixed_attention
 
@@ -55,7 +56,7 @@ class MixtureCall:
     Attributes:
         gate: maps queries `[B, H, S, D]` to gates `[B, H, S, N]` and a mask of the picked experts (or None).
         rotations: further rotations of the N experts.
-        query_start: index of the first query among the keys; None if the queries belong to the last keys.
+        query_start: see [`positions.query_start`].
         implementation: name of the operator's implementation.
     """
 
@@ -71,7 +72,10 @@ class MixtureCall:
     def attend(self, attend: Callable, query, key, value, attention_mask, backend: str | None = None, **kwargs):
         """Compute the mixture in place of `attend`, the model's own attention, which `backend` names."""
         query_start, implementation = self.query_start, self.implementation
-        if query_start is None:
+        if isinstance(kwargs.get("cache"), _WrittenCache):
+            query_start = packed_query_start(kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"], query, key)
+            implementation = _implementation_for_packed(implementation)
+        elif query_start is None:
             query_start = key.shape[-2] - query.shape[-2]
             if query_start < 0:
                 raise ValueError(
@@ -90,7 +94,7 @@ class MixtureCall:
             query_start=query_start,
             attend=attend,
             attention_mask=attention_mask,
-            implementation=self.implementation,
+            implementation=implementation,
             **kwargs,
         )
 
@@ -109,8 +113,39 @@ def moice_attention_forward(module: nn.Module, query, key, value, attention_mask
     def attend(q, k, v, mask, **options):
         return function(view, q, k, v, mask, **options)
 
+    if kwargs.get("cache") is not None:
+        key, value = _write_once(module, key, value, kwargs)
     name = backend.config._attn_implementation
     return moice.attend(attend, query, key, value, attention_mask, backend=name, **kwargs)
+
+
+def _implementation_for_packed(name: str) -> str:
+    if name not in ("auto", "delegated", "reference"):
+        raise ValueError(f"`implementation` is {name!r}, which does not run in continuous batching; choose 'auto'.")
+    return "delegated" if name == "auto" else name
+
+
+class _WrittenCache:
+    """Stands in for a paged cache that has taken up this pass's keys and values already."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, kwargs: dict):
+        return key_states, value_states
+
+
+def _write_once(module: nn.Module, key, value, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Let continuous batching's cache take up keys and values, and return all keys and values of its sequences.
+
+    In continuous batching it is the attention function that writes the cache, so a mixture, which may call the
+    function once per expert, has to write it before.
+    """
+    if kwargs.get("block_table") is not None:
+        raise ValueError(
+            "MoICE has to see the keys of continuous batching, which stay in the cache when decoding uses block "
+            "tables. Pass `ContinuousBatchingConfig(max_blocks_per_request=0)` as `continuous_batching_config`."
+        )
+    key, value = kwargs["cache"].update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+    kwargs["cache"] = _WrittenCache()
+    return key, value
 
 
 AttentionInterface.register(ATTENTION_NAME, moice_attention_forward)
