@@ -51,7 +51,7 @@ def grouped(
             int(query_start),
             scaling,
         )
-    return output.transpose(1, 2).to(query.dtype), None
+    return output.transpose(1, 2).contiguous().to(query.dtype), None
 
 
 def why_not_grouped(
