@@ -306,7 +306,10 @@ def _layer_type(module: nn.Module, rotary: nn.Module) -> str | None:
         return None
     layer_type = getattr(module, "layer_type", None)
     if layer_type is None:
-        layer_type = module.config.layer_types[module.layer_idx]
+        layer_types = getattr(module.config, "layer_types", None)
+        if layer_types is None or not hasattr(module, "layer_idx"):
+            raise UnsupportedLayerError("the model has angles per layer type, but this layer has no type")
+        layer_type = layer_types[module.layer_idx]
     if layer_type not in rotary.config.rope_parameters:
         raise UnsupportedLayerError(f"the model's config has no rope parameters for layers of type {layer_type!r}")
     return layer_type
