@@ -55,18 +55,18 @@ class Arguments:
     top_k: int | None = field(default=None, metadata={"help": "Angles mixed per head and token. Default: all."})
     router_scope: str = field(default="layer", metadata={"help": "One router per 'layer' or per 'head'."})
     first_layer: int = field(default=0, metadata={"help": "Index of the first layer that gets a router."})
-    init: str = field(default="normal", metadata={"help": "Start at the 'normal' mixture or at the 'identity'."})
+    init: str = field(default="identity", metadata={"help": "Start at the 'normal' mixture or at the 'identity'."})
     aux_coef: float = field(default=0.0, metadata={"help": "Weight of the balance loss."})
     facts: int = field(default=30, metadata={"help": "Facts in a training prompt."})
     longer_facts: int = field(default=45, metadata={"help": "Facts in the longer prompts, measured only."})
     questions: int = field(default=4, metadata={"help": "Questions asked in turn about a training prompt."})
     keep_weight: float = field(
-        default=5.0, metadata={"help": "Weight of the distance (KL) from the base model on ordinary text; 0: none."}
+        default=2.0, metadata={"help": "Weight of the distance (KL) from the base model on ordinary text; 0: none."}
     )
     keep_tokens: int = field(default=256, metadata={"help": "Tokens of ordinary text in a step."})
-    steps: int = field(default=40, metadata={"help": "Training steps."})
+    steps: int = field(default=30, metadata={"help": "Training steps."})
     batch_size: int = field(default=1, metadata={"help": "Training prompts in a step."})
-    learning_rate: float = field(default=1e-2, metadata={"help": "Peak learning rate of AdamW."})
+    learning_rate: float = field(default=5e-2, metadata={"help": "Peak learning rate of AdamW."})
     lists: int = field(default=32, metadata={"help": "Lists of facts per measurement: questions per position."})
     text_chunks: int = field(default=8, metadata={"help": "Chunks of 1,024 tokens of text for the perplexity."})
     seed: int = field(default=0, metadata={"help": "Seed of training."})
