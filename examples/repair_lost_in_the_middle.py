@@ -22,6 +22,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
+from typing import Literal
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -53,9 +54,11 @@ class Arguments:
         metadata={"help": "Base angles as multiples of the model's own, which comes first."},
     )
     top_k: int | None = field(default=None, metadata={"help": "Angles mixed per head and token. Default: all."})
-    router_scope: str = field(default="layer", metadata={"help": "One router per 'layer' or per 'head'."})
+    router_scope: Literal["layer", "head"] = field(default="layer", metadata={"help": "What shares a router."})
     first_layer: int = field(default=0, metadata={"help": "Index of the first layer that gets a router."})
-    init: str = field(default="identity", metadata={"help": "Start at the 'normal' mixture or at the 'identity'."})
+    init: Literal["identity", "normal"] = field(
+        default="identity", metadata={"help": "Start at the model's own angle, or near the equal mixture of all."}
+    )
     aux_coef: float = field(default=0.0, metadata={"help": "Weight of the balance loss."})
     facts: int = field(default=30, metadata={"help": "Facts in a training prompt."})
     longer_facts: int = field(default=45, metadata={"help": "Facts in the longer prompts, measured only."})
@@ -113,6 +116,8 @@ def main(args: Arguments) -> None:
     after = measure(loaded, tokenizer, args)
     seconds["measure after"] = time.perf_counter() - start
 
+    seconds["do all of this"] = sum(seconds.values())
+
     results = {
         "arguments": asdict(args),
         "before": {name: to_json(value) for name, value in before.items()},
@@ -169,7 +174,7 @@ def add_routers(model, args: Arguments):
         base_multipliers=args.angles,
         top_k=args.top_k,
         router_scope=args.router_scope,
-        layers_to_transform=list(range(args.first_layer, model.config.num_hidden_layers)),
+        layers_to_transform=list(range(args.first_layer, model.config.get_text_config().num_hidden_layers)),
         init_weights="identity" if args.init == "identity" else True,
         router_aux_loss_coef=args.aux_coef,
     )
