@@ -10,14 +10,17 @@ from .model import MoICEModel
 from .official import load_official_checkpoint
 from .registration import register
 from .stacking import unwrapped
+from .training import BalanceLossMixin, collect_balance_loss
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BalanceLossMixin",
     "MoICEConfig",
     "MoICELayer",
     "MoICEModel",
     "__version__",
+    "collect_balance_loss",
     "load_official_checkpoint",
     "push_to_hub",
     "unwrapped",

@@ -90,7 +90,7 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
             mixture = LayerMixture(self.members(), self.rope)
         if not mixture.members:
             return self.base_layer(*args, **kwargs)
-        return mixture.run(self.base_layer, self.base_layer.layer_idx, args, kwargs, self.router_logits)
+        return mixture.run(self.base_layer, self.base_layer.layer_idx, args, kwargs, self)
 
     def _members_of(self, adapter_names: list[str]) -> list[Member]:
         """The routers of those adapters that this layer has, in equal shares per adapter."""

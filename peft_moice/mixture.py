@@ -54,18 +54,20 @@ class LayerMixture:
         return tuple(dict.fromkeys(bases))
 
     def gates(
-        self, query: torch.Tensor, rope_bases: tuple[float, ...], collect: dict[str, torch.Tensor] | None = None
+        self, query: torch.Tensor, rope_bases: tuple[float, ...], layer: "MixesAngles | None" = None
     ) -> torch.Tensor:
         """Gates `[B, H, S, N]` in float32 over `rope_bases` for queries `[B, H, S, D]`.
 
-        `collect` receives the logits of every member by its name.
+        `layer` is told the logits and gates of every member.
         """
         mixed = None
         for member in self.members:
             logits = member.router(query)
-            if collect is not None:
-                collect[member.name] = logits
+            if layer is not None:
+                logits = layer.track_logits(member.name, logits)
             gates = member.router.gates(logits, member.spec.top_k)
+            if layer is not None and layer.router_gates is not None:
+                layer.router_gates[member.name] = gates.detach()
             columns = [rope_bases.index(base) for base in member.spec.bases_of(self.rope.layer_type)]
             if columns != list(range(len(rope_bases))):
                 index = torch.tensor(columns, device=gates.device)
@@ -95,7 +97,7 @@ class LayerMixture:
         layer_idx: int,
         args: tuple,
         kwargs: dict[str, Any],
-        collect: dict[str, torch.Tensor] | None = None,
+        layer: "MixesAngles | None" = None,
     ) -> Any:
         """Call an attention module so that its attention function computes this mixture.
 
@@ -104,13 +106,13 @@ class LayerMixture:
             layer_idx: the layer's index in the cache.
             args: positional arguments of the call.
             kwargs: keyword arguments of the call.
-            collect: receives the router logits of this pass.
+            layer: is told the router logits and gates of this pass.
         """
         rope_bases = self.rope_bases()
         rotations: RotationTable = self.rope.table(rope_bases)
 
         def gate(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-            gates = self.gates(query, rope_bases, collect)
+            gates = self.gates(query, rope_bases, layer)
             # An identity scale of zero closes gates that have a gradient all the same.
             closed_gates_learn = any(member.router.identity_scale is not None for member in self.members)
             picked = torch.ones_like(gates, dtype=torch.bool) if closed_gates_learn and gates.requires_grad else None
@@ -126,13 +128,40 @@ class MixesAngles(nn.Module):
 
     Attributes:
         router_logits: None, or a dict in which forward passes leave the logits `[B, H, S, N]` of their routers.
+        router_gates: likewise for their gates, without gradient.
+        late_gradients: gradients of the balance loss that wait for reentrant checkpointing to run the layer again,
+            by router, oldest first; None where none are due.
     """
 
     router_logits: dict[str, torch.Tensor] | None = None
+    router_gates: dict[str, torch.Tensor] | None = None
+    late_gradients: dict[str, list[torch.Tensor]] | None = None
 
     def members(self) -> list[Member]:
         """The routers that take part in a forward pass."""
         raise NotImplementedError
+
+    def track_logits(self, name: str, logits: torch.Tensor) -> torch.Tensor:
+        """Note the logits of a router, and return what the pass should go on with."""
+        if self.router_logits is not None:
+            self.router_logits[name] = logits
+        elif self.late_gradients is not None and logits.requires_grad and self.late_gradients.get(name):
+            logits = _AddGradient.apply(logits, self.late_gradients[name].pop(0))
+        return logits
+
+
+class _AddGradient(torch.autograd.Function):
+    """The identity, with `gradient` added to the gradient on the way back."""
+
+    @staticmethod
+    def forward(ctx, values: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gradient)
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx, grad_output: torch.Tensor):
+        (gradient,) = ctx.saved_tensors
+        return grad_output + gradient.to(grad_output.dtype), None
 
 
 def _weighted(gates: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:

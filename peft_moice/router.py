@@ -1,5 +1,7 @@
 """The router: query vectors in, expert logits and gates out; and the loss that balances the experts."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
@@ -136,18 +138,36 @@ def balance_loss(
     Returns:
         A float32 scalar.
     """
-    num_experts = router_logits[0].shape[-1]
-    chosen_count = prob_sum = rows = 0.0
+    return balance_losses(router_logits, top_k, token_mask, lambda values: values.sum(dim=(0, 1))[None])[0]
+
+
+def balance_losses(
+    router_logits: list[torch.Tensor],
+    top_k: int,
+    token_mask: torch.Tensor | None,
+    sum_tokens: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """The [`balance_loss`] of each of M groups of tokens on its own, `[M]` in float32; 0 for a group without tokens.
+
+    Args:
+        router_logits: as for [`balance_loss`].
+        top_k: likewise.
+        token_mask: likewise.
+        sum_tokens: maps values `[B, S, ...]` of tokens to their sums `[M, ...]` over the tokens of each group.
+    """
+    device, num_experts = router_logits[0].device, router_logits[0].shape[-1]
+    batch, _, length, _ = router_logits[0].shape
+    counts = torch.ones(batch, length, device=device)
+    if token_mask is not None:
+        counts = counts * token_mask.to(device)
+    chosen, probs, num_heads = 0.0, 0.0, 0
     for logits in router_logits:
-        probs = torch.softmax(logits, dim=-1, dtype=torch.float32)
-        chosen = torch.zeros_like(probs).scatter_(-1, torch.topk(probs, top_k, dim=-1).indices, 1.0)
-        if token_mask is None:
-            weight = probs.new_ones(probs.shape[:-1])
-        else:
-            weight = token_mask.to(probs.device, torch.float32)[:, None, :].expand(probs.shape[:-1])
-        device = router_logits[0].device
-        chosen_count = chosen_count + torch.einsum("bhsn,bhs->n", chosen, weight).to(device)
-        prob_sum = prob_sum + torch.einsum("bhsn,bhs->n", probs, weight).to(device)
-        rows = rows + weight.sum().to(device)
-    rows = rows.clamp(min=1.0)
-    return num_experts * torch.sum((chosen_count / rows) * (prob_sum / rows))
+        layer_probs = torch.softmax(logits, dim=-1, dtype=torch.float32)
+        picks = torch.topk(layer_probs, top_k, dim=-1).indices
+        chosen = chosen + torch.zeros_like(layer_probs).scatter_(-1, picks, 1.0).sum(dim=1).to(device)  # [B, S, N]
+        probs = probs + layer_probs.sum(dim=1).to(device)
+        num_heads += logits.shape[1]
+    rows = (num_heads * sum_tokens(counts)).clamp(min=1.0)[:, None]
+    shares = sum_tokens(chosen * counts[..., None]) / rows  # [M, N]
+    means = sum_tokens(probs * counts[..., None]) / rows
+    return num_experts * torch.sum(shares * means, dim=-1)

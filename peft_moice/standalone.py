@@ -53,7 +53,7 @@ class MoICEAttention(MixesAngles):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         mixture = LayerMixture(self.members(), self.rope)
-        return mixture.run(super().forward, self.layer_idx, args, kwargs, self.router_logits)
+        return mixture.run(super().forward, self.layer_idx, args, kwargs, self)
 
     def __reduce__(self):
         # Generated classes cannot be imported by name; their originals can.

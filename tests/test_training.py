@@ -1,16 +1,19 @@
 """The balance loss on every path to a trained model."""
 
 import copy
+import gc
 import pickle
 import warnings
+import weakref
+from functools import partial
 
 import pytest
 import torch
 from peft import get_peft_model
-from tiny_models import SHAPE, decide, load, save_tiny_model, token_ids, wide_config
+from tiny_models import SHAPE, decide, layers_of, load, save_tiny_model, token_ids, wide_config
 from transformers import AutoModelForCausalLM, MixtralConfig
 
-from peft_moice import MoICEModel
+from peft_moice import MoICEModel, collect_balance_loss
 from peft_moice.router import balance_loss
 from peft_moice.training import add_balance_loss
 
@@ -23,7 +26,7 @@ def llama(tmp_path_factory) -> str:
 
 
 def adapted(llama: str, way: str = "get_peft_model", **overrides) -> torch.nn.Module:
-    config = wide_config(router_aux_loss_coef=COEF, **overrides)
+    config = wide_config(**{"router_aux_loss_coef": COEF, **overrides})
     model = load(llama)
     if way == "add_adapter":
         model.add_adapter(config)
@@ -75,7 +78,6 @@ def test_positional_inputs(llama):
 
 def test_has_gradients_only_in_the_routers(llama):
     model, ids = adapted(llama), token_ids()
-    model(input_ids=ids, labels=ids).aux_loss  # noqa: B018
     model(input_ids=ids, labels=ids).loss.backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None and parameter.grad.abs().max() > 0) == ("moice_router" in name), name
@@ -94,7 +96,7 @@ def test_is_the_coefficient_times_the_balance_gradient(llama):
     gradients = []
     for coef in (0.0, COEF):
         model = adapted(llama)
-        for layer in (module for module in model.modules() if hasattr(module, "router_specs")):
+        for layer in layers_of(model):
             layer.router_specs["default"][0].router_aux_loss_coef = coef
         outputs = model(input_ids=ids, labels=ids, output_router_logits=True)
         if coef == 0.0:
@@ -121,17 +123,6 @@ def test_padding_does_not_count(llama):
     torch.testing.assert_close(again, trained)
 
 
-def test_accumulated_micro_batches_weigh_as_one_batch(llama):
-    """With `num_items_in_batch`, as Trainer passes it, a micro-batch adds its share of the batch's tokens."""
-    model, ids = adapted(llama), token_ids(4, 14)
-    num_items = torch.tensor(ids[:, 1:].numel())
-    balance = [balance_loss(list(model(part, output_router_logits=True).router_logits), 2) for part in ids.split(1)]
-    losses = [model(input_ids=part, labels=part, num_items_in_batch=num_items).loss for part in ids.split(1)]
-    model.eval()
-    plain = [model(input_ids=part, labels=part, num_items_in_batch=num_items).loss for part in ids.split(1)]
-    torch.testing.assert_close(sum(losses) - sum(plain), COEF * sum(balance) / 4)
-
-
 def test_every_active_adapter_has_its_own(llama):
     model, ids = adapted(llama), token_ids()
     model.add_adapter("b", wide_config(base_multipliers=[1.0, 3.0], top_k=1, router_aux_loss_coef=2.0))
@@ -155,32 +146,193 @@ def test_is_absent_from_evaluation_and_where_adapters_are_disabled(llama):
     assert not hasattr(outputs, "router_logits")
 
 
-def test_a_missing_loss_is_said(llama):
+@pytest.mark.parametrize("checkpointing", [None, "reentrant"])
+def test_a_loss_computed_outside_the_model_is_said(llama, checkpointing):
+    """Whether the model had no labels or its loss is ignored; but only if a balance loss is left out."""
     model, ids = adapted(llama), token_ids()
-    with pytest.warns(UserWarning, match="returned no loss, so the balance loss of MoICE was not added"):
-        model(input_ids=ids)
-    quiet = adapted(llama)
-    for layer in (module for module in quiet.modules() if hasattr(module, "router_specs")):
-        layer.router_specs["default"][0].router_aux_loss_coef = 0.0
+    use_checkpointing(model, checkpointing)
+    for labels in (None, ids):
+        with pytest.warns(UserWarning, match="the balance loss of MoICE has no part in it"):
+            model(input_ids=ids, labels=labels).logits.logsumexp(-1).mean().backward()
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        quiet(input_ids=ids)
-
-
-def test_gradient_checkpointing_leaves_loss_and_gradients(llama):
-    ids = token_ids()
-    results = []
-    for checkpointing in (False, True):
-        model = adapted(llama)
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+        warnings.simplefilter("error", UserWarning)
         outputs = model(input_ids=ids, labels=ids)
-        outputs.loss.backward()
-        results.append([outputs.loss, *(p.grad for p in model.parameters() if p.requires_grad)])
-        kept = [m.router_logits for m in model.modules() if hasattr(m, "router_logits")]
-        assert kept == [None] * len(kept), "the recomputed pass left router logits behind"
+        (outputs.loss + outputs.logits.logsumexp(-1).mean()).backward()
+        for silent in (adapted(llama, router_aux_loss_coef=0.0), adapted(llama, top_k=None)):
+            if checkpointing:
+                use_checkpointing(silent, checkpointing)
+            silent(input_ids=ids).logits.logsumexp(-1).mean().backward()
+
+
+def use_checkpointing(model: torch.nn.Module, kind: str | None) -> None:
+    if kind is not None:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": kind == "reentrant"})
+
+
+def gradients_of(model: torch.nn.Module) -> list[torch.Tensor]:
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    return gradients
+
+
+@pytest.mark.parametrize("kind", ["reentrant", "non-reentrant"])
+@pytest.mark.parametrize("order", ["one pass", "two passes, one backward", "two passes, two backwards"])
+def test_gradient_checkpointing_leaves_loss_and_gradients(llama, kind, order):
+    ids = token_ids(4)
+    results = []
+    for checkpointing in (None, kind):
+        model = adapted(llama)
+        use_checkpointing(model, checkpointing)
+        parts = ids.split(4 if order == "one pass" else 2)
+        outputs = [model(input_ids=part, labels=part) for part in parts]
+        # Trainer, GradScaler and accumulation scale losses.
+        losses = [scale * output.loss for scale, output in zip((8.0, 3.0), outputs, strict=False)]
+        if order == "two passes, one backward":
+            losses = [sum(losses)]
+        for loss in losses:
+            loss.backward()
+        results.append([*losses, *gradients_of(model)])
+        kept = [(m.router_logits, m.late_gradients) for m in model.modules() if hasattr(m, "router_logits")]
+        assert not any(logits for logits, _ in kept), "the recomputed pass left router logits behind"
+        assert not any(any(late.values()) for _, late in kept if late), "gradients were left behind"
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected)
+
+
+def test_reentrant_checkpointing_has_the_balance_gradient(llama):
+    """Reentrant checkpointing detaches the collected logits; alone, the test above could pass without any."""
+    ids, gradients = token_ids(), []
+    for coef in (0.0, 100.0):
+        model = adapted(llama)
+        use_checkpointing(model, "reentrant")
+        for layer in layers_of(model):
+            layer.router_specs["default"][0].router_aux_loss_coef = coef
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append(torch.cat([g.flatten() for g in gradients_of(model)]))
+    assert (gradients[1] - gradients[0]).norm() > gradients[0].norm()
+
+
+SEQUENCE_LENGTHS = (14, 9, 14, 5, 11, 7, 14, 3)
+ANSWER_LENGTHS = (13, 4, 6, 4, 1, 6, 9, 2)
+"""Predicted tokens of each sequence; the rest carries the label -100."""
+
+
+def batch_of(sequences: range, packed: bool) -> dict[str, torch.Tensor]:
+    """Some of eight sequences, padded to a rectangle or packed into one row."""
+    all_ids = token_ids(8, 14)
+    rows = [all_ids[i, : SEQUENCE_LENGTHS[i]] for i in sequences]
+    labels = [row.clone() for row in rows]
+    for i, row in zip(sequences, labels, strict=True):
+        row[: -ANSWER_LENGTHS[i]] = -100
+    if packed:
+        positions = torch.cat([torch.arange(len(row)) for row in rows])
+        packed = {"input_ids": torch.cat(rows), "labels": torch.cat(labels), "position_ids": positions}
+        # With a cache, transformers would let the packed sequences see each other.
+        return {**{name: value[None] for name, value in packed.items()}, "use_cache": False}
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    ones = [torch.ones_like(row) for row in rows]
+    return {"input_ids": pad(rows), "labels": pad(labels, padding_value=-100), "attention_mask": pad(ones)}
+
+
+def accumulated(model: torch.nn.Module, rows_per_pass: int, packed: bool = False) -> list[torch.Tensor]:
+    """Loss and gradients of one step of eight sequences, with `num_items_in_batch` as Trainer gives it."""
+    num_items, total = torch.tensor(sum(ANSWER_LENGTHS)), 0.0
+    for first in range(0, 8, rows_per_pass):
+        loss = model(**batch_of(range(first, first + rows_per_pass), packed), num_items_in_batch=num_items).loss
+        loss.backward()
+        total = total + loss.detach()
+    return [total, *gradients_of(model)]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("rows_per_pass", [1, 2, 4, 8])
+@pytest.mark.parametrize("overrides", [{}, {"top_k": 1, "router_scope": "head"}])
+def test_a_step_does_not_depend_on_how_its_batch_is_cut(llama, rows_per_pass, packed, overrides):
+    expected = accumulated(adapted(llama, **overrides), 8)
+    for actual, wanted in zip(accumulated(adapted(llama, **overrides), rows_per_pass, packed), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_part_of_a_batch_balances_every_sequence_on_its_own(llama):
+    model = adapted(llama)
+    batch = batch_of(range(8), packed=False)
+    with_balance = model(**batch, num_items_in_batch=torch.tensor(50), output_router_logits=True)
+    logits, mask = with_balance.router_logits, batch["attention_mask"]
+    expected = sum(
+        ANSWER_LENGTHS[i] / 50 * balance_loss([layer[i : i + 1] for layer in logits], 2, mask[i : i + 1])
+        for i in range(8)
+    )
+    plain = model.eval()(**batch, num_items_in_batch=torch.tensor(50)).loss
+    torch.testing.assert_close(with_balance.loss - plain, COEF * expected)
+
+
+def test_balance_loss_for_losses_computed_outside_the_model(llama):
+    inside = adapted(llama)
+    expected = accumulated(inside, 2)
+    model, num_items, total = adapted(llama), torch.tensor(sum(ANSWER_LENGTHS)), 0.0
+    use_checkpointing(model, "reentrant")
+    for first in range(0, 8, 2):
+        batch = batch_of(range(first, first + 2), packed=False)
+        labels = batch.pop("labels")
+        with collect_balance_loss(model) as balance:
+            logits = model(**batch).logits
+            with torch.no_grad():
+                model(**batch)  # such as the reference of DPO, which has no part in the loss
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+        )
+        loss = loss / num_items + balance.loss(labels, num_items)
+        loss.backward()
+        total = total + loss.detach()
+    for actual, wanted in zip([total, *gradients_of(model)], expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
+
+
+def test_collecting_needs_an_adapter(llama):
+    with pytest.raises(ValueError, match="has no MoICE adapter"), collect_balance_loss(load(llama)):
+        pass
+
+
+@pytest.mark.parametrize("kind", [None, "reentrant"])
+def test_grad_scaler_scales_the_balance_gradient_too(llama, kind):
+    ids, results = token_ids(), []
+    for scale in (1.0, 1024.0):
+        model = adapted(llama)
+        use_checkpointing(model, kind)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        scaler.scale(model(input_ids=ids, labels=ids).loss).backward()
+        scaler.unscale_(optimizer)
+        results.append(gradients_of(model))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_autocast_computes_the_balance_loss_in_float32(llama):
+    """From the logits that autocast gives, with no further rounding; bfloat16 could not even count the rows."""
+    model, ids = adapted(llama), token_ids(2, 100)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = model(input_ids=ids, labels=ids, output_router_logits=True)
+    assert outputs.router_logits[0].dtype == torch.bfloat16
+    assert torch.equal(outputs.aux_loss, balance_loss(list(outputs.router_logits), 2).detach())
+    outputs.loss.backward()
+    assert all(g.dtype == torch.float32 and g.abs().max() > 0 for g in gradients_of(model))
+
+
+def test_passes_are_freed_without_the_garbage_collector(llama):
+    model, ids = adapted(llama), token_ids()
+    use_checkpointing(model, "reentrant")
+    gc.collect()
+    gc.disable()
+    try:
+        outputs = model(input_ids=ids, labels=ids, output_router_logits=True)
+        kept = [weakref.ref(outputs.logits), weakref.ref(outputs.router_logits[0])]
+        outputs.loss.backward()
+        del outputs
+        assert [ref() for ref in kept] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_router_logits_of_a_mixture_of_experts_model_are_left_alone():
