@@ -1,0 +1,208 @@
+"""`MoICECallback`: what the routers do during training, in the logs of transformers' Trainer."""
+
+import json
+import logging
+from pathlib import Path
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+from .training import OBSERVER, RouterPass, hooked_model
+
+logger = logging.getLogger(__name__)
+
+_START_FILE = "moice_callback.json"
+
+
+class MoICECallback(TrainerCallback):
+    """Logs what the routers do, whenever Trainer logs the training loss.
+
+    ```python
+    trainer = Trainer(model, args, ...)
+    trainer.add_callback(MoICECallback(trainer))
+    ```
+
+    Trainer's own log (and so its `log_history`) receives, over all layers and processes:
+
+    - `moice/balance_loss`: the balance loss, 1 if the loads or the probabilities of the N experts are even, up to N
+      (K times that with `top_k` K);
+    - `moice/entropy`: mean entropy of the routers' probabilities in nats, 0 to log N;
+    - `moice/max_load`: load of the most used expert, 0 to 1;
+    - `moice/drift`: how far the mean gates have moved since the first step, 0 to 1 (half the sum of absolute
+      differences, mean over layers).
+
+    What `report_to` names (TensorBoard, ...) receives the same per layer, as `moice/layer_<index>/...`, with
+    `load_<expert>` (share of tokens and heads that picked the expert) and `gate_<expert>` (its mean gate). Padding
+    counts nowhere. Only steps that are logged are measured, over all their micro-batches.
+
+    Args:
+        trainer: the trainer that the callback is added to.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.statistics = RouterStatistics()
+        self.start: dict[str, list[list[float]]] | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        setattr(hooked_model(self.trainer.model), OBSERVER, self.statistics)
+        if state.global_step > 0 and self.start is None:
+            path = self._start_path(args, state)
+            if path.is_file():
+                self.start = json.loads(path.read_text())
+            else:
+                logger.warning("%s is missing, so moice/drift counts from step %d.", path, state.global_step)
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        self.statistics.clear()
+        self.statistics.enabled = self.start is None or _is_logged(args, state, state.global_step + 1)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        if self.start is None and self.statistics.sums:
+            self.start = {name: sums.gates().tolist() for name, sums in self._reduced().items()}
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs):
+        if "loss" not in (logs or {}) or not self.statistics.sums:
+            return
+        reduced = self._reduced()
+        self.statistics.clear()
+        summary, details = {}, {}
+        for name, sums in reduced.items():
+            prefix = "moice" if len(reduced) == 1 else f"moice/{name}"
+            drift = (sums.gates() - torch.tensor(self.start[name])).abs().sum(dim=-1) / 2
+            pooled = sums.pooled()
+            summary[f"{prefix}/balance_loss"] = pooled.balance_loss().item()
+            summary[f"{prefix}/entropy"] = pooled.entropy().item()
+            summary[f"{prefix}/max_load"] = pooled.loads().max().item()
+            summary[f"{prefix}/drift"] = drift.mean().item()
+            for row, index in enumerate(sums.layer_indices):
+                layer = f"{prefix}/layer_{index:02d}"
+                for expert in range(sums.num_experts):
+                    details[f"{layer}/load_{expert}"] = sums.loads()[row, expert].item()
+                    details[f"{layer}/gate_{expert}"] = sums.gates()[row, expert].item()
+                details[f"{layer}/entropy"] = sums.entropy()[row].item()
+                details[f"{layer}/balance_loss"] = sums.balance_loss()[row].item()
+                details[f"{layer}/drift"] = drift[row].item()
+        # The method of the base class: trainers that extend it flush metrics of their own.
+        Trainer.log(self.trainer, summary)
+        reporters = tuple(INTEGRATION_TO_CALLBACK.values())
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, reporters):
+                callback.on_log(args, state, control, logs=details, model=self.trainer.model)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        path = self._start_path(args, state)
+        if self.start is not None and state.is_world_process_zero and path.parent.is_dir():
+            path.write_text(json.dumps(self.start))
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        delattr(hooked_model(self.trainer.model), OBSERVER)
+        self.statistics.clear()
+
+    def _reduced(self) -> "dict[str, LayerSums]":
+        """The sums over all processes, on the CPU."""
+        return {
+            name: LayerSums(self.trainer.accelerator.reduce(sums.values).cpu(), sums.num_experts, sums.layer_indices)
+            for name, sums in self.statistics.sums.items()
+        }
+
+    def _start_path(self, args: TrainingArguments, state: TrainerState) -> Path:
+        """Where a checkpoint keeps the mean gates of the first step."""
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / _START_FILE
+
+
+def _is_logged(args: TrainingArguments, state: TrainerState, step: int) -> bool:
+    """Whether Trainer logs after optimizer step `step`, counted from 1."""
+    if step == 1 and args.logging_first_step:
+        return True
+    if args.logging_strategy == "epoch":
+        return step % max(1, round(state.max_steps / max(1, state.num_train_epochs))) == 0
+    return args.logging_strategy == "steps" and step % state.logging_steps == 0
+
+
+class LayerSums:
+    """Sums over tokens and heads, for each of L layers.
+
+    Args:
+        values: `[L, 3 N + 2]`: picks, gates and probabilities of N experts, entropy, and the number of summands.
+        num_experts: N.
+        layer_indices: the layers' indices in the model.
+    """
+
+    def __init__(self, values: torch.Tensor, num_experts: int, layer_indices: list[int]):
+        self.values = values
+        self.num_experts = num_experts
+        self.layer_indices = layer_indices
+
+    def pooled(self) -> "LayerSums":
+        """All layers as one."""
+        return LayerSums(self.values.sum(dim=0), self.num_experts, [])
+
+    def loads(self) -> torch.Tensor:
+        """Share `[L, N]` of tokens and heads that have each expert among their picks."""
+        return self._mean(0)
+
+    def gates(self) -> torch.Tensor:
+        """Mean gates `[L, N]`."""
+        return self._mean(1)
+
+    def entropy(self) -> torch.Tensor:
+        """Mean entropy `[L]` of the routers' probabilities, in nats."""
+        return self.values[..., -2] / self.values[..., -1].clamp(min=1)
+
+    def balance_loss(self) -> torch.Tensor:
+        """Balance loss `[L]` of each layer alone."""
+        return self.num_experts * (self.loads() * self._mean(2)).sum(dim=-1)
+
+    def _mean(self, part: int) -> torch.Tensor:
+        start = part * self.num_experts
+        return self.values[..., start : start + self.num_experts] / self.values[..., -1:].clamp(min=1)
+
+
+class RouterStatistics:
+    """Sums over the forward passes since it was cleared, by router name. Called with each of them.
+
+    Attributes:
+        enabled: whether passes are counted. Default: False.
+        sums: the sums.
+    """
+
+    def __init__(self):
+        self.enabled = False
+        self.sums: dict[str, LayerSums] = {}
+
+    def clear(self) -> None:
+        self.sums = {}
+
+    @torch.no_grad()
+    def __call__(self, passed: RouterPass) -> None:
+        if not self.enabled:
+            return
+        mask = passed.token_mask()
+        for name, layer_logits in passed.logits.items():
+            top_k, num_experts = passed.specs[name].top_k, layer_logits[0].shape[-1]
+            values = torch.stack(
+                [
+                    _sums_of_layer(logits, gates, top_k, mask).to(layer_logits[0].device)
+                    for logits, gates in zip(layer_logits, passed.gates[name], strict=True)
+                ]
+            )
+            if name in self.sums:
+                self.sums[name].values += values
+            else:
+                self.sums[name] = LayerSums(values, num_experts, [layer.layer_idx for layer in passed.layers[name]])
+
+
+def _sums_of_layer(
+    logits: torch.Tensor, gates: torch.Tensor, top_k: int, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """One row of [`LayerSums`] for logits and gates `[B, H, S, N]`."""
+    log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    probs = log_probs.exp()
+    picks = torch.zeros_like(probs).scatter_(-1, torch.topk(probs, top_k, dim=-1).indices, 1.0)
+    entropy = -(probs * log_probs).sum(dim=-1, keepdim=True)
+    values = torch.cat((picks, gates, probs, entropy, torch.ones_like(entropy)), dim=-1).sum(dim=1)  # [B, S, 3 N + 2]
+    if mask is not None:
+        values = values * mask.to(values.device)[..., None]
+    return values.sum(dim=(0, 1))

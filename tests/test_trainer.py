@@ -1,0 +1,303 @@
+"""transformers' Trainer: equal steps however they are cut, resuming, evaluation, and the callback's logs."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from tiny_models import decide, layers_of, load, router_state, save_tiny_model, token_ids, wide_config
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_pt_utils import LabelSmoother
+
+from peft_moice import BalanceLossMixin
+from peft_moice.callback import MoICECallback
+from peft_moice.router import balance_loss
+
+
+SGD = {"optim": "sgd", "learning_rate": 10.0, "max_grad_norm": 0.0}
+"""Without normalization, so that a gradient of the wrong size shows."""
+
+
+class BalancedTrainer(BalanceLossMixin, Trainer):
+    pass
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> str:
+    return save_tiny_model(tmp_path_factory.mktemp("llama"))
+
+
+def rows(count: int = 32) -> list[dict[str, list[int]]]:
+    """Sequences of 4 to 14 tokens, of which the later half is predicted."""
+    sequences = []
+    for i, ids in enumerate(token_ids(count, 14)):
+        length = 4 + i * 7 % 11
+        sequences.append({"input_ids": ids[:length], "labels": ids[:length].clone()})
+        sequences[-1]["labels"][: length // 2] = -100
+    return sequences
+
+
+def padded(sequences: list[dict]) -> dict[str, torch.Tensor]:
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    ids = [row["input_ids"] for row in sequences]
+    return {
+        "input_ids": pad(ids),
+        "labels": pad([row["labels"] for row in sequences], padding_value=-100),
+        "attention_mask": pad([torch.ones_like(row) for row in ids]),
+    }
+
+
+def adapted(llama: str, **overrides) -> torch.nn.Module:
+    model = get_peft_model(load(llama), wide_config(**{"router_aux_loss_coef": 0.5, **overrides}))
+    decide(model)
+    return model
+
+
+def trainer_of(model, folder: Path, trainer_class=Trainer, loss_func=None, **arguments) -> Trainer:
+    defaults = {
+        "use_cpu": True,
+        "report_to": "none",
+        "max_steps": 2,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 0.05,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "seed": 0,
+    }
+    return trainer_class(
+        model=model,
+        args=TrainingArguments(output_dir=str(folder), **{**defaults, **arguments}),
+        train_dataset=rows(),
+        eval_dataset=rows(5),
+        data_collator=padded,
+        compute_loss_func=loss_func,
+    )
+
+
+def trained(llama: str, folder: Path, trainer_class=Trainer, loss_func=None, **arguments) -> dict[str, torch.Tensor]:
+    """Router weights after two steps of SGD."""
+    model = adapted(llama)
+    trainer_of(model, folder, trainer_class, loss_func, **SGD, **arguments).train()
+    return router_state(model)
+
+
+@pytest.fixture(scope="module")
+def expected(llama, tmp_path_factory) -> dict[str, torch.Tensor]:
+    return trained(llama, tmp_path_factory.mktemp("expected"))
+
+
+def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], **tolerance) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
+        torch.testing.assert_close(value, expected[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+def cross_entropy(outputs, labels, num_items_in_batch=None) -> torch.Tensor:
+    logits = outputs["logits"][:, :-1].float().flatten(0, 1)
+    return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+
+
+def test_the_balance_loss_shows_in_these_steps(llama, tmp_path, expected):
+    """Without it, the steps that the tests below compare would differ far beyond their tolerance."""
+    model = adapted(llama, router_aux_loss_coef=0.0)
+    trainer_of(model, tmp_path, **SGD).train()
+    assert max((value - expected[name]).abs().max() for name, value in router_state(model).items()) > 1e-2
+
+
+@pytest.mark.parametrize("size, accumulation", [(1, 8), (2, 4)])
+def test_steps_do_not_depend_on_accumulation(llama, tmp_path, expected, size, accumulation):
+    arguments = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+    assert_equal(trained(llama, tmp_path, **arguments), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing(llama, tmp_path, expected, use_reentrant):
+    arguments = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
+    assert_equal(trained(llama, tmp_path, **arguments), expected)
+
+
+@pytest.mark.parametrize("trainer_class", [Trainer, BalancedTrainer])
+def test_mixin_changes_nothing_where_the_model_computes_the_loss(llama, tmp_path, expected, trainer_class):
+    assert_equal(trained(llama, tmp_path, trainer_class), expected)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}])
+def test_mixin_serves_loss_functions(llama, tmp_path, expected, arguments):
+    """The model's own loss, written outside the model: the same steps, balance loss included."""
+    weights = trained(llama, tmp_path, BalancedTrainer, cross_entropy, **arguments)
+    assert_equal(weights, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_mixin_serves_label_smoothing(llama, tmp_path):
+    model = adapted(llama)
+    trainer = trainer_of(model, tmp_path, BalancedTrainer, label_smoothing_factor=0.3, max_steps=1, **SGD)
+    batch = dict(next(iter(trainer.get_train_dataloader())))
+    trainer.train()
+
+    by_hand = adapted(llama).train()
+    optimizer = torch.optim.SGD([p for p in by_hand.parameters() if p.requires_grad], lr=SGD["learning_rate"])
+    labels = batch.pop("labels")
+    num_items = labels[:, 1:].ne(-100).sum()
+    outputs = by_hand(**batch, output_router_logits=True)
+    loss = LabelSmoother(epsilon=0.3)({"logits": outputs.logits}, labels, shift_labels=True)
+    for row in range(8):
+        share = labels[row, 1:].ne(-100).sum() / num_items
+        logits = [layer[row : row + 1] for layer in outputs.router_logits]
+        loss = loss + 0.5 * share * balance_loss(logits, 2, batch["attention_mask"][row : row + 1])
+    loss.backward()
+    optimizer.step()
+    assert_equal(router_state(model), router_state(by_hand))
+
+
+def test_label_smoothing_without_the_mixin_is_said(llama, tmp_path):
+    with pytest.warns(UserWarning, match=r"mix in `peft_moice\.BalanceLossMixin`"):
+        trained(llama, tmp_path, label_smoothing_factor=0.3, max_steps=1)
+
+
+def test_resuming_equals_the_straight_run_bitwise(llama, tmp_path):
+    arguments = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 2}
+    arguments["gradient_accumulation_steps"] = 2
+    straight, resumed = adapted(llama), adapted(llama)
+    trainer_of(straight, tmp_path / "straight", **arguments).train()
+    trainer = trainer_of(resumed, tmp_path / "resumed", **arguments)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-3"))
+    assert trainer.state.global_step == 6
+    for name, value in router_state(straight).items():
+        assert torch.equal(value, router_state(resumed)[name]), name
+
+
+def test_best_model_limit_of_checkpoints_and_metrics(llama, tmp_path):
+    """The highest loss counts as best here, so that the last checkpoint is not the best."""
+    model = adapted(llama)
+    shapes = []
+
+    def metrics(prediction) -> dict[str, float]:
+        shapes.append(prediction.predictions.shape)
+        return {"positives": float((prediction.predictions > 0).mean())}
+
+    trainer = trainer_of(
+        model,
+        tmp_path,
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,
+    )
+    trainer.compute_metrics = metrics
+    trainer.train()
+    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    best = max(losses, key=losses.get)
+    assert best != 4
+    assert shapes == [(5, 14, 64)] * 4
+    kept = {path.name for path in tmp_path.glob("checkpoint-*")}
+    assert kept == {f"checkpoint-{best}", "checkpoint-4"}
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-6)
+    loaded = PeftModel.from_pretrained(load(llama), tmp_path / f"checkpoint-{best}")
+    for name, value in router_state(loaded).items():
+        assert torch.equal(value, router_state(model)[name])
+
+
+@pytest.mark.slow
+def test_torch_compile(tmp_path):
+    folder, weights = save_tiny_model(tmp_path / "model", num_hidden_layers=1), []
+    for arguments in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+        torch.compiler.reset()
+        weights.append(trained(folder, tmp_path, max_steps=1, **arguments))
+    assert_equal(*weights, rtol=1e-4, atol=1e-6)
+
+
+def test_bf16(llama, tmp_path):
+    """Autocast leaves router weights in float32, and moves them as float32 would to within rounding.
+
+    With all experts kept: where some are dropped, rounding changes which.
+    """
+    moves = []
+    for bf16 in (False, True):
+        model = adapted(llama, top_k=None)
+        start = router_state(model)
+        trainer_of(model, tmp_path, bf16=bf16, max_steps=1, **SGD).train()
+        assert all(value.dtype == torch.float32 for value in router_state(model).values())
+        moves.append(torch.cat([(value - start[name]).flatten() for name, value in router_state(model).items()]))
+    assert torch.nn.functional.cosine_similarity(*moves, dim=0) > 0.99
+
+
+# --- the callback ---
+
+
+def test_callback_logs_what_the_routers_do(llama, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    model = adapted(llama)
+    arguments = {"report_to": "tensorboard", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    trainer = trainer_of(model, tmp_path, logging_strategy="steps", max_steps=3, **arguments)
+    trainer.args.logging_dir = str(tmp_path / "runs")
+    trainer.add_callback(MoICECallback(trainer))
+    collected = []
+    for layer in layers_of(model):
+        layer.register_forward_hook(lambda layer, args, output: collected.append(dict(layer.router_logits or {})))
+    masks = []
+    model.get_base_model().register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    trainer.train()
+
+    # Logits of the last step, over its four passes of three layers.
+    logits = [[entry["default"].detach() for entry in collected[-12:]][layer::3] for layer in range(3)]
+    kept = [
+        torch.cat([part.transpose(1, 2)[mask.bool()].flatten(0, 1) for part, mask in zip(layer, masks[-4:], strict=True)])
+        for layer in logits
+    ]  # [rows, N] per layer
+    histories = [entry for entry in trainer.state.log_history if "moice/balance_loss" in entry]
+    assert [entry["step"] for entry in histories] == [1, 2, 3]
+    last = histories[-1]
+    pooled = torch.cat(kept)
+    assert last["moice/balance_loss"] == pytest.approx(balance_loss([pooled[None, None]], 2).item(), rel=1e-5)
+    probs = pooled.softmax(-1)
+    assert last["moice/entropy"] == pytest.approx(torch.special.entr(probs).sum(-1).mean().item(), rel=1e-5)
+    assert histories[0]["moice/drift"] == 0.0
+    assert 0 < last["moice/drift"] < 1
+    assert not any("layer" in key for entry in trainer.state.log_history for key in entry)
+
+    events = EventAccumulator(str(next(tmp_path.rglob("events.*")).parent))
+    events.Reload()
+    for index, rows_of_layer in enumerate(kept):
+        picks = torch.nn.functional.one_hot(rows_of_layer.topk(2).indices, 4).sum(1).float().mean(0)
+        gates = layers_of(model)[index].moice_router["default"].gates(rows_of_layer[None, None], 2)[0, 0].mean(0)
+        for expert in range(4):
+            prefix = f"train/moice/layer_{index:02d}"
+            assert events.Scalars(f"{prefix}/load_{expert}")[-1].value == pytest.approx(picks[expert].item(), rel=1e-5)
+            assert events.Scalars(f"{prefix}/gate_{expert}")[-1].value == pytest.approx(gates[expert].item(), rel=1e-5)
+        balance = balance_loss([rows_of_layer[None, None]], 2).item()
+        assert events.Scalars(f"{prefix}/balance_loss")[-1].value == pytest.approx(balance, rel=1e-5)
+
+
+def test_callback_does_not_change_training(llama, tmp_path, expected):
+    model = adapted(llama)
+    trainer = trainer_of(model, tmp_path, **SGD)
+    trainer.add_callback(MoICECallback(trainer))
+    trainer.train()
+    assert_equal(router_state(model), expected, rtol=0, atol=0)
+    assert not hasattr(model.get_base_model(), "moice_observer")
+
+
+def test_callback_resumes_its_drift(llama, tmp_path):
+    histories = []
+    for name, resume in (("straight", None), ("resumed", "checkpoint-2")):
+        arguments = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "gradient_checkpointing": True}
+        trainer = trainer_of(adapted(llama), tmp_path, **arguments)
+        trainer.add_callback(MoICECallback(trainer))
+        trainer.train(resume_from_checkpoint=str(tmp_path / resume) if resume else None)
+        histories.append([entry for entry in trainer.state.log_history if "moice/drift" in entry][2:])
+    assert histories[0] == histories[1]
+    assert len(histories[0]) == 2
+    assert json.loads((tmp_path / "checkpoint-2" / "moice_callback.json").read_text()).keys() == {"default"}
