@@ -54,6 +54,9 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
         specs = config.router_specs()
         routers = [MoICERouter.from_spec(spec, self.rope.layer_type, self.num_heads, self.head_dim) for spec in specs]
         self.router_specs[adapter_name] = specs
+        for spec in specs:
+            # Built here, because a compiled forward pass could not.
+            self.rope.table(spec.bases_of(self.rope.layer_type))
         self.moice_router[adapter_name] = nn.ModuleList(routers) if config.members is not None else routers[0]
         self.reset_moice_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)

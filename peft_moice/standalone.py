@@ -91,6 +91,8 @@ def _install(
     attention.num_query_heads = num_heads
     attention.router_specs = specs
     setattr(attention, ROUTERS_NAME, nn.ModuleList(routers))
+    # Built here, because a compiled forward pass could not.
+    rope.table(LayerMixture(attention.members(), rope).rope_bases())
 
 
 def make_standalone(model: PreTrainedModel) -> PreTrainedModel:

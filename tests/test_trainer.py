@@ -211,8 +211,10 @@ def test_torch_compile(tmp_path):
     folder, weights = save_tiny_model(tmp_path / "model", num_hidden_layers=1), []
     for arguments in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
         torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
         weights.append(trained(folder, tmp_path, max_steps=1, **arguments))
     assert_equal(*weights, rtol=1e-4, atol=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_bf16(llama, tmp_path):
