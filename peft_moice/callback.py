@@ -25,8 +25,7 @@ class MoICECallback(TrainerCallback):
 
     Trainer's own log (and so its `log_history`) receives, over all layers and processes:
 
-    - `moice/balance_loss`: the balance loss, 1 if the loads or the probabilities of the N experts are even, up to N
-      (K times that with `top_k` K);
+    - `moice/balance_loss`: the balance loss, about K (`top_k`) with even loads, N if the same experts always win;
     - `moice/entropy`: mean entropy of the routers' probabilities in nats, 0 to log N;
     - `moice/max_load`: load of the most used expert, 0 to 1;
     - `moice/drift`: how far the mean gates have moved since the first step, 0 to 1 (half the sum of absolute
@@ -194,9 +193,7 @@ class RouterStatistics:
                 self.sums[name] = LayerSums(values, num_experts, [layer.layer_idx for layer in passed.layers[name]])
 
 
-def _sums_of_layer(
-    logits: torch.Tensor, gates: torch.Tensor, top_k: int, mask: torch.Tensor | None
-) -> torch.Tensor:
+def _sums_of_layer(logits: torch.Tensor, gates: torch.Tensor, top_k: int, mask: torch.Tensor | None) -> torch.Tensor:
     """One row of [`LayerSums`] for logits and gates `[B, H, S, N]`."""
     log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
     probs = log_probs.exp()

@@ -256,7 +256,9 @@ def test_callback_logs_what_the_routers_do(llama, tmp_path):
     # Logits of the last step, over its four passes of three layers.
     logits = [[entry["default"].detach() for entry in collected[-12:]][layer::3] for layer in range(3)]
     kept = [
-        torch.cat([part.transpose(1, 2)[mask.bool()].flatten(0, 1) for part, mask in zip(layer, masks[-4:], strict=True)])
+        torch.cat(
+            [part.transpose(1, 2)[mask.bool()].flatten(0, 1) for part, mask in zip(layer, masks[-4:], strict=True)]
+        )
         for layer in logits
     ]  # [rows, N] per layer
     histories = [entry for entry in trainer.state.log_history if "moice/balance_loss" in entry]

@@ -1,0 +1,157 @@
+"""TRL's trainers: supervised fine-tuning with packing and answer-only loss, and DPO."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny_models import VOCABULARY, decide, load, router_state, save_tiny_model, wide_config
+from transformers import AutoTokenizer
+
+from peft_moice import BalanceLossMixin, MoICEConfig
+from peft_moice.router import balance_loss
+
+pytest.importorskip("trl")
+
+from datasets import Dataset  # noqa: E402
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+COEF = 0.5
+TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}w3 {% generation %}{{ message['content'] }} "
+    "w4{% endgeneration %}{% else %}w2 {{ message['content'] }} {% endif %}{% endfor %}"
+)
+
+
+class BalancedSFTTrainer(BalanceLossMixin, SFTTrainer):
+    pass
+
+
+class BalancedDPOTrainer(BalanceLossMixin, DPOTrainer):
+    pass
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> str:
+    folder = save_tiny_model(tmp_path_factory.mktemp("llama"))
+    tokenizer = AutoTokenizer.from_pretrained(folder, eos_token="w4")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def words(count: int, seed: int) -> str:
+    generator = torch.Generator().manual_seed(seed)
+    return " ".join(f"w{i}" for i in torch.randint(5, VOCABULARY, (count,), generator=generator).tolist())
+
+
+def chat(row: int) -> list[dict[str, str]]:
+    return [
+        {"role": "user", "content": words(3 + row % 4, 2 * row)},
+        {"role": "assistant", "content": words(2 + row % 5, 2 * row + 1)},
+    ]
+
+
+CHATS = [{"messages": chat(row)} for row in range(8)]
+PREFERENCES = [{"prompt": chat(row)[:1], "chosen": chat(row)[1:], "rejected": chat(row + 8)[1:]} for row in range(8)]
+
+
+def trainer_of(trainer_class, config_class, llama: str, folder: Path, rows: list[dict], coef=COEF, **arguments):
+    defaults = {
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "max_steps": 1,
+        "per_device_train_batch_size": 8,
+        "optim": "sgd",
+        "learning_rate": 10.0,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    trainer = trainer_class(
+        model=load(llama),
+        args=config_class(output_dir=str(folder), **{**defaults, **arguments}),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(llama),
+        peft_config=wide_config(router_aux_loss_coef=coef),
+    )
+    decide(trainer.model)
+    return trainer
+
+
+def step(trainer) -> dict[str, torch.Tensor]:
+    """Router weights after one step of gradient descent."""
+    trainer.train()
+    return router_state(trainer.model)
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def test_sft_with_default_config_trains_and_saves(llama, tmp_path):
+    trainer = SFTTrainer(
+        model=load(llama),
+        args=SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_steps=2),
+        train_dataset=Dataset.from_list(CHATS),
+        processing_class=AutoTokenizer.from_pretrained(llama),
+        peft_config=MoICEConfig(),
+    )
+    before = router_state(trainer.model)
+    with warnings.catch_warnings():
+        # All experts are kept, so the balance loss has no gradient that could be left out.
+        warnings.filterwarnings("error", message=".*balance loss.*")
+        trainer.train()
+    assert distance(before, router_state(trainer.model)) > 0
+    trainer.save_model(str(tmp_path / "adapter"))
+    loaded = PeftModel.from_pretrained(load(llama), tmp_path / "adapter")
+    assert distance(router_state(loaded), router_state(trainer.model)) == 0
+
+
+@pytest.mark.parametrize("assistant_only_loss", [False, True])
+def test_sft_steps_do_not_depend_on_accumulation_or_packing(llama, tmp_path, assistant_only_loss):
+    def weights(**arguments):
+        arguments["assistant_only_loss"] = assistant_only_loss
+        return step(trainer_of(BalancedSFTTrainer, SFTConfig, llama, tmp_path, CHATS, **arguments))
+
+    expected = weights()
+    for cut in (
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+        {"packing": True, "max_length": 120},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    ):
+        assert distance(weights(**cut), expected) < 1e-4, cut
+    without = step(
+        trainer_of(BalancedSFTTrainer, SFTConfig, llama, tmp_path, CHATS, 0.0, assistant_only_loss=assistant_only_loss)
+    )
+    assert distance(without, expected) > 1e-2
+
+
+@pytest.mark.parametrize(
+    "trainer_class, config_class, rows", [(SFTTrainer, SFTConfig, CHATS), (DPOTrainer, DPOConfig, PREFERENCES)]
+)
+def test_a_balance_loss_that_trl_leaves_out_is_said(llama, tmp_path, trainer_class, config_class, rows):
+    with pytest.warns(UserWarning, match=r"mix in `peft_moice\.BalanceLossMixin`"):
+        step(trainer_of(trainer_class, config_class, llama, tmp_path, rows))
+
+
+def test_dpo(llama, tmp_path):
+    """Trains against the model without adapter as reference, with the balance loss in its loss."""
+    plain = trainer_of(BalancedDPOTrainer, DPOConfig, llama, tmp_path, PREFERENCES, 0.0)
+    balanced = trainer_of(BalancedDPOTrainer, DPOConfig, llama, tmp_path, PREFERENCES)
+    batch = next(iter(balanced.get_train_dataloader()))
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    with torch.no_grad():
+        logits = balanced.model(**inputs, output_router_logits=True).router_logits
+    assert distance(step(plain), step(balanced)) > 1e-2
+    losses = [trainer.state.log_history[0]["loss"] for trainer in (plain, balanced)]
+    expected = COEF * balance_loss(list(logits), 2, inputs["attention_mask"]).item()
+    assert losses[1] - losses[0] == pytest.approx(expected, rel=1e-4)
+    assert balanced.state.log_history[0]["rewards/margins"] != 0.0
