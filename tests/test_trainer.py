@@ -15,7 +15,6 @@ from peft_moice import BalanceLossMixin
 from peft_moice.callback import MoICECallback
 from peft_moice.router import balance_loss
 
-
 SGD = {"optim": "sgd", "learning_rate": 10.0, "max_grad_norm": 0.0}
 """Without normalization, so that a gradient of the wrong size shows."""
 
@@ -296,7 +295,7 @@ def test_callback_does_not_change_training(llama, tmp_path, expected):
 
 def test_callback_resumes_its_drift(llama, tmp_path):
     histories = []
-    for name, resume in (("straight", None), ("resumed", "checkpoint-2")):
+    for resume in (None, "checkpoint-2"):
         arguments = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "gradient_checkpointing": True}
         trainer = trainer_of(adapted(llama), tmp_path, **arguments)
         trainer.add_callback(MoICECallback(trainer))

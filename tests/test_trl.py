@@ -14,8 +14,8 @@ from peft_moice.router import balance_loss
 
 pytest.importorskip("trl")
 
-from datasets import Dataset  # noqa: E402
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer  # noqa: E402
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
