@@ -108,6 +108,7 @@ class MoICEModel(BaseTuner):
 
     def _prepare_model(self, peft_config: MoICEConfig, model: nn.Module) -> None:
         """Probe the targeted layers and resolve what the config leaves open, before anything is replaced."""
+        _check_heads_are_here(peft_config, model)
         self._plans: dict[str, LayerPlan] = {}
         self._probe = LayerProbe(model)
         if peft_config.target_modules is None:
@@ -425,6 +426,19 @@ class MoICEModel(BaseTuner):
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_stored_routers(model, adapter_name, state_dict)
         return state_dict
+
+
+def _check_heads_are_here(config: MoICEConfig, model: nn.Module) -> None:
+    """Raise a ValueError if the adapter has weights per head, but tensor parallelism has spread the heads."""
+    parts = config.members or [{"router_scope": config.router_scope, "identity": config.init_weights == "identity"}]
+    if (getattr(model, "tp_size", None) or 1) > 1 and any(
+        part["router_scope"] == "head" or part["identity"] for part in parts
+    ):
+        raise ValueError(
+            "The adapter has weights per head (router_scope='head' or init_weights='identity'), but the model was "
+            "loaded with tensor parallelism, where every process holds a part of the heads. Load it without `tp_plan`, "
+            "or use an adapter with router_scope='layer' and init_weights=True."
+        )
 
 
 def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict[str, Any], adapter_names: list[str]):

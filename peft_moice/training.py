@@ -60,6 +60,7 @@ def mixing_layers(model: nn.Module) -> list[MixesAngles]:
 
 def collect_router_logits(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Forward pre-hook: ask the layers for their router logits, if the pass trains or requests them."""
+    _check_gradients_are_whole(model)
     observed = getattr(model, OBSERVER, None) is not None
     if model.training or kwargs.get("output_router_logits"):
         for layer in mixing_layers(model):
@@ -68,6 +69,16 @@ def collect_router_logits(model: nn.Module, args: tuple, kwargs: dict[str, Any])
             if layer.late_gradients is not None:
                 # Left by a backward pass that did not reach the layer.
                 layer.late_gradients = None
+
+
+def _check_gradients_are_whole(model: nn.Module) -> None:
+    if (getattr(model, "tp_size", None) or 1) == 1 or not (model.training and torch.is_grad_enabled()):
+        return
+    if any(p.requires_grad for layer in mixing_layers(model) for m in layer.members() for p in m.router.parameters()):
+        raise ValueError(
+            "Routers cannot be trained under tensor parallelism: every process would see the gradient of its own "
+            "heads only. Train with data parallelism, FSDP or DeepSpeed; for inference, call `model.eval()`."
+        )
 
 
 def add_balance_loss(model: nn.Module, args: tuple, kwargs: dict[str, Any], outputs: Any) -> Any:

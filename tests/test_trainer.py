@@ -54,7 +54,7 @@ def adapted(llama: str, **overrides) -> torch.nn.Module:
     return model
 
 
-def trainer_of(model, folder: Path, trainer_class=Trainer, loss_func=None, **arguments) -> Trainer:
+def arguments_of(folder: Path, **overrides) -> TrainingArguments:
     defaults = {
         "use_cpu": True,
         "report_to": "none",
@@ -67,9 +67,13 @@ def trainer_of(model, folder: Path, trainer_class=Trainer, loss_func=None, **arg
         "disable_tqdm": True,
         "seed": 0,
     }
+    return TrainingArguments(output_dir=str(folder), **{**defaults, **overrides})
+
+
+def trainer_of(model, folder: Path, trainer_class=Trainer, loss_func=None, **arguments) -> Trainer:
     return trainer_class(
         model=model,
-        args=TrainingArguments(output_dir=str(folder), **{**defaults, **arguments}),
+        args=arguments_of(folder, **arguments),
         train_dataset=rows(),
         eval_dataset=rows(5),
         data_collator=padded,
