@@ -436,8 +436,8 @@ def _check_heads_are_here(config: MoICEConfig, model: nn.Module) -> None:
     ):
         raise ValueError(
             "The adapter has weights per head (router_scope='head' or init_weights='identity'), but the model was "
-            "loaded with tensor parallelism, where every process holds a part of the heads. Load it without `tp_plan`, "
-            "or use an adapter with router_scope='layer' and init_weights=True."
+            "loaded with tensor parallelism, where every process holds a part of the heads. Load it without "
+            "`tp_plan`, or use an adapter with router_scope='layer' and init_weights=True."
         )
 
 

@@ -12,18 +12,9 @@ import torch
 from accelerate import DistributedType, PartialState
 from test_trainer import SGD, adapted, arguments_of, padded, rows
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from peft_moice.callback import MoICECallback
-
-
-class KeepLosses(TrainerCallback):
-    def __init__(self):
-        self.losses = []
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in logs:
-            self.losses.append([logs["loss"], logs["grad_norm"]])
 
 
 def let_accelerate_shard_on_cpu(arguments: TrainingArguments) -> None:
@@ -53,23 +44,19 @@ def main(model_folder: str, output: str, *assignments: str) -> None:
     training_arguments = arguments_of(Path(output), **SGD, **arguments)
     if os.environ.get("ACCELERATE_USE_FSDP"):
         let_accelerate_shard_on_cpu(training_arguments)
-    trainer = Trainer(
-        model, training_arguments, padded, train_dataset=rows(), eval_dataset=rows(4)
-    )
-    kept = KeepLosses()
-    trainer.add_callback(kept)
+    trainer = Trainer(model, training_arguments, padded, train_dataset=rows(), eval_dataset=rows(4))
     trainer.add_callback(MoICECallback(trainer))
     trainer.train()
     save(trainer, f"{output}/adapter")
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
         result = {
-            "losses": kept.losses,
             "processes": trainer.accelerator.num_processes,
             "engine": str(trainer.accelerator.distributed_type),
             "eval_loss": metrics["eval_loss"],
-            "log": [entry for entry in trainer.state.log_history if "moice/drift" in entry],
         }
+        for kind in ("loss", "moice/balance_loss"):
+            result[kind] = [entry for entry in trainer.state.log_history if kind in entry]
         Path(output, "result.json").write_text(json.dumps(result))
 
 
