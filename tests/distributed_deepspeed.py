@@ -35,7 +35,7 @@ def train(model: torch.nn.Module, stage: int, folder: Path) -> None:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    engine, *_ = deepspeed.initialize(model=model.train(), optimizer=optimizer, config=config)
     for step in range(2):
         sequences = rows()[8 * step : 8 * step + 8]
         num_items = padded(sequences)["labels"][:, 1:].ne(-100).sum()
