@@ -102,7 +102,7 @@ def make_standalone(model: PreTrainedModel) -> PreTrainedModel:
     """
     config_class = standalone_config_class(type(model.config))
     base_model_type = model.config.model_type
-    description = _describe(model)
+    description = describe_routers(model)
     model.config.__class__ = config_class
     model.config.base_model_type = base_model_type
     model.config.moice = description
@@ -111,7 +111,7 @@ def make_standalone(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _describe(model: nn.Module) -> dict[str, Any]:
+def describe_routers(model: nn.Module) -> dict[str, Any]:
     """What a config has to record of the routers built into `model`, in JSON's types."""
     routers: list[dict] = []
     layers: dict[str, dict] = {}

@@ -1,0 +1,32 @@
+"""Models that are trained with routers from the beginning, all weights together (paper, section 4)."""
+
+import dataclasses
+
+from transformers import PreTrainedModel
+
+from .config import MoICEConfig
+from .model import MoICEModel
+from .standalone import MoICEAttention, describe_routers
+
+
+def add_routers(model: PreTrainedModel, config: MoICEConfig) -> PreTrainedModel:
+    """Build freshly initialized routers into `model` and leave everything trainable, routers and all other weights.
+
+    What comes back is what merging an adapter gives, a standalone model such as `MoICELlamaForCausalLM`, except that
+    training adds the balance loss with the coefficient of `config`; the model's own config carries it to disk and back.
+
+    Args:
+        model: a transformers decoder. Changed in place.
+        config: which angles, how many of them per token, which routers, which modules.
+
+    Raises:
+        ValueError: the model or the angles cannot be served, see [`MoICEModel`].
+    """
+    wanted = dataclasses.replace(config)
+    model = MoICEModel(model, wanted, "default").merge_and_unload()
+    for module in model.modules():
+        if isinstance(module, MoICEAttention):
+            for spec in module.router_specs:
+                spec.router_aux_loss_coef = wanted.router_aux_loss_coef
+    model.config.moice = describe_routers(model)
+    return model.requires_grad_(True)
