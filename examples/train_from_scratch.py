@@ -1,9 +1,9 @@
 """Train a small decoder from nothing, with and without MoICE routers, and compare them by position.
 
-Two Llama models of about a million parameters are trained on the bytes of Python's own standard library: one as it is,
-one with routers in every layer, all weights trainable. Both start from the same weights and read the same batches in
-the same order. Files that neither was trained on are then read in windows twice as long as in training, and the loss is
-reported by position in the window.
+Two Llama models of about a million parameters are trained on the bytes of Python's own standard library: one as it
+is, one with routers in every layer, all weights trainable. Both start from the same weights and read the same batches
+in the same order. Files that neither was trained on are then read in windows twice as long as in training, and the
+loss is reported by position in the window.
 
     python examples/train_from_scratch.py --output_dir outputs/from_scratch
 
@@ -44,10 +44,10 @@ class Arguments:
     aux_coef: float = field(default=0.01, metadata={"help": "Weight of the balance loss."})
     length: int = field(default=512, metadata={"help": "Bytes in a training window."})
     batch_size: int = field(default=4, metadata={"help": "Windows in a step."})
-    steps: int = field(default=300, metadata={"help": "Training steps."})
+    steps: int = field(default=200, metadata={"help": "Training steps."})
     learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate of AdamW."})
     weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of matrices."})
-    eval_windows: int = field(default=64, metadata={"help": "Windows of twice the length that are measured."})
+    eval_windows: int = field(default=32, metadata={"help": "Windows of twice the length that are measured."})
     buckets: int = field(default=8, metadata={"help": "Parts of a window that losses are reported for."})
     seeds: list[int] = field(default_factory=lambda: [0, 1], metadata={"help": "Both models are trained per seed."})
     threads: int = field(default=1, metadata={"help": "CPU threads."})
@@ -81,9 +81,9 @@ def main(args: Arguments) -> None:
                     "loss_by_position": by_bucket(by_token, args.buckets).mean(dim=0).tolist(),
                 }
             )
+        results["difference"] = compare(losses, args)
+        (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     model.save_pretrained(output_dir / "with_routers")  # the last one trained
-    results["difference"] = compare(losses, args)
-    (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print_tables(results, output_dir)
 
 

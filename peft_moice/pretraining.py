@@ -13,7 +13,8 @@ def add_routers(model: PreTrainedModel, config: MoICEConfig) -> PreTrainedModel:
     """Build freshly initialized routers into `model` and leave everything trainable, routers and all other weights.
 
     What comes back is what merging an adapter gives, a standalone model such as `MoICELlamaForCausalLM`, except that
-    training adds the balance loss with the coefficient of `config`; the model's own config carries it to disk and back.
+    training adds the balance loss with the coefficient of `config`, which the model's own config carries to disk and
+    back.
 
     Args:
         model: a transformers decoder. Changed in place.
