@@ -121,7 +121,7 @@ def parse_arguments(argv: list[str]) -> tuple[Arguments, DataArguments, Training
     parser.set_defaults(remove_unused_columns=False, **PRESETS[first.parse_known_args(argv)[0].preset])
     args, data_args, training_args = parser.parse_args_into_dataclasses(argv)
     if args.sequences_per_step is not None:
-        per_pass = training_args.per_device_train_batch_size * max(1, training_args.n_gpu) * training_args.world_size
+        per_pass = training_args.train_batch_size * training_args.world_size
         if training_args.gradient_accumulation_steps != 1 or args.sequences_per_step % per_pass:
             raise ValueError(
                 f"--sequences_per_step {args.sequences_per_step} has to be a multiple of the {per_pass} sequences "
