@@ -49,7 +49,7 @@ class Arguments:
     weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of matrices."})
     eval_windows: int = field(default=32, metadata={"help": "Windows of twice the length that are measured."})
     buckets: int = field(default=8, metadata={"help": "Parts of a window that losses are reported for."})
-    seeds: list[int] = field(default_factory=lambda: [0, 1], metadata={"help": "Both models are trained per seed."})
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Both models are trained per seed."})
     threads: int = field(default=1, metadata={"help": "CPU threads."})
 
 
