@@ -1,4 +1,4 @@
-"""Models that are trained with routers from the beginning, all weights together (paper, section 4)."""
+"""Models that are trained with routers from the beginning, all weights together."""
 
 import dataclasses
 
