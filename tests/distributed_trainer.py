@@ -58,6 +58,9 @@ def main(model_folder: str, output: str, *assignments: str) -> None:
         for kind in ("loss", "moice/balance_loss"):
             result[kind] = [entry for entry in trainer.state.log_history if kind in entry]
         Path(output, "result.json").write_text(json.dumps(result))
+    # A process that leaves while another still talks to it is aborted.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
