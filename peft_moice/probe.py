@@ -220,7 +220,7 @@ class LayerProbe:
                 return FoundRotary(rotaries, str(index))
         raise UnsupportedLayerError("the model has several rotary embeddings, and it uses none of them unchanged")
 
-    @torch.no_grad()
+    @torch.enable_grad()
     def _capture(
         self, module: nn.Module, found: FoundRotary, rotary: nn.Module, layer_type: str | None, turned: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -230,7 +230,8 @@ class LayerProbe:
         device = device if device is not None else (weight.device if weight is not None else torch.device("cpu"))
         dtype = weight.dtype if weight is not None else torch.get_default_dtype()
         rotary = rotary.to(device)
-        hidden_states = _hidden_states(module).to(device, dtype)
+        # Quantized layers may repack their weights for inference, for good, on an input that needs no gradient.
+        hidden_states = _hidden_states(module).to(device, dtype).requires_grad_().clone()
         position_ids = torch.tensor([_POSITIONS], device=device)
         position_embeddings = _position_embeddings(rotary, hidden_states, position_ids, layer_type)
         arguments = {
@@ -253,7 +254,7 @@ class LayerProbe:
             if hasattr(module, "_hf_hook"):
                 module._hf_hook.post_forward(module, ())
         _refuse_own_key_selection(module, capture)
-        return capture.query, capture.key
+        return capture.query.detach(), capture.key.detach()
 
 
 def _run_up_to_attention(
@@ -326,7 +327,7 @@ def _layouts(size: int, head_dim: int) -> Iterator[tuple[RotaryLayout, int]]:
 def _explains(deltas: torch.Tensor, layout: RotaryLayout, own: torch.Tensor, turned: torch.Tensor) -> bool:
     positions = torch.tensor(_POSITIONS, dtype=torch.float64)
     angles = positions[:, None] * deltas
-    own, turned = own.detach().cpu(), turned.detach().cpu()
+    own, turned = own.cpu(), turned.cpu()
     predicted = rotate(own, angles.cos().float(), angles.sin().float(), layout)
     tolerance = 32 * torch.finfo(own.dtype).eps
     return torch.allclose(predicted.float(), turned.float(), rtol=0, atol=tolerance * own.float().abs().max().item())
