@@ -1,0 +1,109 @@
+"""Kernels that other packages put into a model: the mixture is the same, or they refuse clearly."""
+
+import os
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from tiny_models import decide, load, logits_of, save_tiny_model, token_ids, wide_config
+from transformers.models.llama import modeling_llama
+from transformers.utils.import_utils import is_kernels_available
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    return save_tiny_model(tmp_path_factory.mktemp("base"))
+
+
+def adapted(folder: str, **overrides) -> PeftModel:
+    model = get_peft_model(load(folder), wide_config(**overrides)).eval()
+    decide(model)
+    return model
+
+
+def router_gradients(model: PeftModel) -> torch.Tensor:
+    model.zero_grad()
+    model(token_ids(), labels=token_ids()).loss.backward()
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.requires_grad])
+
+
+def complex_rotary(q, k, cos, sin, unsqueeze_dim=1):
+    """Rotary embedding as a product of complex numbers."""
+    half = cos.shape[-1] // 2
+    turn = torch.complex(cos[..., :half].float(), sin[..., :half].float()).unsqueeze(unsqueeze_dim)
+
+    def rotated(x):
+        product = torch.complex(x[..., :half].float(), x[..., half:].float()) * turn
+        return torch.cat((product.real, product.imag), dim=-1).to(x.dtype)
+
+    return rotated(q), rotated(k)
+
+
+def liger_rotary(*args, **kwargs):
+    """Liger's own, in Triton's interpreter."""
+    liger = pytest.importorskip("liger_kernel.transformers", exc_type=ImportError)
+    return liger.liger_rotary_pos_emb(*args, **kwargs)
+
+
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+
+
+@pytest.mark.parametrize("rotary", [complex_rotary, pytest.param(liger_rotary, marks=[interpreted, pytest.mark.slow])])
+def test_a_rotary_embedding_exchanged_in_the_modeling_file(folder, rotary, monkeypatch):
+    """Liger exchanges `modeling_llama.apply_rotary_pos_emb`, before or after the adapter is injected."""
+    before = adapted(folder)
+    expected, expected_gradients = logits_of(before), router_gradients(before)
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(args[0].shape)
+        return rotary(*args, **kwargs)
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", counted)
+    after = adapted(folder)
+    assert len(calls) == 2 * 3, "the probe runs every layer under two angles"
+    for model in (before, after):
+        calls.clear()
+        torch.testing.assert_close(logits_of(model), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+        assert len(calls) == 3
+        tolerance = 1e-4 * expected_gradients.abs().max().item()
+        torch.testing.assert_close(router_gradients(model), expected_gradients, rtol=0, atol=tolerance)
+    assert torch.equal(after.generate(token_ids(), max_new_tokens=6), before.generate(token_ids(), max_new_tokens=6))
+
+
+@pytest.mark.skipif(is_kernels_available(), reason="would download kernels from the hub")
+def test_use_kernels_is_refused_where_the_package_is_missing(folder):
+    model = adapted(folder)
+    expected = logits_of(model)
+    with pytest.raises(ValueError, match="Kernels are not available"):
+        model.get_base_model().set_use_kernels(True)
+    with pytest.raises(ValueError, match="Kernels are not available"):
+        load(folder, use_kernels=True)
+    assert torch.equal(logits_of(model), expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="transformers offloads caches from a GPU only")
+@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
+def test_offloaded_caches(folder, cache):
+    model = adapted(folder).to("cuda")
+    ids = token_ids().to("cuda")
+    expected = model.generate(ids, max_new_tokens=6, do_sample=False)
+    actual = model.generate(ids, max_new_tokens=6, do_sample=False, cache_implementation=cache)
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("implementation", ["delegated", "grouped"])
+@pytest.mark.parametrize("identity", [False, True])
+def test_training_under_autocast(folder, implementation, identity):
+    """Gradients in bfloat16 stay close to those in float32, whichever implementation computes them."""
+    options = {"implementation": implementation, "init_weights": "identity" if identity else True}
+    model = adapted(folder, **options).train()
+    expected = router_gradients(model)
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(token_ids(), labels=token_ids()).loss
+    loss.backward()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert all(parameter.grad.dtype == torch.float32 for parameter in parameters)
+    actual = torch.cat([parameter.grad.flatten() for parameter in parameters])
+    assert 0 < (actual - expected).norm() < 0.1 * expected.norm()
