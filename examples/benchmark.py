@@ -34,7 +34,7 @@ class Arguments:
 
     model: str | None = field(default=None, metadata={"help": "Folder or Hub id. Default: SmolLM2-135M-Instruct."})
     prompt_length: int = field(default=2048, metadata={"help": "Tokens of the prefill; 0: not measured."})
-    cached_tokens: int = field(default=4096, metadata={"help": "Tokens in the cache of a decode step; 0: not measured."})
+    cached_tokens: int = field(default=4096, metadata={"help": "Tokens in the cache of a decode step; 0: none."})
     train_length: int = field(default=1024, metadata={"help": "Tokens of a training step; 0: not measured."})
     top_ks: list[int] = field(default_factory=lambda: [7, 2, 1], metadata={"help": "Values of K, of N = 7."})
     implementation: str = field(default="auto", metadata={"help": "Implementation of the operator."})
