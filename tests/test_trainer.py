@@ -211,13 +211,20 @@ def test_best_model_limit_of_checkpoints_and_metrics(llama, tmp_path):
 
 @pytest.mark.slow
 def test_torch_compile(tmp_path):
-    folder, weights = save_tiny_model(tmp_path / "model", num_hidden_layers=1), []
+    """One graph, the same step, and the same logs from the callback."""
+    folder, weights, logs = save_tiny_model(tmp_path / "model", num_hidden_layers=1), [], []
     for arguments in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
         torch.compiler.reset()
         torch._dynamo.utils.counters.clear()
-        weights.append(trained(folder, tmp_path, max_steps=1, **arguments))
-    assert_equal(*weights, rtol=1e-4, atol=1e-6)
+        model = adapted(folder)
+        trainer = trainer_of(model, tmp_path, max_steps=1, **SGD, **arguments)
+        trainer.add_callback(MoICECallback(trainer))
+        trainer.train()
+        weights.append(router_state(model))
+        logs.append(next(entry for entry in trainer.state.log_history if "moice/drift" in entry))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert_equal(*weights, rtol=1e-4, atol=1e-6)
+    assert logs[1] == pytest.approx(logs[0], rel=1e-4)
 
 
 def test_bf16(llama, tmp_path):
