@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import KVSharingDict
 
 from .attention.interface import intercept, restore, uses_attention_interface
 from .rope import LayerRope, RotaryLayout, inverse_frequencies, rope_parameters, rotary_with_theta, rotate
@@ -114,8 +113,8 @@ class LayerProbe:
     def __init__(self, model: nn.Module):
         self.model = model
         self._ropes: dict[tuple, LayerRope] = {}
-        # Some families hand keys and values from layer to layer; one such hand-over per base angle.
-        self._shared_keys: dict[float, KVSharingDict] = {}
+        # Some families hand keys and values from layer to layer; one such hand-over under each angle.
+        self._shared_keys: dict[bool, dict] = {}
         self._observed: dict[str, Any] | None = None
 
     def plan(self, name: str) -> LayerPlan:
@@ -238,7 +237,7 @@ class LayerProbe:
             "position_embeddings": position_embeddings,
             "position_ids": position_ids,
             "layer_idx": getattr(module, "layer_idx", 0),
-            "shared_kv_states": self._shared_keys.setdefault(turned, KVSharingDict()),
+            "shared_kv_states": self._shared_keys.setdefault(turned, {}),
         }
         parameters = inspect.signature(type(module).forward).parameters
         arguments = {name: value for name, value in arguments.items() if name in parameters}
