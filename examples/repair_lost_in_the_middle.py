@@ -67,7 +67,7 @@ class Arguments:
         default=2.0, metadata={"help": "Weight of the distance (KL) from the base model on ordinary text; 0: none."}
     )
     keep_tokens: int = field(default=256, metadata={"help": "Tokens of ordinary text in a step."})
-    steps: int = field(default=50, metadata={"help": "Training steps."})
+    steps: int = field(default=30, metadata={"help": "Training steps."})
     batch_size: int = field(default=1, metadata={"help": "Training prompts in a step."})
     learning_rate: float = field(default=5e-2, metadata={"help": "Peak learning rate of AdamW."})
     lists: int = field(default=32, metadata={"help": "Lists of facts per measurement: questions per position."})
