@@ -75,7 +75,7 @@ PRESETS: dict[str | None, dict[str, Any]] = {
         "aux_coef": 0.0,
         "questions": 4,
         "keep_weight": 2.0,
-        "max_steps": 30,
+        "max_steps": 40,
         "per_device_train_batch_size": 1,
         "learning_rate": 5e-2,
         "lr_scheduler_type": "cosine",
