@@ -29,9 +29,9 @@ class RotaryLayout:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layout: RotaryLayout) -> torch.Tensor:
-    """Rotate the coordinate pairs of `x` `[..., S, D]` by the angles behind `cos` and `sin` `[S, P]`.
+    """Rotate the coordinate pairs of `x` `[..., S, D]` by the angles behind `cos` and `sin` `[..., S, P]`.
 
-    Works in float32 and returns the dtype of `x`.
+    Leading dimensions are broadcast. Works in float32 and returns the dtype of `x`.
     """
     before, rotated, after = x.split([layout.start, layout.size, x.shape[-1] - layout.start - layout.size], dim=-1)
     rotated = rotated.to(torch.promote_types(x.dtype, torch.float32))
@@ -44,7 +44,8 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layout: Rotary
     turned = turned.to(x.dtype)
     if layout.size == x.shape[-1]:
         return turned
-    return torch.cat((before, turned, after), dim=-1)
+    leading = turned.shape[:-1]
+    return torch.cat((before.expand(*leading, -1), turned, after.expand(*leading, -1)), dim=-1)
 
 
 class RotationTable:

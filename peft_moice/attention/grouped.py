@@ -1,21 +1,26 @@
-"""Attention whose cost follows K, in plain tensor operations for the CPU.
+"""Attention whose cost follows K, from PyTorch's fused attention for the CPU.
 
-Queries are taken in chunks. Within a chunk, the rows (heads and tokens) that picked an expert are gathered, rotated by
-its angle and multiplied with keys rotated likewise, so an expert costs what its rows cost. Where every row picked
-every expert, probabilities are mixed first and multiplied with the values once. The backward pass computes
-probabilities anew: nothing of the size of queries times keys is kept.
+An expert attends for the rows (heads and tokens) that picked it and for no others. Where every row picked it, it is
+one call of fused attention. Else rows are sorted by expert and token, and the causal triangle of each expert is cut
+into blocks: the later half of the rows attends to the earlier half of the keys without a mask, and so on within either
+half, down to small triangles with one. Results are merged by their log-sum-exps.
+
+For the backward pass every expert's output and log-sum-exps are kept; queries and keys are rotated anew.
 """
 
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 
 from ..rope import RotationTable, rotate
+from .cpu_limits import why_not_on_cpu
 
-_ROWS_PER_EXPERT = 128
-_MIN_CHUNK, _MAX_CHUNK = 128, 1024
+_fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+_ROWS_PER_TRIANGLE = 192
+_MIN_TOKENS, _MAX_TOKENS = 64, 1024
 
 
 def grouped(
@@ -27,290 +32,369 @@ def grouped(
     rotations: RotationTable,
     query_start: int | torch.Tensor,
     picked: torch.Tensor | None = None,
-    attend: Callable | None = None,
+    attend=None,
     attention_mask: torch.Tensor | None = None,
     scaling: float | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """See [`mixed_attention`]. Causal, or under a four-dimensional mask; works in float32."""
-    reason = why_not_grouped(query, attention_mask, **kwargs)
+    """See [`mixed_attention`]. Causal, or under a four-dimensional mask; in the precision of fused attention."""
+    reason = why_not_on_cpu(query, attention_mask, **kwargs)
     if reason is not None:
         raise ValueError(f"The grouped implementation cannot be used: {reason}. Choose implementation='delegated'.")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     picked = gates != 0 if picked is None else picked
-    # Autocast would turn the products inside to half precision.
-    with torch.autocast(query.device.type, enabled=False):
-        output = _GroupedAttention.apply(
-            query.float(),
-            key.float(),
-            value.float(),
-            gates.float(),
-            picked,
-            attention_mask,
-            rotations,
-            int(query_start),
-            scaling,
+    head_dim, value_dim = query.shape[-1], value.shape[-1]
+    if head_dim != value_dim:
+        # Fused attention wants one size for all.
+        pad = torch.nn.functional.pad
+        query, key = (pad(x, (0, max(0, value_dim - head_dim))) for x in (query, key))
+        value = pad(value, (0, max(0, head_dim - value_dim)))
+    if attention_mask is not None:
+        attention_mask = _additive(attention_mask, query.dtype)
+    output = _GroupedAttention.apply(
+        query, key, value, gates.float(), picked, attention_mask, rotations, int(query_start), scaling
+    )
+    return output[..., :value_dim], None
+
+
+def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+@dataclass
+class _Block:
+    """Rows and keys that attend in one call.
+
+    Attributes:
+        rows, keys: which.
+        mask: `[..., rows, keys]`, additive, or None.
+        is_causal: whether row i sees the keys up to the i-th.
+        is_first: whether the rows have not attended to other keys before.
+    """
+
+    rows: slice
+    keys: slice
+    mask: torch.Tensor | None = None
+    is_causal: bool = False
+    is_first: bool = False
+
+
+def _attend(query, key, value, blocks: list[_Block], scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention output `[B, H, S, D]` and log-sum-exp `[B, H, S]` over the keys of all blocks."""
+    output = log_sum = None
+    for block in blocks:
+        tensors = (query[..., block.rows, :], key[..., block.keys, :], value[..., block.keys, :])
+        part, part_log_sum = _fused(*tensors, 0.0, block.is_causal, attn_mask=block.mask, scale=scaling)
+        if part.shape[-2] == query.shape[-2] and block.is_first:
+            output, log_sum = part, part_log_sum
+            continue
+        if output is None:
+            output, log_sum = torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
+        rows, rows_log_sum = output[..., block.rows, :], log_sum[..., block.rows]
+        if block.is_first:
+            rows.copy_(part)
+            rows_log_sum.copy_(part_log_sum)
+        else:
+            total = torch.logaddexp(rows_log_sum, part_log_sum)
+            rows.mul_((rows_log_sum - total).exp_()[..., None])
+            rows.addcmul_(part, (part_log_sum - total).exp_()[..., None].to(part.dtype))
+            rows_log_sum.copy_(total)
+    return output, log_sum
+
+
+def _attend_backward(
+    grad_output, query, key, value, output, log_sum, blocks: list[_Block], scaling: float, grad_key, grad_value
+) -> torch.Tensor:
+    """Gradient of `query`; those of `key` and `value` are added to `grad_key` and `grad_value`."""
+    grad_query = torch.zeros_like(query)
+    for block in blocks:
+        rows, keys = (..., block.rows, slice(None)), (..., block.keys, slice(None))
+        # With the output and log-sum-exp over all keys, a block gives its own share of the gradients.
+        grads = _fused_backward(
+            *(grad_output[rows], query[rows], key[keys], value[keys], output[rows], log_sum[..., block.rows]),
+            *(0.0, block.is_causal),
+            attn_mask=block.mask,
+            scale=scaling,
         )
-    return output.transpose(1, 2).contiguous().to(query.dtype), None
-
-
-def why_not_grouped(
-    query: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    position_bias: torch.Tensor | None = None,
-    is_causal: bool | None = None,
-    output_attentions: bool | None = None,
-    **kwargs,
-) -> str | None:
-    """The reason why [`grouped`] cannot compute this call, or None."""
-    if query.device.type != "cpu":
-        return f"it is for the CPU, and the queries are on {query.device.type!r}"
-    if attention_mask is not None and (not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 4):
-        return "it reads masks of four dimensions only"
-    if dropout or softcap is not None or s_aux is not None or position_bias is not None:
-        return "it knows no dropout, softcap, attention sinks or position bias"
-    if is_causal is False and attention_mask is None:
-        return "it is causal"
-    if output_attentions:
-        return "it does not give attention probabilities"
-    return None
+        for target, index, grad in zip((grad_query, grad_key, grad_value), (rows, keys, keys), grads, strict=True):
+            target[index] += grad
+    return grad_query
 
 
 @dataclass
 class _Problem:
-    """The tensors of a call by key-value head: Z = B · G, and R query heads for each of them."""
+    """A call.
 
-    query: torch.Tensor  # [Z, R, S, D]
-    key: torch.Tensor  # [Z, T, D]
-    value: torch.Tensor  # [Z, T, Dv]
-    gates: torch.Tensor  # [Z, R, S, N]
-    picked: torch.Tensor  # [Z, R, S, N]
-    mask: torch.Tensor | None  # [B, 1 or H, 1 or S, T]
+    Attributes:
+        query: `[B, H, S, D]`.
+        key: `[B, G, T, D]`.
+        value: `[B, G, T, D]`.
+        gates: `[B, H, S, N]` in float32.
+        picked: `[B, H, S, N]`.
+        mask: `[1 or B, 1 or H, 1 or S, T]`, additive, or None for causal attention.
+        whole: the experts that every row picked.
+        blocks: how those attend.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    gates: torch.Tensor
+    picked: torch.Tensor
+    mask: torch.Tensor | None
     rotations: RotationTable
     query_start: int
     scaling: float
+    whole: list[int] = field(init=False)
 
     def __post_init__(self):
-        self.buffers: dict[str, torch.Tensor] = {}
-        self.cos, self.sin = self.rotations.cos_sin(self.key.shape[1], self.key.device)
-        # One layer's keys under all angles at a time, which is small beside the cache of all layers.
-        self.keys = [
-            self.key if own else rotate(self.key, self.cos[j], self.sin[j], self.rotations.layout)
-            for j, own in enumerate(self.rotations.is_identity)
-        ]
-
-    def buffer(self, name: str, *shape: int) -> torch.Tensor:
-        """Memory used again by every chunk and expert; fresh memory of this size costs more than the arithmetic."""
-        size = math.prod(shape)
-        if name not in self.buffers or self.buffers[name].numel() < size:
-            self.buffers[name] = self.query.new_empty(size)
-        return self.buffers[name][:size].view(shape)
-
-    def chunks(self) -> Iterator["_Chunk"]:
-        heads, length = self.query.shape[1:3]
-        share = self.picked.float().mean().item() or 1.0
-        size = int(_ROWS_PER_EXPERT / (heads * share))
-        size = min(max(size, _MIN_CHUNK), _MAX_CHUNK)
-        for start in range(0, length, size):
-            yield _Chunk(self, start, min(start + size, length))
-
-
-class _Chunk:
-    """Queries `start` to `end` - 1 of all heads; M = R · C rows."""
-
-    def __init__(self, problem: _Problem, start: int, end: int):
-        self.problem, self.start, self.end = problem, start, end
-        self.first_key = problem.query_start + start
-        # Without a mask, no key after the last query is seen.
-        self.num_keys = problem.key.shape[1] if problem.mask is not None else problem.query_start + end
-        self.picked = self.rows(problem.picked)
-        self.gates = self.rows(problem.gates) * self.picked
-        self.query = self.rows(problem.query)
-        self.all_pick_all = bool(self.picked.all())
-
-    def rows(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This chunk's rows `[Z, M, ...]` of `[Z, R, S, ...]`."""
-        return tensor[:, :, self.start : self.end].flatten(1, 2)
-
-    def experts(self) -> Iterator["_Expert"]:
-        for index in range(self.gates.shape[-1]):
-            picked = self.picked[..., index]
-            count = int(picked.sum(dim=1).max())
-            if count == picked.shape[1]:
-                yield _Expert(self, index, None)
-            elif count:
-                # Rows of heads that fewer tokens picked are filled up with others, whose gate is zero.
-                order = torch.argsort(picked, dim=1, descending=True, stable=True)
-                yield _Expert(self, index, order[:, :count])
-
-
-class _Expert:
-    """The rows of a chunk that picked one expert: all, or those at `row_index` `[Z, n]`."""
-
-    def __init__(self, chunk: _Chunk, index: int, row_index: torch.Tensor | None):
-        self.chunk, self.index, self.row_index = chunk, index, row_index
-        problem = chunk.problem
-        size = chunk.end - chunk.start
-        token = torch.arange(chunk.gates.shape[1]) % size if row_index is None else row_index % size
-        self.token = token  # [M] or [Z, n], within the chunk
-        self.position = chunk.first_key + token
-        self.gate = self.take(chunk.gates[..., index])[..., None]
-        self.keys = problem.keys[index][:, : chunk.num_keys]
-        self.query = self.turn(self.take(chunk.query)) * problem.scaling
-
-    def take(self, rows: torch.Tensor) -> torch.Tensor:
-        """This expert's rows `[Z, n, ...]` of the chunk's `[Z, M, ...]`."""
-        if self.row_index is None:
-            return rows
-        return rows[torch.arange(len(rows))[:, None], self.row_index]
-
-    def put(self, target: torch.Tensor, rows: torch.Tensor) -> None:
-        """Add this expert's rows to the chunk's."""
-        if self.row_index is None:
-            target += rows
+        self.cos, self.sin = self.rotations.cos_sin(self.key.shape[-2], self.key.device)
+        self.whole = self.picked.flatten(0, 2).all(dim=0).nonzero().flatten().tolist()
+        every, length = slice(None), self.query.shape[-2]
+        if self.mask is not None:
+            mask = self.mask.expand(-1, -1, length, -1)
+            self.blocks = [_Block(every, every, mask, is_first=True)]
         else:
-            target.scatter_add_(1, self.row_index[..., None].expand_as(rows), rows)
+            own = slice(self.query_start, self.query_start + length)
+            self.blocks = [_Block(every, own, is_causal=True, is_first=True), *self.earlier(every)]
 
-    def turn(self, rows: torch.Tensor, direction: int = 1) -> torch.Tensor:
-        """Queries rotated from the model's own angle to the expert's, or back."""
-        rotations = self.chunk.problem.rotations
-        if rotations.is_identity[self.index]:
-            return rows
-        cos, sin = self.chunk.problem.cos[self.index], self.chunk.problem.sin[self.index]
-        return rotate(rows, cos[self.position], direction * sin[self.position], rotations.layout)
+    def earlier(self, rows: slice) -> list[_Block]:
+        """The keys before all queries."""
+        return [_Block(rows, slice(0, self.query_start))] if self.query_start else []
 
-    def probabilities(self) -> torch.Tensor:
-        """Attention probabilities `[Z, n, keys]`, in memory that the next expert's will take."""
-        chunk, problem = self.chunk, self.chunk.problem
-        scores = problem.buffer("scores", *self.query.shape[:2], chunk.num_keys)
-        torch.bmm(self.query, self.keys.mT, out=scores)
-        lowest = torch.finfo(scores.dtype).min
-        if problem.mask is None:
-            later = torch.arange(chunk.first_key, chunk.num_keys) > self.position[..., None]
-            scores[..., chunk.first_key :].masked_fill_(later, lowest)
-        else:
-            mask = self.mask_rows()
-            if mask.dtype == torch.bool:
-                scores.masked_fill_(~mask, lowest)
-            else:
-                scores += mask
-        return torch.softmax(scores, dim=-1, out=scores)
+    def turn_queries(self, query: torch.Tensor, expert: int, direction: int = 1) -> torch.Tensor:
+        """All queries `[..., S, D]` under an expert's angle, or back from it."""
+        own = slice(self.query_start, self.query_start + self.query.shape[-2])
+        return self._turn(query, expert, own, direction)
 
-    def mask_rows(self) -> torch.Tensor:
-        problem, chunk = self.chunk.problem, self.chunk
-        mask = problem.mask[..., : chunk.num_keys]
-        if mask.shape[2] > 1:
-            mask = mask[:, :, chunk.start : chunk.end]
-        z, heads = problem.query.shape[:2]
-        groups = z // mask.shape[0] if mask.shape[0] > 1 else z
-        batch = torch.arange(z)[:, None] // groups
-        size = chunk.end - chunk.start
-        rows = torch.arange(chunk.gates.shape[1]).expand(z, -1) if self.row_index is None else self.row_index
-        num_groups = mask.shape[1] // heads if mask.shape[1] > 1 else 1
-        head = (torch.arange(z)[:, None] % num_groups) * heads + rows // size if mask.shape[1] > 1 else 0
-        token = rows % size if mask.shape[2] > 1 else 0
-        return mask[batch, head, token]
+    def turn_keys(self, key: torch.Tensor, expert: int, direction: int = 1) -> torch.Tensor:
+        """All keys `[..., T, D]` likewise."""
+        return self._turn(key, expert, slice(None), direction)
+
+    def _turn(self, x: torch.Tensor, expert: int, positions: slice, direction: int) -> torch.Tensor:
+        if self.rotations.is_identity[expert]:
+            return x
+        cos, sin = self.cos[expert, positions], self.sin[expert, positions]
+        return rotate(x, cos, direction * sin, self.rotations.layout)
+
+    def sorted_rows(self) -> Iterator["_SortedRows"]:
+        """The rows of the experts that not every row picked, by row of the batch and key-value head."""
+        if len(self.whole) == self.rotations.num_experts:
+            return
+        picked = self.picked
+        if self.whole:
+            picked = picked.clone()
+            picked[..., self.whole] = False
+        heads = self.query.shape[1] // self.key.shape[1]
+        tokens = int(_ROWS_PER_TRIANGLE / max(heads * picked.float().mean().item(), 1e-3))
+        tokens = min(max(tokens, _MIN_TOKENS), _MAX_TOKENS)
+        for row in range(picked.shape[0]):
+            for group in range(self.key.shape[1]):
+                rows = _SortedRows(self, picked, row, group, tokens)
+                if len(rows.expert):
+                    yield rows
+
+
+class _SortedRows:
+    """M pairs of an expert and a row that picked it, sorted by expert, token and head, for one key-value head.
+
+    Attributes:
+        expert, token, head: `[M]`; heads are counted within the group.
+        query: `[M, D]`, under the experts' angles.
+        blocks: of each expert its M' rows, its index, and how they attend.
+    """
+
+    def __init__(self, problem: _Problem, picked: torch.Tensor, row: int, group: int, tokens: int):
+        self.problem, self.row, self.group = problem, row, group
+        heads = problem.query.shape[1] // problem.key.shape[1]
+        self.heads = slice(group * heads, (group + 1) * heads)
+        by_expert = picked[row, self.heads].permute(2, 1, 0)  # [N, S, R]
+        self.expert, self.token, self.head = by_expert.nonzero(as_tuple=True)
+        self.query = self._turn(self.take(problem.query))
+        self.key, self.value = problem.key[row, group], problem.value[row, group]
+        self.blocks = list(self._blocks(*by_expert.shape[:2], tokens))
+
+    def take(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The rows `[M, ...]` of `[B, H, S, ...]`."""
+        return tensor[self.row, self.heads][self.head, self.token]
+
+    def add_to(self, target: torch.Tensor, rows: torch.Tensor) -> None:
+        """Add `rows` `[M, D]` to theirs of `target` `[B, H, S, D]`."""
+        part = target[self.row, self.heads]
+        index = (self.head * part.shape[1] + self.token)[:, None].expand_as(rows)
+        sums = torch.zeros(part.shape[0] * part.shape[1], rows.shape[1], dtype=rows.dtype)
+        part += sums.scatter_add_(0, index, rows).view(part.shape)
+
+    def turn_back(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows `[M, D]` turned from their experts' angles to the model's own."""
+        return self._turn(rows, direction=-1)
+
+    def _turn(self, rows: torch.Tensor, direction: int = 1) -> torch.Tensor:
+        problem, position = self.problem, self.problem.query_start + self.token
+        cos, sin = problem.cos[self.expert, position], problem.sin[self.expert, position]
+        return rotate(rows, cos, direction * sin, problem.rotations.layout)
+
+    def _blocks(self, num_experts: int, length: int, tokens: int) -> Iterator[tuple[slice, int, list[_Block]]]:
+        pieces = -(-length // tokens)
+        counts = torch.bincount(self.expert * pieces + self.token // tokens, minlength=num_experts * pieces)
+        starts = [0, *counts.cumsum(0).tolist()]
+        causal = torch.full((tokens, tokens), -torch.inf, dtype=self.query.dtype).triu_(1)
+        for expert in range(num_experts):
+            edges = starts[expert * pieces : (expert + 1) * pieces + 1]
+            rows = slice(edges[0], edges[-1])
+            if rows.start == rows.stop:
+                continue
+            if self.problem.mask is not None:
+                yield rows, expert, [_Block(slice(None), slice(None), self._mask_of(rows), is_first=True)]
+                continue
+            cut = _Triangle([edge - rows.start for edge in edges], self.token[rows], tokens, length, causal)
+            blocks = sorted(cut.blocks(0, pieces), key=lambda block: not block.is_first)
+            for block in blocks:
+                keys, start = block.keys, self.problem.query_start
+                block.keys = slice(start + keys.start, start + keys.stop)
+            yield rows, expert, [*blocks, *self.problem.earlier(slice(None))]
+
+    def _mask_of(self, rows: slice) -> torch.Tensor:
+        batch, heads, length, _ = self.problem.mask.shape
+        head = self.head[rows] + self.heads.start if heads > 1 else 0
+        token = self.token[rows] if length > 1 else 0
+        mask = self.problem.mask[self.row if batch > 1 else 0, head, token]
+        return mask.expand(rows.stop - rows.start, -1)[None, None]
+
+    def attend(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Outputs `[M, D]` and log-sum-exps `[M]`, before gates."""
+        output = torch.empty_like(self.query)
+        log_sum = torch.empty(len(self.query), dtype=torch.float32)
+        for rows, expert, blocks in self.blocks:
+            tensors = (self.query[rows], self.problem.turn_keys(self.key, expert), self.value)
+            part = _attend(*(tensor[None, None] for tensor in tensors), blocks, self.problem.scaling)
+            output[rows], log_sum[rows] = part[0][0, 0], part[1][0, 0]
+        return output, log_sum
+
+    def attend_backward(self, grad_output, output, log_sum, grad_key, grad_value) -> torch.Tensor:
+        """Gradients `[M, D]` of the queries; those of this head's keys and values are added where they belong."""
+        grad_query = torch.empty_like(self.query)
+        own = (self.row, self.group)
+        for rows, expert, blocks in self.blocks:
+            key = self.problem.turn_keys(self.key, expert)
+            grad_turned = torch.zeros_like(key, dtype=torch.float32)
+            tensors = (grad_output[rows], self.query[rows], key, self.value, output[rows], log_sum[rows])
+            grad_query[rows] = _attend_backward(
+                *(tensor[None, None] for tensor in tensors),
+                blocks,
+                self.problem.scaling,
+                grad_turned[None, None],
+                grad_value[own][None, None],
+            )[0, 0]
+            grad_key[own] += self.problem.turn_keys(grad_turned, expert, direction=-1)
+        return self.turn_back(grad_query)
+
+
+@dataclass
+class _Triangle:
+    """The rows of one expert, sorted by token, over a sequence cut into pieces of `piece` tokens.
+
+    Attributes:
+        edges: where the rows of each piece begin, and where the last ones end.
+        token: `[rows]`.
+        piece: tokens of a piece.
+        length: tokens of the sequence.
+        causal: `[piece, piece]`, the mask within a piece.
+    """
+
+    edges: list[int]
+    token: torch.Tensor
+    piece: int
+    length: int
+    causal: torch.Tensor
+
+    def blocks(self, first: int, end: int) -> Iterator[_Block]:
+        """How the rows of the pieces `first` to `end` - 1 attend to the keys of these pieces."""
+        rows = slice(self.edges[first], self.edges[end])
+        if rows.start == rows.stop:
+            return
+        if end - first == 1:
+            keys = self._keys(first, end)
+            mask = self.causal[self.token[rows] - keys.start, : keys.stop - keys.start]
+            yield _Block(rows, keys, mask[None, None], is_first=True)
+            return
+        middle = (first + end + 1) // 2
+        if self.edges[middle] < rows.stop:
+            yield _Block(slice(self.edges[middle], rows.stop), self._keys(first, middle))
+        yield from self.blocks(first, middle)
+        yield from self.blocks(middle, end)
+
+    def _keys(self, first: int, end: int) -> slice:
+        return slice(first * self.piece, min(end * self.piece, self.length))
 
 
 class _GroupedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, gates, picked, mask, rotations, query_start, scaling):
-        ctx.save_for_backward(query, key, value, gates, picked, mask)
-        ctx.options = (rotations, query_start, scaling)
-        problem = _problem(query, key, value, gates, picked, mask, *ctx.options)
-        output = problem.query.new_empty(*problem.query.shape[:3], value.shape[-1])
-        for chunk in problem.chunks():
-            values = problem.value[:, : chunk.num_keys]
-            if chunk.all_pick_all:
-                mixed = problem.buffer("mixed", *chunk.gates.shape[:2], chunk.num_keys).zero_()
-                for expert in chunk.experts():
-                    mixed.addcmul_(expert.probabilities(), expert.gate)
-                rows = torch.bmm(mixed, values)
-            else:
-                rows = output.new_zeros(*chunk.gates.shape[:2], value.shape[-1])
-                for expert in chunk.experts():
-                    expert.put(rows, torch.bmm(expert.probabilities(), values).mul_(expert.gate))
-            output[:, :, chunk.start : chunk.end] = rows.unflatten(1, (problem.query.shape[1], -1))
-        return output.view(*query.shape[:3], value.shape[-1])
+    def forward(ctx, query, key, value, gates, picked, mask, *options):
+        problem = _Problem(query, key, value, gates, picked, mask, *options)
+        batch, heads, length, size = query.shape
+        output = torch.zeros(batch, length, heads, size)
+        by_head = output.transpose(1, 2)
+        kept = []
+        for expert in problem.whole:
+            tensors = (problem.turn_queries(query, expert), problem.turn_keys(key, expert), value)
+            kept += _attend(*tensors, problem.blocks, problem.scaling)
+            by_head.addcmul_(kept[-2], gates[..., expert, None])
+        for rows in problem.sorted_rows():
+            kept += rows.attend()
+            gate = rows.take(gates)[torch.arange(len(rows.expert)), rows.expert]
+            rows.add_to(by_head, kept[-2] * gate[:, None])
+        ctx.save_for_backward(query, key, value, gates, picked, mask, *kept)
+        ctx.options = options
+        return output.to(query.dtype)
 
     @staticmethod
     def backward(ctx, grad_output):
-        query, key, value, gates, picked, mask = ctx.saved_tensors
-        problem = _problem(query, key, value, gates, picked, mask, *ctx.options)
+        query, key, value, gates, picked, mask, *kept = ctx.saved_tensors
         needs_query, needs_key, needs_value, needs_gates = ctx.needs_input_grad[:4]
-        grad_output = grad_output.reshape(*problem.query.shape[:3], -1)
-        grad_query = torch.empty_like(problem.query) if needs_query else None
-        grad_gates = torch.zeros_like(problem.gates) if needs_gates else None
-        grad_key = torch.zeros_like(problem.key) if needs_key else None
-        grad_value = torch.zeros_like(problem.value) if needs_value else None
-
-        for chunk in problem.chunks():
-            grad_rows = chunk.rows(grad_output)
-            values = problem.value[:, : chunk.num_keys]
-            shape = (*chunk.gates.shape[:2], chunk.num_keys)
-            shared = mixed = None
-            if chunk.all_pick_all:
-                shared = torch.bmm(grad_rows, values.mT, out=problem.buffer("shared", *shape))
-                mixed = problem.buffer("mixed", *shape).zero_()
-            grad_query_rows = torch.zeros_like(chunk.query)
-            grad_gate_rows = torch.zeros_like(chunk.gates)
-            for expert in chunk.experts():
-                probs = expert.probabilities()
-                grads = expert.take(grad_rows)
-                grad_probs = shared
-                if grad_probs is None:
-                    grad_probs = problem.buffer("grad_probs", *probs.shape)
-                    torch.bmm(grads, values.mT, out=grad_probs)
-                grad_gate = torch.linalg.vecdot(probs, grad_probs)  # [Z, n]
-                expert.put(grad_gate_rows[..., expert.index, None], grad_gate[..., None])
-                if mixed is not None:
-                    mixed.addcmul_(probs, expert.gate)
-                elif needs_value:
-                    grad_value[:, : chunk.num_keys].baddbmm_(probs.mT, grads * expert.gate)
-                if needs_query or needs_key:
-                    grad_scores = problem.buffer("grad_scores", *probs.shape)
-                    torch.sub(grad_probs, grad_gate[..., None], out=grad_scores).mul_(probs).mul_(expert.gate)
-                if needs_query:
-                    turned = torch.bmm(grad_scores, expert.keys) * problem.scaling
-                    expert.put(grad_query_rows, expert.turn(turned, direction=-1))
-                if needs_key:
-                    grad_keys = torch.bmm(grad_scores.mT, expert.query)
-                    if not problem.rotations.is_identity[expert.index]:
-                        cos, sin = (t[expert.index, : chunk.num_keys] for t in (problem.cos, problem.sin))
-                        grad_keys = rotate(grad_keys, cos, -sin, problem.rotations.layout)
-                    grad_key[:, : chunk.num_keys] += grad_keys
-            if mixed is not None and needs_value:
-                grad_value[:, : chunk.num_keys].baddbmm_(mixed.mT, grad_rows)
-            # Rows that filled up an expert's group did not pick it.
-            grad_gate_rows *= chunk.picked
-            heads = (problem.query.shape[1], -1)
-            if needs_query:
-                grad_query[:, :, chunk.start : chunk.end] = grad_query_rows.unflatten(1, heads)
-            if needs_gates:
-                grad_gates[:, :, chunk.start : chunk.end] = grad_gate_rows.unflatten(1, heads)
+        problem = _Problem(query, key, value, gates, picked, mask, *ctx.options)
+        grad_output = grad_output.transpose(1, 2)  # [B, H, S, D]
+        grad_query, grad_key, grad_value = (torch.zeros_like(x, dtype=torch.float32) for x in (query, key, value))
+        grad_gates = torch.zeros_like(gates)
+        attends = needs_query or needs_key or needs_value
+        parts = iter(kept)
+        for expert in problem.whole:
+            output, log_sum = next(parts), next(parts)
+            grad_gates[..., expert] = torch.linalg.vecdot(output.float(), grad_output.float())
+            if attends:
+                turned = (problem.turn_queries(query, expert), problem.turn_keys(key, expert))
+                grad_turned = torch.zeros_like(grad_key)
+                weighted = (grad_output * gates[..., expert, None]).to(query.dtype)
+                grads = _attend_backward(
+                    *(
+                        weighted,
+                        *turned,
+                        value,
+                        output,
+                        log_sum,
+                        problem.blocks,
+                        problem.scaling,
+                        grad_turned,
+                        grad_value,
+                    )
+                )
+                grad_query += problem.turn_queries(grads, expert, direction=-1)
+                grad_key += problem.turn_keys(grad_turned, expert, direction=-1)
+        for rows in problem.sorted_rows():
+            output, log_sum = next(parts), next(parts)
+            grads = rows.take(grad_output)
+            index = (rows.row, rows.head + rows.heads.start, rows.token, rows.expert)
+            grad_gates[index] = torch.linalg.vecdot(output.float(), grads.float())
+            if attends:
+                weighted = (grads * gates[index][:, None]).to(query.dtype)
+                grads = rows.attend_backward(weighted, output, log_sum, grad_key, grad_value)
+                rows.add_to(grad_query, grads.float())
         return (
-            grad_query.view_as(query) if needs_query else None,
-            grad_key.view_as(key) if needs_key else None,
-            grad_value.view_as(value) if needs_value else None,
-            grad_gates.view_as(gates) if needs_gates else None,
+            grad_query.to(query.dtype) if needs_query else None,
+            grad_key.to(key.dtype) if needs_key else None,
+            grad_value.to(value.dtype) if needs_value else None,
+            grad_gates if needs_gates else None,
             *(None,) * 5,
         )
-
-
-def _problem(query, key, value, gates, picked, mask, rotations, query_start, scaling) -> _Problem:
-    batch, num_kv_heads = key.shape[:2]
-    by_group = (batch * num_kv_heads, query.shape[1] // num_kv_heads)
-    return _Problem(
-        query.reshape(*by_group, *query.shape[2:]),
-        key.reshape(-1, *key.shape[2:]),
-        value.reshape(-1, *value.shape[2:]),
-        gates.reshape(*by_group, *gates.shape[2:]),
-        picked.reshape(*by_group, *picked.shape[2:]),
-        mask,
-        rotations,
-        query_start,
-        scaling,
-    )

@@ -5,11 +5,18 @@ from collections.abc import Callable
 import torch
 
 from ..rope import RotationTable
+from .cpu_limits import why_not_on_cpu
 from .delegated import delegated
-from .grouped import grouped, why_not_grouped
+from .grouped import grouped
+from .native import native, why_not_native
 from .reference import reference
 
-IMPLEMENTATIONS: dict[str, Callable] = {"reference": reference, "delegated": delegated, "grouped": grouped}
+IMPLEMENTATIONS: dict[str, Callable] = {
+    "reference": reference,
+    "delegated": delegated,
+    "grouped": grouped,
+    "native": native,
+}
 
 
 def mixed_attention(
@@ -44,7 +51,8 @@ def mixed_attention(
         picked: `[B, H, S, N]`, true where an expert is computed and its gate gets a gradient. Default: where the gate
             is not zero. Implementations whose cost does not follow K compute all.
         implementation: `"reference"` (float32, returns probabilities), `"delegated"` (`attend` once per expert),
-            `"grouped"` (CPU; cost follows K) or `"auto"` (default).
+            `"grouped"` (CPU; cost follows K), `"native"` (CPU, float32, without gradients; cost follows K, compiled
+            on first use) or `"auto"` (default).
         backend: name of the attention implementation behind `attend`, by which "auto" chooses.
         kwargs: further arguments of `attend`, such as `scaling` and `dropout`.
 
@@ -61,7 +69,7 @@ def mixed_attention(
             f"{rotations.num_experts} angles need {(*query.shape[:3], rotations.num_experts)}."
         )
     if implementation == "auto":
-        implementation = _choose(query, gates, attention_mask, backend, **kwargs)
+        implementation = _choose(query, key, value, gates, attention_mask, backend, **kwargs)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"Unknown implementation {implementation!r}; choose 'auto' or one of {sorted(IMPLEMENTATIONS)}."
@@ -80,10 +88,11 @@ def mixed_attention(
     )
 
 
-def _choose(query: torch.Tensor, gates: torch.Tensor, attention_mask, backend: str | None, **kwargs) -> str:
+def _choose(query, key, value, gates: torch.Tensor, attention_mask, backend: str | None, **kwargs) -> str:
     """The fastest implementation that computes what the backend would, in the same precision."""
-    in_place_of_sdpa = backend == "sdpa" and query.dtype == torch.float32
-    mixes_a_sequence = gates.shape[-1] > 1 and query.shape[-2] > 1
-    if not (in_place_of_sdpa and mixes_a_sequence) or torch.compiler.is_compiling():
+    if backend != "sdpa" or gates.shape[-1] == 1 or torch.compiler.is_compiling():
         return "delegated"
-    return "delegated" if why_not_grouped(query, attention_mask, **kwargs) else "grouped"
+    if why_not_native(query, key, value, gates, attention_mask, **kwargs) is None:
+        return "native"
+    mixes_a_sequence = query.dtype == torch.float32 and query.shape[-2] > 1
+    return "grouped" if mixes_a_sequence and why_not_on_cpu(query, attention_mask, **kwargs) is None else "delegated"
