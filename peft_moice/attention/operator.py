@@ -51,7 +51,7 @@ def mixed_attention(
         picked: `[B, H, S, N]`, true where an expert is computed and its gate gets a gradient. Default: where the gate
             is not zero. Implementations whose cost does not follow K compute all.
         implementation: `"reference"` (float32, returns probabilities), `"delegated"` (`attend` once per expert),
-            `"grouped"` (CPU; cost follows K), `"native"` (CPU, float32, without gradients; cost follows K, compiled
+            `"grouped"` (CPU; cost follows K), `"native"` (CPU, float32; cost follows K, compiled
             on first use) or `"auto"` (default).
         backend: name of the attention implementation behind `attend`, by which "auto" chooses.
         kwargs: further arguments of `attend`, such as `scaling` and `dropout`.
@@ -92,7 +92,7 @@ def _choose(query, key, value, gates: torch.Tensor, attention_mask, backend: str
     """The fastest implementation that computes what the backend would, in the same precision."""
     if backend != "sdpa" or gates.shape[-1] == 1 or torch.compiler.is_compiling():
         return "delegated"
-    if why_not_native(query, key, value, gates, attention_mask, **kwargs) is None:
+    if why_not_native(query, key, value, attention_mask, **kwargs) is None:
         return "native"
     mixes_a_sequence = query.dtype == torch.float32 and query.shape[-2] > 1
     return "grouped" if mixes_a_sequence and why_not_on_cpu(query, attention_mask, **kwargs) is None else "delegated"

@@ -25,20 +25,20 @@ SWITCH = "PEFT_MOICE_NATIVE"
 class Problem(ctypes.Structure):
     """The C structure of the same name."""
 
-    _Strides = ctypes.c_int64 * 3
+    Strides = ctypes.c_int64 * 3
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("batch", "kv_heads", "group", "queries", "keys", "head_dim")),
         *((name, ctypes.c_int64) for name in ("value_dim", "experts", "pairs", "query_start", "is_causal")),
         *((name, ctypes.c_int64) for name in ("tile_rows", "picks", "is_ordered")),
         ("query", ctypes.c_void_p),
-        ("query_stride", _Strides),
+        ("query_stride", Strides),
         ("key", ctypes.c_void_p),
-        ("key_stride", _Strides),
+        ("key_stride", Strides),
         ("value", ctypes.c_void_p),
-        ("value_stride", _Strides),
+        ("value_stride", Strides),
         ("gates", ctypes.c_void_p),
         ("mask", ctypes.c_void_p),
-        ("mask_stride", _Strides),
+        ("mask_stride", Strides),
         ("cos", ctypes.c_void_p),
         ("sin", ctypes.c_void_p),
         ("table_stride", ctypes.c_int64),
@@ -47,6 +47,12 @@ class Problem(ctypes.Structure):
         ("scaling", ctypes.c_float),
         ("output", ctypes.c_void_p),
         ("scratch", ctypes.c_void_p),
+        ("grad_output", ctypes.c_void_p),
+        ("picked", ctypes.c_void_p),
+        ("grad_query", ctypes.c_void_p),
+        ("grad_key", ctypes.c_void_p),
+        ("grad_value", ctypes.c_void_p),
+        ("grad_gates", ctypes.c_void_p),
     )
 
 

@@ -1,4 +1,4 @@
-"""The operator by the kernels of `kernels.c`: cost follows K, keys are never copied in decoding."""
+"""The operator by the kernels of `kernels.c`: cost follows K, and decoding reads keys and values once."""
 
 import ctypes
 import functools
@@ -29,68 +29,26 @@ def native(
     scaling: float | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """See [`mixed_attention`]. Causal, or under a four-dimensional mask; works in float32; has no backward pass."""
-    reason = why_not_native(query, key, value, gates, attention_mask, **kwargs)
+    """See [`mixed_attention`]. Causal, or under a four-dimensional mask; works in float32.
+
+    For the backward pass the inputs are kept and nothing else. The pass itself needs `threads · N · T · D` floats for
+    the gradients of one key-value head's keys.
+    """
+    reason = why_not_native(query, key, value, attention_mask, **kwargs)
     if reason is not None:
         raise ValueError(f"The native implementation cannot be used: {reason}. Choose implementation='auto'.")
-    query, key, value = (_rows_contiguous(x) for x in (query, key, value))
-    gates = gates.float().contiguous()
-    batch, heads, length, head_dim = query.shape
-    num_keys, query_start = key.shape[-2], int(query_start)
+    query_start, length, num_keys = int(query_start), query.shape[-2], key.shape[-2]
     if not 0 <= query_start <= num_keys - length:
         raise ValueError(f"{length} queries starting at position {query_start} do not fit {num_keys} keys.")
-    cos, sin = rotations.cos_sin(num_keys, query.device)
-    first, second = _pairs(rotations.layout)
-    output = torch.zeros(batch, length, heads, value.shape[-1])
-    decodes = length <= _MOST_DECODED
-    tile_rows = min(_SCORES_IN_CACHE // num_keys // _TILE_STEP * _TILE_STEP, _MAX_TILE)
-    problem = Problem(
-        batch=batch,
-        kv_heads=key.shape[1],
-        group=heads // key.shape[1],
-        queries=length,
-        keys=num_keys,
-        head_dim=head_dim,
-        value_dim=value.shape[-1],
-        experts=gates.shape[-1],
-        pairs=len(first),
-        query_start=query_start,
-        is_causal=attention_mask is None,
-        tile_rows=max(tile_rows, _TILE_STEP),
-        picks=int((gates != 0).sum(dim=-1).max()) if decodes else 0,
-        is_ordered=rotations.layout.start == 0 and not rotations.layout.interleaved,
-        scaling=head_dim**-0.5 if scaling is None else scaling,
-        cos=cos.data_ptr(),
-        sin=sin.data_ptr(),
-        table_stride=cos.stride(0),
-        first=first.data_ptr(),
-        second=second.data_ptr(),
-        gates=gates.data_ptr(),
-        output=output.data_ptr(),
-    )
-    if attention_mask is not None:
-        mask = attention_mask
-        if mask.dtype == torch.bool:
-            mask = torch.zeros(mask.shape).masked_fill_(~mask, torch.finfo(torch.float32).min)
-        mask = _rows_contiguous(mask.float()).expand(batch, heads, length, -1)
-        problem.mask, problem.mask_stride = mask.data_ptr(), Problem._Strides(*mask.stride()[:3])
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        setattr(problem, name, tensor.data_ptr())
-        setattr(problem, f"{name}_stride", Problem._Strides(*tensor.stride()[:3]))
-    library, threads = load(), torch.get_num_threads()
-    scratch = torch.empty(library.scratch_size(ctypes.byref(problem), threads, decodes))
-    problem.scratch = scratch.data_ptr()
-    (library.decode if decodes else library.attend)(ctypes.byref(problem), threads)
+    picked = gates != 0 if picked is None else picked
+    mask = None if attention_mask is None else _additive(attention_mask)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output = _NativeAttention.apply(query, key, value, gates.float(), picked, mask, rotations, query_start, scaling)
     return output, None
 
 
 def why_not_native(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    gates: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **kwargs,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
 ) -> str | None:
     """The reason why [`native`] cannot compute a call with these arguments, or None."""
     reason = why_not_on_cpu(query, attention_mask, **kwargs)
@@ -100,12 +58,96 @@ def why_not_native(
         return f"it works in float32, and the queries are in {query.dtype}"
     if max(query.shape[-1], value.shape[-1]) > _MAX_HEAD_DIM:
         return f"it knows head sizes up to {_MAX_HEAD_DIM}"
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, gates)):
-        return "it has no backward pass"
     if torch.compiler.is_compiling():
         return "it cannot be traced by torch.compile"
     library = load()
     return library if isinstance(library, str) else None
+
+
+def _additive(mask: torch.Tensor) -> torch.Tensor:
+    if mask.dtype != torch.bool:
+        return mask.float()
+    return torch.zeros(mask.shape).masked_fill_(~mask, torch.finfo(torch.float32).min)
+
+
+class _NativeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, gates, picked, mask, *options):
+        ctx.save_for_backward(query, key, value, gates, picked, mask)
+        ctx.options = options
+        output = torch.zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
+        decodes = query.shape[-2] <= _MOST_DECODED
+        with _Call(query, key, value, gates, mask, *options, decodes=decodes) as call:
+            call.point(output=output)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        *tensors, gates, picked, mask = ctx.saved_tensors
+        grads = [
+            torch.zeros(x.shape) if needed else None
+            for x, needed in zip((*tensors, gates), ctx.needs_input_grad[:4], strict=True)
+        ]
+        with _Call(*tensors, gates, mask, *ctx.options) as call:
+            call.point(grad_output=grad_output.contiguous(), picked=picked.contiguous())
+            names = ("grad_query", "grad_key", "grad_value", "grad_gates")
+            call.point(**{name: grad for name, grad in zip(names, grads, strict=True) if grad is not None})
+        return *grads, *(None,) * 5
+
+
+class _Call:
+    """A `Problem` whose pointers are filled in inside a `with` block, at the end of which the kernel runs."""
+
+    def __init__(self, query, key, value, gates, mask, rotations: RotationTable, query_start, scaling, decodes=False):
+        batch, heads, length, head_dim = query.shape
+        num_keys = key.shape[-2]
+        cos, sin = rotations.cos_sin(num_keys, query.device)
+        first, second = _pairs(rotations.layout)
+        tile_rows = min(_SCORES_IN_CACHE // num_keys // _TILE_STEP * _TILE_STEP, _MAX_TILE)
+        self.decodes = decodes
+        self.problem = Problem(
+            batch=batch,
+            kv_heads=key.shape[1],
+            group=heads // key.shape[1],
+            queries=length,
+            keys=num_keys,
+            head_dim=head_dim,
+            value_dim=value.shape[-1],
+            experts=gates.shape[-1],
+            pairs=len(first),
+            query_start=query_start,
+            is_causal=mask is None,
+            tile_rows=max(tile_rows, _TILE_STEP),
+            picks=int((gates != 0).sum(dim=-1).max()) if decodes else 0,
+            is_ordered=rotations.layout.start == 0 and not rotations.layout.interleaved,
+            table_stride=cos.stride(0),
+            scaling=scaling,
+        )
+        self.kept = []
+        self.point(gates=gates.contiguous(), cos=cos, sin=sin, first=first, second=second)
+        strided = {"query": query, "key": key, "value": value}
+        if mask is not None:
+            strided["mask"] = _rows_contiguous(mask).expand(batch, heads, length, -1)
+        for name, tensor in strided.items():
+            tensor = _rows_contiguous(tensor)
+            self.point(**{name: tensor})
+            setattr(self.problem, f"{name}_stride", Problem.Strides(*tensor.stride()[:3]))
+
+    def point(self, **tensors: torch.Tensor) -> None:
+        """Set pointers by the names of the problem's fields."""
+        for name, tensor in tensors.items():
+            setattr(self.problem, name, tensor.data_ptr())
+            self.kept.append(tensor)
+
+    def __enter__(self) -> "_Call":
+        return self
+
+    def __exit__(self, error_type, error, traceback) -> None:
+        if error_type is not None:
+            return
+        library, threads, problem = load(), torch.get_num_threads(), ctypes.byref(self.problem)
+        self.point(scratch=torch.empty(library.scratch_size(problem, threads, self.decodes)))
+        (library.decode if self.decodes else library.attend)(problem, threads)
 
 
 def _rows_contiguous(x: torch.Tensor) -> torch.Tensor:
