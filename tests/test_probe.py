@@ -145,15 +145,6 @@ def test_rope_types_keep_their_parameters_under_every_angle(rope_parameters):
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
-def test_rope_types_that_change_while_running_are_refused(rope_type):
-    parameters = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 4.0}
-    if rope_type == "longrope":
-        parameters |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 32}
-    with pytest.raises(UnsupportedLayerError, match=f"'{rope_type}' changes the angles"):
-        get_peft_model(tiny_model("llama", rope_parameters=parameters), config())
-
-
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava", "gemma3", "mistral3", "internvl", "lfm2_vl"])
 @torch.no_grad()
 def test_vision_language_models_are_adapted_in_their_text_tower_alone(family):
