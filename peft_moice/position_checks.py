@@ -2,8 +2,8 @@
 
 MoICE counts positions by the order of the keys. That agrees with the model's own positions wherever these go up by one
 within a sequence: in plain, left-padded and packed batches. What does not agree is refused by forward hooks before it
-is used. They look at prompts only, not at single tokens, so decoding never waits for the device; and compiled graphs
-leave them out.
+is used. They look at prompts only, not at single tokens, so decoding never waits for the device; a single token that
+skips positions is found out by the next prompt that continues its cache. Compiled graphs leave these checks out.
 """
 
 import functools
@@ -13,6 +13,8 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from .mixture import MixesAngles
+
+_NOTE = "_moice_positions"
 
 
 def watch_positions(model: nn.Module) -> None:
@@ -60,8 +62,10 @@ def _check_prompt(model: nn.Module, args: tuple, kwargs: dict) -> None:
     position_ids = position_ids[0] if position_ids.dim() == 3 else position_ids
     _check_steps(position_ids)
     cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-    if isinstance(cache, Cache) and isinstance(mask, torch.Tensor) and mask.dim() == 2:
-        _check_padding(mask)
+    if isinstance(cache, Cache):
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            _check_padding(mask)
+        _check_continuation(position_ids, cache, mask)
 
 
 def _check_steps(position_ids: torch.Tensor) -> None:
@@ -89,6 +93,35 @@ def _check_padding(mask: torch.Tensor) -> None:
             f"Row {row} of the prompts is padded on the right, so the tokens to be generated would not stand right "
             'after its last token. Pad on the left: `tokenizer.padding_side = "left"`.'
         )
+
+
+def _check_continuation(position_ids: torch.Tensor, cache: Cache, mask: object) -> None:
+    """Refuse position ids `[B, S]` that do not follow the keys in the cache.
+
+    The last positions that were looked at are noted on the cache, so that copies of it know as much.
+    """
+    past, first = int(cache.get_seq_length()), position_ids[:, 0]
+    last, num_keys = getattr(cache, _NOTE, (None, 0))
+    expected = None
+    if past == 0:
+        pass
+    elif last is not None and len({last.shape[0], first.shape[0]} - {1}) <= 1:
+        expected = last.to(first.device) + 1 + past - num_keys
+    elif mask is None:
+        expected = torch.full_like(first, past)
+    elif isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[-1] > past:
+        mask = mask.to(first.device)
+        # Positions of padding mean nothing.
+        expected = torch.where(mask[:, past] == 0, first, mask[:, :past].sum(dim=-1))
+    if expected is not None and (expected != first).any():
+        expected, first = torch.broadcast_tensors(expected, first)
+        row = int((expected != first).nonzero()[0])
+        raise ValueError(
+            f"The position_ids of row {row} begin at {int(first[row])}, but after the keys in the cache comes "
+            f"{int(expected[row])}. MoICE counts positions by the order of the keys. Leave `position_ids` out, or "
+            "continue where the cache ends."
+        )
+    setattr(cache, _NOTE, (position_ids[:, -1], past + position_ids.shape[-1]))
 
 
 def _check_dimensions(model: nn.Module, rotary: nn.Module, args: tuple, kwargs: dict) -> None:
