@@ -5,6 +5,7 @@ import torch
 from families import tiny_model, tokens
 from peft import get_peft_model
 from transformers import DynamicCache
+from versions import family
 
 from peft_moice import MoICEConfig
 
@@ -47,7 +48,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
-@pytest.mark.parametrize("family", EXACT)
+@pytest.mark.parametrize("family", map(family, EXACT))
 @torch.no_grad()
 def test_one_angle_equals_a_model_with_that_rope_theta(family):
     ids = tokens()
@@ -59,7 +60,7 @@ def test_one_angle_equals_a_model_with_that_rope_theta(family):
     assert relative_error(logits_with_cache(model, ids), logits_with_cache(turned, ids)) < 1e-5
 
 
-@pytest.mark.parametrize("family", EXACT)
+@pytest.mark.parametrize("family", map(family, EXACT))
 @torch.no_grad()
 def test_mixture_equals_reference(family):
     ids = tokens()

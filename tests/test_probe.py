@@ -5,6 +5,7 @@ import torch
 from families import tiny_model, tokens
 from peft import get_peft_model
 from torch import nn
+from versions import family
 
 from peft_moice import MoICEConfig, MoICELayer
 from peft_moice.probe import LayerProbe, UnsupportedLayerError, attention_module_names
@@ -53,7 +54,7 @@ def test_layouts(family, layout, direction):
         ("exaone4", {"layer_types": ["full_attention", "sliding_attention"]}, [False, True]),
         ("granite_swa", {"layer_rope_theta": [0.0, 10000.0]}, [False, True]),
         ("granitemoe_swa", {"layer_rope_theta": [10000.0, 0.0]}, [True, False]),
-        ("beam", {}, None),
+        family("beam", {}, None),
     ],
 )
 @torch.no_grad()
