@@ -15,9 +15,11 @@ def needs_transformers(version: str, lack: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(too_old, reason=f"transformers before {version} {lack}")
 
 
-def family(model_type: str, *values: object) -> object:
+def family(model_type: str, *values: object, marks: object = ()) -> object:
     """The parameters `model_type, *values` of a test, skipped where transformers does not have the family."""
     known = {**MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
     reason = f"transformers {transformers.__version__} does not have the family {model_type!r}"
-    marks = pytest.mark.skipif(model_type not in known, reason=reason)
-    return pytest.param(model_type, *values, marks=marks)
+    marks = marks if isinstance(marks, tuple) else (marks,)
+    return pytest.param(
+        model_type, *values, marks=(*marks, pytest.mark.skipif(model_type not in known, reason=reason))
+    )
