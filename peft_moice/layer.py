@@ -8,6 +8,7 @@ from torch import nn
 
 from .attention import intercept, restore
 from .config import MoICEConfig, RouterSpec
+from .longrope import rope_of_pass
 from .mixture import LayerMixture, Member, MixesAngles
 from .rope import LayerRope
 from .router import MoICERouter
@@ -55,8 +56,7 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
         routers = [MoICERouter.from_spec(spec, self.rope.layer_type, self.num_heads, self.head_dim) for spec in specs]
         self.router_specs[adapter_name] = specs
         for spec in specs:
-            # Built here, because a compiled forward pass could not.
-            self.rope.table(spec.bases_of(self.rope.layer_type))
+            self.rope.prepare(spec.bases_of(self.rope.layer_type))
         self.moice_router[adapter_name] = nn.ModuleList(routers) if config.members is not None else routers[0]
         self.reset_moice_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -91,6 +91,10 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
             mixture = self._mixture_of_rows(adapter_names)
         else:
             mixture = LayerMixture(self.members(), self.rope)
+        # Routers built into the attention module look at the pass themselves.
+        if not self.merged:
+            mixes = bool(mixture.members)
+            mixture.rope = rope_of_pass(self.rope, self.base_layer.layer_idx, args, kwargs, mixes)
         if not mixture.members:
             return self.base_layer(*args, **kwargs)
         return mixture.run(self.base_layer, self.base_layer.layer_idx, args, kwargs, self)

@@ -2,8 +2,8 @@
 
 A layer is run twice, under the model's own base angle and under another, up to its call of the attention function.
 Equal queries and keys mean that the layer has no rotary embedding; queries and keys that differ by exactly the
-rotation predicted from the inverse frequencies tell the layout; anything else cannot be supported. No list of model
-families is needed.
+rotation predicted from the inverse frequencies tell the layout; anything else cannot be supported. Where the rope type
+changes its angles with the length (longrope), both sets are tried. No list of model families is needed.
 """
 
 import copy
@@ -17,11 +17,18 @@ import torch
 from torch import nn
 
 from .attention.interface import intercept, restore, uses_attention_interface
-from .rope import LayerRope, RotaryLayout, inverse_frequencies, rope_parameters, rotary_with_theta, rotate
+from .rope import (
+    LayerRope,
+    RotaryLayout,
+    inverse_frequencies,
+    original_length,
+    rope_parameters,
+    rotary_with_theta,
+    rotate,
+)
 
 _THETA_FACTOR = 4.0
 _POSITIONS = (0, 1, 3, 8, 20, 50)
-_RUNTIME_ROPE_TYPES = ("dynamic", "longrope")
 _IMPLEMENTATION_NAMES = {"eager", "sdpa", "flex_attention", "flash_attention_2"}
 
 
@@ -113,8 +120,8 @@ class LayerProbe:
     def __init__(self, model: nn.Module):
         self.model = model
         self._ropes: dict[tuple, LayerRope] = {}
-        # Some families hand keys and values from layer to layer; one such hand-over under each angle.
-        self._shared_keys: dict[bool, dict] = {}
+        # Some families hand keys and values from layer to layer; one such hand-over per angle and set of positions.
+        self._shared_keys: dict[tuple, dict] = {}
         self._observed: dict[str, Any] | None = None
 
     def plan(self, name: str) -> LayerPlan:
@@ -145,11 +152,6 @@ class LayerProbe:
         parameters = rope_parameters(rotary.config, layer_type)
         if parameters is None:
             return LayerPlan(rope=None)
-        if parameters.get("rope_type", "default") in _RUNTIME_ROPE_TYPES:
-            raise UnsupportedLayerError(
-                f"its rope type {parameters['rope_type']!r} changes the angles with the sequence length, while keys "
-                "in the cache keep the old ones"
-            )
 
         own_theta = float(parameters["rope_theta"])
         other_theta = own_theta * _THETA_FACTOR
@@ -159,26 +161,39 @@ class LayerProbe:
         if scaling != own_scaling:
             raise UnsupportedLayerError("its attention scaling depends on rope_theta")
 
-        with _on_real_weights(module) as runnable:
-            query, key = self._capture(runnable, found, rotary_with_theta(*build, own_theta), layer_type)
-            turned_query, turned_key = self._capture(
-                runnable, found, rotary_with_theta(*build, other_theta), layer_type, turned=True
-            )
+        limit = original_length(rotary.config, layer_type)
+        positions = tuple(p for p in _POSITIONS if limit is None or p < limit)
+        thetas = (own_theta, other_theta)
+        query_and_key = self._captures(module, found, build, thetas, positions)
+        query, _ = query_and_key[0]
         plan = LayerPlan(None, num_heads=query.shape[1], head_dim=query.shape[-1])
-        if torch.equal(query, turned_query) and torch.equal(key, turned_key):
+        if all(torch.equal(own, turned) for own, turned in query_and_key):
             return plan
 
         deltas = frequencies - own_frequencies
         for layout, direction in _layouts(size=2 * deltas.numel(), head_dim=plan.head_dim):
-            turn = (direction * deltas, layout)
-            if _explains(*turn, query, turned_query) and _explains(*turn, key, turned_key):
-                rope_key = (id(rotary), layer_type, layout)
-                plan.rope = self._ropes.setdefault(rope_key, LayerRope(*build, layout, direction))
-                return plan
-        raise UnsupportedLayerError(
-            "its queries and keys under another rope_theta are not a rotation of those under its own, so something "
-            "other than a rotation acts on them after the rotary embedding"
-        )
+            if _explains(direction * deltas, layout, positions, query_and_key):
+                break
+        else:
+            raise UnsupportedLayerError(
+                "its queries and keys under another rope_theta are not a rotation of those under its own, so "
+                "something other than a rotation acts on them after the rotary embedding"
+            )
+        switch = None
+        if parameters.get("rope_type") == "longrope":
+            # One more token, at a position that makes the long factors hold for all.
+            query_and_key = self._captures(module, found, build, thetas, (*positions, limit))
+            own_long, long = (inverse_frequencies(*build, theta, is_long=True)[0] for theta in thetas)
+            if _explains(direction * (long - own_long), layout, positions, query_and_key):
+                switch = limit
+            elif not _explains(direction * deltas, layout, positions, query_and_key):
+                raise UnsupportedLayerError(
+                    f"beyond its original length of {limit} tokens, its queries and keys under another rope_theta are "
+                    "turned neither by the long nor by the short factors of its rope type 'longrope'"
+                )
+        rope_key = (id(rotary), layer_type, layout)
+        plan.rope = self._ropes.setdefault(rope_key, LayerRope(*build, layout, direction, switch))
+        return plan
 
     def find_rotary(self, name: str) -> FoundRotary | None:
         """The rotary embedding nearest to the module called `name`: inside it, or beside one of its ancestors.
@@ -219,25 +234,50 @@ class LayerProbe:
                 return FoundRotary(rotaries, str(index))
         raise UnsupportedLayerError("the model has several rotary embeddings, and it uses none of them unchanged")
 
+    def _captures(
+        self,
+        module: nn.Module,
+        found: FoundRotary,
+        build: tuple[type[nn.Module], object, str | None],
+        thetas: tuple[float, float],
+        positions: tuple[int, ...],
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Queries `[1, H, S, D]` and keys of S tokens at `positions`, each under both of `thetas`."""
+        with _on_real_weights(module) as runnable:
+            own, turned = (
+                self._capture(runnable, found, rotary_with_theta(*build, theta), build[2], positions, theta)
+                for theta in thetas
+            )
+        return list(zip(own, turned, strict=True))
+
     @torch.enable_grad()
     def _capture(
-        self, module: nn.Module, found: FoundRotary, rotary: nn.Module, layer_type: str | None, turned: bool = False
+        self,
+        module: nn.Module,
+        found: FoundRotary,
+        rotary: nn.Module,
+        layer_type: str | None,
+        positions: tuple[int, ...],
+        theta: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries `[1, H, 6, D]` and keys that `module` hands to its attention function under `rotary`."""
+        """Queries `[1, H, S, D]` and keys that `module` hands to its attention function under `rotary`.
+
+        S tokens stand at `positions`; keys shared between layers are kept apart by `theta`.
+        """
         weight = next((p for p in module.parameters() if p.is_floating_point() and not p.is_meta), None)
         device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
         device = device if device is not None else (weight.device if weight is not None else torch.device("cpu"))
         dtype = weight.dtype if weight is not None else torch.get_default_dtype()
         rotary = rotary.to(device)
         # Quantized layers may repack their weights for inference, for good, on an input that needs no gradient.
-        hidden_states = _hidden_states(module).to(device, dtype).requires_grad_().clone()
-        position_ids = torch.tensor([_POSITIONS], device=device)
+        hidden_states = _hidden_states(module, len(positions)).to(device, dtype).requires_grad_().clone()
+        position_ids = torch.tensor([positions], device=device)
         position_embeddings = _position_embeddings(rotary, hidden_states, position_ids, layer_type)
         arguments = {
             "position_embeddings": position_embeddings,
             "position_ids": position_ids,
             "layer_idx": getattr(module, "layer_idx", 0),
-            "shared_kv_states": self._shared_keys.setdefault(turned, {}),
+            "shared_kv_states": self._shared_keys.setdefault((theta, positions), {}),
         }
         parameters = inspect.signature(type(module).forward).parameters
         arguments = {name: value for name, value in arguments.items() if name in parameters}
@@ -323,13 +363,25 @@ def _layouts(size: int, head_dim: int) -> Iterator[tuple[RotaryLayout, int]]:
                     yield RotaryLayout(start, size, interleaved), direction
 
 
-def _explains(deltas: torch.Tensor, layout: RotaryLayout, own: torch.Tensor, turned: torch.Tensor) -> bool:
-    positions = torch.tensor(_POSITIONS, dtype=torch.float64)
-    angles = positions[:, None] * deltas
-    own, turned = own.cpu(), turned.cpu()
-    predicted = rotate(own, angles.cos().float(), angles.sin().float(), layout)
-    tolerance = 32 * torch.finfo(own.dtype).eps
-    return torch.allclose(predicted.float(), turned.float(), rtol=0, atol=tolerance * own.float().abs().max().item())
+def _explains(
+    deltas: torch.Tensor,
+    layout: RotaryLayout,
+    positions: tuple[int, ...],
+    pairs: list[tuple[torch.Tensor, torch.Tensor]],
+) -> bool:
+    """Whether turning by `deltas` `[P]` makes the second tensor `[1, H, S, D]` of every pair out of the first.
+
+    Looks at the tokens at `positions`, and not at those behind them.
+    """
+    angles = torch.tensor(positions, dtype=torch.float64)[:, None] * deltas
+
+    def explained(own: torch.Tensor, turned: torch.Tensor) -> bool:
+        own, turned = (x[..., : len(positions), :].cpu() for x in (own, turned))
+        predicted = rotate(own, angles.cos().float(), angles.sin().float(), layout)
+        tolerance = 32 * torch.finfo(own.dtype).eps * own.float().abs().max().item()
+        return torch.allclose(predicted.float(), turned.float(), rtol=0, atol=tolerance)
+
+    return all(explained(own, turned) for own, turned in pairs)
 
 
 @contextmanager
@@ -361,13 +413,13 @@ def _uneven_vectors(module: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def _hidden_states(module: nn.Module) -> torch.Tensor:
-    """Random input `[1, 6, hidden size]`; where no projection reads the model's hidden size, of the first one's."""
+def _hidden_states(module: nn.Module, length: int) -> torch.Tensor:
+    """Random input `[1, length, hidden size]`; where no projection reads the hidden size, of the first one's."""
     widths = [child.in_features for child in module.modules() if hasattr(child, "in_features")]
     width = module.config.hidden_size
     if widths and width not in widths:
         width = widths[0]
-    return torch.randn(1, len(_POSITIONS), width, generator=torch.Generator().manual_seed(0))
+    return torch.randn(1, length, width, generator=torch.Generator().manual_seed(0))
 
 
 def _position_embeddings(

@@ -91,6 +91,30 @@ class RotationTable:
         return table[0][:, :length], table[1][:, :length]
 
 
+class SwitchedTable(RotationTable):
+    """Two tables, and on the device which of them holds.
+
+    Args:
+        short: taken where `is_long` is false.
+        long: taken where `is_long` is true.
+        is_long: scalar of booleans.
+    """
+
+    def __init__(self, short: RotationTable, long: RotationTable, is_long: torch.Tensor):
+        # Not by the base class, which reads values, as compiled code could not.
+        self.layout = short.layout
+        self.deltas = short.deltas
+        self.is_identity = short.is_identity
+        self.short = short
+        self.long = long
+        self.is_long = is_long
+
+    def cos_sin(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        is_long = self.is_long.to(device)
+        pairs = zip(self.long.cos_sin(length, device), self.short.cos_sin(length, device), strict=True)
+        return tuple(torch.where(is_long, long, short) for long, short in pairs)
+
+
 def _cos_sin(positions: torch.Tensor, deltas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     angles = positions[None, :, None] * deltas[:, None, :]
     return angles.cos().float(), angles.sin().float()
@@ -106,6 +130,8 @@ class LayerRope:
         layer_type: key into `config.rope_parameters` where the model has angles per layer type, else None.
         layout: where the rotated coordinates lie.
         direction: 1 if queries turn with their position as in the paper's equation, -1 if against it.
+        original_length: with rope type longrope, the number of tokens up to which the short factors hold, else None.
+        is_long: whether the long factors hold, a bool or a scalar tensor; see [`longrope.rope_of_pass`].
     """
 
     rotary: type[nn.Module]
@@ -113,7 +139,9 @@ class LayerRope:
     layer_type: str | None
     layout: RotaryLayout
     direction: int = 1
-    _tables: dict[tuple[float, ...], RotationTable] = field(default_factory=dict, repr=False)
+    original_length: int | None = None
+    is_long: bool | torch.Tensor = False
+    _tables: dict[tuple, RotationTable] = field(default_factory=dict, repr=False)
 
     @property
     def rope_theta(self) -> float:
@@ -122,19 +150,57 @@ class LayerRope:
 
     def table(self, rope_bases: tuple[float, ...]) -> RotationTable:
         """The rotations that turn the model's own angle into each of `rope_bases`."""
-        if rope_bases not in self._tables:
-            own, _ = inverse_frequencies(self.rotary, self.config, self.layer_type, self.rope_theta)
-            deltas = [
-                inverse_frequencies(self.rotary, self.config, self.layer_type, base)[0] - own for base in rope_bases
-            ]
-            self._tables[rope_bases] = RotationTable(self.direction * torch.stack(deltas), self.layout)
-        return self._tables[rope_bases]
+        if isinstance(self.is_long, torch.Tensor):
+            return SwitchedTable(self._table(rope_bases, False), self._table(rope_bases, True), self.is_long)
+        return self._table(rope_bases, self.is_long)
+
+    def prepare(self, rope_bases: tuple[float, ...]) -> None:
+        """Build all tables for `rope_bases` now, because a compiled forward pass could not."""
+        self._table(rope_bases, False)
+        if self.original_length is not None:
+            self._table(rope_bases, True)
+
+    def with_factors(self, is_long: bool | torch.Tensor) -> "LayerRope":
+        """The same rotary embedding under its long factors, or under its short ones. Tables are shared."""
+        return LayerRope(
+            self.rotary,
+            self.config,
+            self.layer_type,
+            self.layout,
+            self.direction,
+            self.original_length,
+            is_long,
+            self._tables,
+        )
+
+    def _table(self, rope_bases: tuple[float, ...], is_long: bool) -> RotationTable:
+        key = (rope_bases, is_long)
+        if key not in self._tables:
+            own, *others = (
+                inverse_frequencies(self.rotary, self.config, self.layer_type, base, is_long)[0]
+                for base in (self.rope_theta, *rope_bases)
+            )
+            deltas = torch.stack([other - own for other in others])
+            self._tables[key] = RotationTable(self.direction * deltas, self.layout)
+        return self._tables[key]
 
 
 def rope_parameters(config: object, layer_type: str | None) -> dict:
     """The rope parameters that hold for `layer_type` (None where a model has one set for all layers)."""
     parameters = config.rope_parameters
     return parameters if layer_type is None else parameters[layer_type]
+
+
+def original_length(config: object, layer_type: str | None) -> int | None:
+    """The number of tokens up to which the angles of a rope type that changes them at run time stay as they are.
+
+    None for rope types whose angles never change.
+    """
+    parameters = rope_parameters(config, layer_type)
+    rope_type = parameters.get("rope_type", "default")
+    if rope_type == "longrope":
+        return parameters["original_max_position_embeddings"]
+    return config.max_position_embeddings if "dynamic" in rope_type else None
 
 
 def rotary_with_theta(rotary: type[nn.Module], config: object, layer_type: str | None, rope_theta: float) -> nn.Module:
@@ -145,11 +211,19 @@ def rotary_with_theta(rotary: type[nn.Module], config: object, layer_type: str |
         return rotary(config)
 
 
+@torch.no_grad()
 def inverse_frequencies(
-    rotary: type[nn.Module], config: object, layer_type: str | None, rope_theta: float
+    rotary: type[nn.Module], config: object, layer_type: str | None, rope_theta: float, is_long: bool = False
 ) -> tuple[torch.Tensor, float]:
-    """Inverse frequencies `[P]` in float64 and the attention scaling of the model's rope type under `rope_theta`."""
+    """Inverse frequencies `[P]` in float64 and the attention scaling of the model's rope type under `rope_theta`.
+
+    With `is_long`, those that it changes to beyond the original length.
+    """
     module = rotary_with_theta(rotary, config, layer_type, rope_theta)
+    if is_long:
+        options = {} if layer_type is None else {"layer_type": layer_type}
+        with torch.device("cpu"):
+            module(torch.zeros(1, 1, 1), torch.tensor([[original_length(config, layer_type)]]), **options)
     prefix = "" if layer_type is None else f"{layer_type}_"
     scaling = getattr(module, f"{prefix}attention_scaling", 1.0)
     return getattr(module, f"{prefix}inv_freq").double(), float(scaling)

@@ -20,6 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .attention import intercept
 from .config import RouterSpec
+from .longrope import rope_of_pass
 from .mixture import LayerMixture, Member, MixesAngles
 from .position_checks import watch_positions
 from .probe import LayerProbe
@@ -52,7 +53,7 @@ class MoICEAttention(MixesAngles):
         return [Member(str(index), router, spec, spec.weight) for index, (router, spec) in enumerate(routers)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        mixture = LayerMixture(self.members(), self.rope)
+        mixture = LayerMixture(self.members(), rope_of_pass(self.rope, self.layer_idx, args, kwargs))
         return mixture.run(super().forward, self.layer_idx, args, kwargs, self)
 
     def __reduce__(self):
@@ -91,8 +92,7 @@ def _install(
     attention.num_query_heads = num_heads
     attention.router_specs = specs
     setattr(attention, ROUTERS_NAME, nn.ModuleList(routers))
-    # Built here, because a compiled forward pass could not.
-    rope.table(LayerMixture(attention.members(), rope).rope_bases())
+    rope.prepare(LayerMixture(attention.members(), rope).rope_bases())
 
 
 def make_standalone(model: PreTrainedModel) -> PreTrainedModel:
@@ -132,6 +132,7 @@ def describe_routers(model: nn.Module) -> dict[str, Any]:
             "layer_type": module.rope.layer_type,
             "layout": dataclasses.asdict(module.rope.layout),
             "direction": module.rope.direction,
+            "original_length": module.rope.original_length,
         }
     return {"routers": routers, "layers": layers}
 
@@ -145,10 +146,9 @@ def install_described(model: PreTrainedModel, description: dict[str, Any]) -> No
             # A model that builds its decoder through an auto class, which gave it a standalone one.
             continue
         rotary = LayerProbe(model).find_rotary(_name_of(model, attention)).module
-        layer_type, layout, direction = layer["layer_type"], RotaryLayout(**layer["layout"]), layer["direction"]
-        rope = ropes.setdefault(
-            (id(rotary), layer_type, layout), LayerRope(type(rotary), rotary.config, layer_type, layout, direction)
-        )
+        layer_type, layout, turn = layer["layer_type"], RotaryLayout(**layer["layout"]), layer["direction"]
+        rope = LayerRope(type(rotary), rotary.config, layer_type, layout, turn, layer.get("original_length"))
+        rope = ropes.setdefault((id(rotary), layer_type, layout), rope)
         specs = [RouterSpec(**description["routers"][index], weight=weight) for index, weight in layer["routers"]]
         routers = [MoICERouter.from_spec(spec, layer_type, layer["num_heads"], layer["head_dim"]) for spec in specs]
         for router in routers:

@@ -6,8 +6,11 @@ import torch
 from families import tiny_model, tokens
 from peft import get_peft_model
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, QuantizedCache, StaticCache
+from versions import needs_transformers
 
 from peft_moice import MoICEConfig
+
+NEEDS_FP8 = needs_transformers("5.21", "has no caches in fp8")
 
 FAMILIES = ["llama", "mistral", "gemma3_text", "gpt_oss", "deepseek_v3", "gpt_neox"]
 """Plain, sliding, sliding and full in turn, the same with sinks, latent, and with keywords of its own."""
@@ -65,7 +68,9 @@ def test_a_prompt_in_pieces_gives_the_logits_of_the_whole(family, make_cache, pi
     assert_same_logits(torch.cat(logits, dim=1), model(ids, use_cache=False).logits)
 
 
-@pytest.mark.parametrize("backend", ["fp8", "hqq", pytest.param("quanto", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend", [pytest.param("fp8", marks=NEEDS_FP8), "hqq", pytest.param("quanto", marks=pytest.mark.slow)]
+)
 @torch.no_grad()
 def test_quantized_keys_are_turned_like_any_others(backend):
     if backend != "fp8":
@@ -83,6 +88,7 @@ def test_quantized_keys_are_turned_like_any_others(backend):
     assert 0 < error < 0.2
 
 
+@NEEDS_FP8
 @torch.no_grad()
 def test_one_angle_with_quantized_keys_is_close_to_a_model_with_that_rope_theta():
     """The one keeps its keys under its own angle, the other under the new one, so they round differently."""
@@ -204,6 +210,7 @@ def test_the_cache_holds_what_the_base_model_would_keep():
         assert torch.equal(layer.keys, own_layer.keys) and torch.equal(layer.values, own_layer.values)
 
 
+@needs_transformers("5.18", "has no `page_size` in continuous batching")
 @pytest.mark.parametrize("attention", ["sdpa", "paged|eager"])
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 @torch.no_grad()

@@ -75,6 +75,67 @@ def test_positions_that_count_are_accepted(position_ids):
     adapted()(tokens(length=8), position_ids=torch.tensor([position_ids, list(range(8))]))
 
 
+class TestPromptsThatContinueACache:
+    @pytest.mark.parametrize("noted", [True, False])
+    @torch.no_grad()
+    def test_positions_that_jump_are_refused(self, noted):
+        """Also where the model made the cache itself, so that nothing could be noted on it."""
+        model, ids = adapted(), tokens(length=12)
+        first = {"position_ids": torch.arange(6)[None], "past_key_values": DynamicCache(config=model.config)}
+        cache = model(ids[:, :6], **(first if noted else {})).past_key_values
+        for start in (50, 3):
+            positions = torch.arange(start, start + 4).expand(2, -1)
+            with pytest.raises(ValueError, match=f"row 0 begin at {start}, .* comes 6.*continue where the cache"):
+                model(ids[:, 6:10], position_ids=positions, past_key_values=cache)
+        model(ids[:, 6:10], position_ids=torch.arange(6, 10)[None], past_key_values=copy.deepcopy(cache))
+        model(ids[:, 6:7], position_ids=torch.tensor([[50]]), past_key_values=cache)
+        with pytest.raises(ValueError, match=r"row 0 begin at 51, .* comes 7"):
+            model(ids[:, 7:10], position_ids=torch.arange(51, 54)[None], past_key_values=cache)
+
+    @pytest.mark.parametrize("noted", [True, False])
+    @torch.no_grad()
+    def test_padded_rows(self, noted):
+        model, ids, padding = adapted(), tokens(length=12), torch.tensor([[0], [3]])
+        mask = (torch.arange(12) >= padding).long()
+        positions = (torch.arange(12) - padding).clamp(min=0)
+        cache = DynamicCache(config=model.config)
+        options = {"position_ids": positions[:, :6]} if noted else {}
+        if noted:
+            model(ids[:, :6], attention_mask=mask[:, :6], past_key_values=cache, **options)
+        else:
+            for t in range(6):
+                step = {"attention_mask": mask[:, : t + 1], "position_ids": positions[:, t : t + 1]}
+                model(ids[:, t : t + 1], past_key_values=cache, **step)
+        actual = model(
+            ids[:, 6:], attention_mask=mask, position_ids=positions[:, 6:], past_key_values=copy.deepcopy(cache)
+        ).logits
+        alone = model(ids[1:, 3:]).logits[:, 3:]
+        torch.testing.assert_close(actual[1:], alone, rtol=0, atol=1e-5 * alone.abs().max().item())
+        with pytest.raises(ValueError, match=r"row 1 begin at 6, .* comes 3"):
+            wrong = torch.arange(6, 12).expand(2, -1)
+            model(ids[:, 6:], attention_mask=mask, position_ids=wrong, past_key_values=cache)
+
+    @torch.no_grad()
+    def test_chats_prompt_lookup_and_static_caches_generate_as_without_a_cache(self):
+        model, ids = adapted(), tokens(length=14)
+        mask = torch.ones(2, 14, dtype=torch.long)
+        mask[1, :4] = 0
+        options = {"do_sample": False, "max_new_tokens": 4, "pad_token_id": 0, "eos_token_id": None}
+        expected = model.generate(input_ids=ids, attention_mask=mask, use_cache=False, **options)
+        for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=18)):
+            model(
+                ids[:, :8], attention_mask=mask[:, :8], past_key_values=cache, position_ids=positions_of(mask[:, :8])
+            )
+            actual = model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **options)
+            assert torch.equal(actual, expected)
+        alone = model.generate(input_ids=ids[:1], attention_mask=mask[:1], prompt_lookup_num_tokens=3, **options)
+        assert torch.equal(alone, expected[:1])
+
+
+def positions_of(mask: torch.Tensor) -> torch.Tensor:
+    return (mask.cumsum(dim=-1) - 1).clamp(min=0)
+
+
 @torch.no_grad()
 def test_positions_are_watched_in_copies_and_no_longer_after_unloading():
     position_ids = torch.tensor([[0, 1, 2, 9]])

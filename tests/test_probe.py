@@ -5,6 +5,7 @@ import torch
 from families import tiny_model, tokens
 from peft import get_peft_model
 from torch import nn
+from versions import family
 
 from peft_moice import MoICEConfig, MoICELayer
 from peft_moice.probe import LayerProbe, UnsupportedLayerError, attention_module_names
@@ -53,7 +54,7 @@ def test_layouts(family, layout, direction):
         ("exaone4", {"layer_types": ["full_attention", "sliding_attention"]}, [False, True]),
         ("granite_swa", {"layer_rope_theta": [0.0, 10000.0]}, [False, True]),
         ("granitemoe_swa", {"layer_rope_theta": [10000.0, 0.0]}, [True, False]),
-        ("beam", {}, None),
+        family("beam", {}, None),
     ],
 )
 @torch.no_grad()
@@ -143,15 +144,6 @@ def test_rope_types_keep_their_parameters_under_every_angle(rope_parameters):
     assert (plain - expected).abs().max() > 1e-3 * expected.abs().max()
     actual = get_peft_model(model, config(base_multipliers=[3.0]))(tokens()).logits
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
-
-
-@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
-def test_rope_types_that_change_while_running_are_refused(rope_type):
-    parameters = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 4.0}
-    if rope_type == "longrope":
-        parameters |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 32}
-    with pytest.raises(UnsupportedLayerError, match=f"'{rope_type}' changes the angles"):
-        get_peft_model(tiny_model("llama", rope_parameters=parameters), config())
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava", "gemma3", "mistral3", "internvl", "lfm2_vl"])

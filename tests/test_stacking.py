@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny_models import decide, load, logits_of, save_tiny_model, token_ids, wide_config
@@ -131,3 +131,46 @@ def test_prompt_tuning_is_refused(llama):
 def test_moice_over_moice_is_refused(llama):
     with pytest.raises(ValueError, match=r"Add another with `model\.add_adapter"):
         get_peft_model(get_peft_model(load(llama), wide_config()), wide_config())
+
+
+@pytest.mark.parametrize("config_class", [PrefixTuningConfig, PromptTuningConfig])
+def test_prompt_learning_over_moice(llama, config_class):
+    """Virtual tokens, or the keys of prefix tuning, count as tokens in front.
+
+    Over a `PeftModel`, of LoRA as of MoICE, PEFT itself generates without them.
+    """
+
+    def over(implementation: str) -> tuple[PeftModel, PeftModel]:
+        torch.manual_seed(0)
+        moice = get_peft_model(load(llama), wide_config(implementation=implementation))
+        decide(moice)
+        model = get_peft_model(moice.get_base_model(), config_class(task_type="CAUSAL_LM", num_virtual_tokens=3))
+        for parameter in model.prompt_encoder.parameters():
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+        return moice, model.eval()
+
+    ids = token_ids()
+    moice, model = over("auto")
+    expected = over("reference")[1](input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    model.train()(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids)).loss.backward()
+    assert all(p.grad.abs().max() > 0 for p in model.prompt_encoder.parameters())
+    model.eval()
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+        with moice.disable_adapter():
+            own = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        assert (own - logits).abs().max() > 1e-3
+
+        mask = torch.ones_like(ids)
+        options = {"do_sample": False, "max_new_tokens": 3, "pad_token_id": 0, "eos_token_id": None}
+        generated = model.generate(input_ids=ids, attention_mask=mask, **options)
+        for length in range(ids.shape[1], generated.shape[1]):
+            so_far = generated[:, :length]
+            picked = model(input_ids=so_far, attention_mask=torch.ones_like(so_far)).logits[:, -1].argmax(dim=-1)
+            assert torch.equal(picked, generated[:, length])
+
+        mask[1, :2] = 0
+        if config_class is PrefixTuningConfig:
+            with pytest.raises(ValueError, match="row 1 do not go up by one"):
+                model.generate(input_ids=ids, attention_mask=mask, **options)

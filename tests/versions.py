@@ -1,0 +1,25 @@
+"""Marks for tests of what transformers gained after the lowest version that is supported."""
+
+import pytest
+import transformers
+from packaging.version import Version
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+
+def needs_transformers(version: str, lack: str) -> pytest.MarkDecorator:
+    """Skip below `version`, of which the versions before `lack` something: "transformers before 5.18 ..."."""
+    too_old = Version(transformers.__version__) < Version(version)
+    return pytest.mark.skipif(too_old, reason=f"transformers before {version} {lack}")
+
+
+def family(model_type: str, *values: object, marks: object = ()) -> object:
+    """The parameters `model_type, *values` of a test, skipped where transformers does not have the family."""
+    known = {**MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    reason = f"transformers {transformers.__version__} does not have the family {model_type!r}"
+    marks = marks if isinstance(marks, tuple) else (marks,)
+    return pytest.param(
+        model_type, *values, marks=(*marks, pytest.mark.skipif(model_type not in known, reason=reason))
+    )
