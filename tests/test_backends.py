@@ -79,6 +79,21 @@ def test_scores_with_a_soft_cap_are_mixed_after_the_cap():
     assert (adapted("gemma2", attention="eager")(tokens()).logits - expected).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("implementation", ["auto", "delegated", "reference"])
+@torch.no_grad()
+def test_attention_in_both_directions_stays_so(implementation):
+    """PaliGemma's text tower says so in an attribute of its attention modules, and makes no mask."""
+    ids = tokens(batch=1)
+    changed = ids.clone()
+    changed[0, -1] += 1
+    model = adapted("paligemma", implementation=implementation)
+    difference = (model(input_ids=ids).logits - model(input_ids=changed).logits)[0, 0].abs().max()
+    assert difference > 1e-2
+    expected = adapted("paligemma", implementation="delegated")(input_ids=ids).logits
+    actual = model(input_ids=ids).logits
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @torch.no_grad()
