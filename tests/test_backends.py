@@ -36,11 +36,12 @@ def test_backends_agree(family, attention):
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("other", ["eager", pytest.param("flex_attention", marks=pytest.mark.slow)])
 @torch.no_grad()
-def test_the_backend_can_be_changed_after_injection():
+def test_the_backend_can_be_changed_after_injection(other):
     model = adapted(attention="sdpa")
     expected = real_logits(model)
-    for attention in ("eager", "sdpa"):
+    for attention in (other, "sdpa"):
         model.get_base_model().set_attn_implementation(attention)
         assert model.config._attn_implementation == attention
         actual = real_logits(model)
