@@ -41,12 +41,14 @@ class Feature:
     """A check.
 
     Attributes:
+        says: what holds, in a few words.
         check: takes `build`, which gives a model of the family (not to be changed), the family and a folder; returns
             how far off the model is.
         bound: the largest figure that counts as exact.
         of_base: whether the base model can be checked for the same.
     """
 
+    says: str
     check: Callable[[Callable, str, Path], float]
     bound: float = 1e-5
     of_base: bool = True
@@ -255,19 +257,33 @@ def positions_of_images_are_refused(build, family, folder) -> float:
 
 
 FEATURES = {
-    "one angle": Feature(equals_a_model_with_that_rope_theta, of_base=False),
-    "mixture": Feature(equals_the_reference),
-    "both with a cache": Feature(both_hold_with_a_cache),
-    "cached decoding": Feature(cached_decoding_equals_the_whole),
-    "static cache": Feature(static_cache_equals_the_whole),
-    "left padding": Feature(left_padded_rows_equal_single_rows),
-    "eager": Feature(eager_attention_equals_the_default),
-    "probabilities": Feature(eager_probabilities_sum_to_one),
-    "bfloat16": Feature(bfloat16_costs_what_it_costs_the_base_model, bound=1.25),
-    "training": Feature(routers_train, bound=0.0),
-    "adapter reloads": Feature(adapter_reloads, of_base=False),
-    "merged model reloads": Feature(merged_model_reloads),
-    "positions of images": Feature(positions_of_images_are_refused, bound=0.0),
+    "one angle": Feature("equals a model with that `rope_theta`", equals_a_model_with_that_rope_theta, of_base=False),
+    "mixture": Feature("equals the implementation `reference`", equals_the_reference),
+    "both with a cache": Feature("the same two, decoding with a cache", both_hold_with_a_cache),
+    "cached decoding": Feature("equals the whole sequence at once", cached_decoding_equals_the_whole),
+    "static cache": Feature("the same with a `StaticCache`", static_cache_equals_the_whole),
+    "left padding": Feature(
+        "rows equal single rows, with `position_ids` as generation passes them", left_padded_rows_equal_single_rows
+    ),
+    "eager": Feature("equals the default attention", eager_attention_equals_the_default),
+    "probabilities": Feature(
+        "mixed probabilities of eager attention sum to one; off by at most", eager_probabilities_sum_to_one
+    ),
+    "bfloat16": Feature(
+        "error of the median token, as a multiple of the base model's own",
+        bfloat16_costs_what_it_costs_the_base_model,
+        bound=1.25,
+    ),
+    "training": Feature(
+        "share of routers without a finite, non-zero gradient after one step, and of other weights with one",
+        routers_train,
+        bound=0.0,
+    ),
+    "adapter reloads": Feature("`save_pretrained`, `PeftModel.from_pretrained`", adapter_reloads, of_base=False),
+    "merged model reloads": Feature("`merge_and_unload`, `save_pretrained`, `from_pretrained`", merged_model_reloads),
+    "positions of images": Feature(
+        "mRoPE in more than one dimension is refused (0) or not (1)", positions_of_images_are_refused, bound=0.0
+    ),
 }
 
 
