@@ -38,7 +38,10 @@ def query_start(layer_idx: int, args: tuple, kwargs: dict) -> int | torch.Tensor
         return None
     # Families that share an attention module among layers name the layer in the call.
     layer_idx = kwargs.get("layer_idx", layer_idx)
-    offsets = [name for name, value in kwargs.items() if type(value) is int and name != "layer_idx"]
+    # Some families hand the language model's own `logits_to_keep` down to their layers.
+    offsets = [
+        name for name, value in kwargs.items() if type(value) is int and name not in ("layer_idx", "logits_to_keep")
+    ]
     if offsets or layer_idx >= len(cache.layers):
         reason = f"`{offsets[0]}` chooses among several of its layers" if offsets else "it lends keys to this layer"
         raise ValueError(

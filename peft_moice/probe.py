@@ -122,7 +122,9 @@ class LayerProbe:
         self._ropes: dict[tuple, LayerRope] = {}
         # Some families hand keys and values from layer to layer; one such hand-over per angle and set of positions.
         self._shared_keys: dict[tuple, dict] = {}
-        self._observed: dict[str, Any] | None = None
+        self._observed: dict[nn.Module, Any] | None = None
+        # Whether attention modules of a class run without position embeddings too.
+        self._optional: dict[type[nn.Module], bool] = {}
 
     def plan(self, name: str) -> LayerPlan:
         """Probe the attention module called `name`. Layers with equal rotary embeddings share one [`LayerRope`].
@@ -144,8 +146,10 @@ class LayerProbe:
         module = self.model.get_submodule(name)
         if not uses_attention_interface(module):
             raise UnsupportedLayerError("its forward does not go through transformers' attention interface")
+        if getattr(module, "is_cross_attention", False):
+            return LayerPlan(rope=None)
         found = self.find_rotary(name)
-        if found is None:
+        if found is None or self._is_called_without(module, found):
             return LayerPlan(rope=None)
         rotary = found.module
         layer_type = _layer_type(module, rotary)
@@ -195,8 +199,10 @@ class LayerProbe:
         plan.rope = self._ropes.setdefault(rope_key, LayerRope(*build, layout, direction, switch))
         return plan
 
-    def find_rotary(self, name: str) -> FoundRotary | None:
+    def find_rotary(self, name: str, rope_theta: float | None = None) -> FoundRotary | None:
         """The rotary embedding nearest to the module called `name`: inside it, or beside one of its ancestors.
+
+        Of several, it is the one with `rope_theta`; without that, the model is run to see.
 
         None if there is none, or if it cannot reach the module.
         """
@@ -212,19 +218,43 @@ class LayerProbe:
             ancestor = self.model.get_submodule(name)
             for child in ancestor.children():
                 if isinstance(child, nn.ModuleList) and len(child) > 0 and all(map(_is_rotary, child)):
-                    return self._observed_rotary(module, child)
+                    if rope_theta is None:
+                        return self._observed_rotary(module, child)
+                    thetas = [rotary.config.rope_parameters["rope_theta"] for rotary in child]
+                    return FoundRotary(child, str(thetas.index(rope_theta)))
             for attribute, child in ancestor.named_children():
                 if _is_rotary(child):
                     return FoundRotary(ancestor, attribute)
         return None
 
-    def _observed_rotary(self, module: nn.Module, rotaries: nn.ModuleList) -> FoundRotary | None:
-        """Which of several rotary embeddings the model gives to `module`, seen by running it on three tokens."""
+    def _is_called_without(self, module: nn.Module, found: FoundRotary) -> bool:
+        """Whether the model keeps its position embeddings from `module`, seen by running it on three tokens.
+
+        Only modules that run without position embeddings raise the question.
+        """
+        if any(holder is found.holder for holder in module.modules()):
+            return False
+        if type(module) not in self._optional:
+            try:
+                with _on_real_weights(module) as runnable:
+                    self._capture(runnable, found, None)
+            except UnsupportedLayerError:
+                self._optional[type(module)] = False
+            else:
+                self._optional[type(module)] = True
+        return self._optional[type(module)] and self._received_embeddings(module) is None
+
+    def _received_embeddings(self, module: nn.Module) -> Any:
+        """The `position_embeddings` that `module` receives when the model runs on three tokens."""
         if self._observed is None:
             self._observed = _observe_position_embeddings(self.model)
         if module not in self._observed:
-            raise UnsupportedLayerError("the model has several rotary embeddings, and running it did not tell which")
-        received = self._observed[module]
+            raise UnsupportedLayerError("running the model did not tell which rotary embedding it gives to this layer")
+        return self._observed[module]
+
+    def _observed_rotary(self, module: nn.Module, rotaries: nn.ModuleList) -> FoundRotary | None:
+        """Which of several rotary embeddings the model gives to `module`."""
+        received = self._received_embeddings(module)
         if received is None:
             return None
         hidden_states = received[0].new_zeros(())
@@ -255,12 +285,12 @@ class LayerProbe:
         self,
         module: nn.Module,
         found: FoundRotary,
-        rotary: nn.Module,
-        layer_type: str | None,
-        positions: tuple[int, ...],
-        theta: float,
+        rotary: nn.Module | None,
+        layer_type: str | None = None,
+        positions: tuple[int, ...] = _POSITIONS,
+        theta: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries `[1, H, S, D]` and keys that `module` hands to its attention function under `rotary`.
+        """Queries `[1, H, S, D]` and keys that `module` hands to its attention function under `rotary`, or without.
 
         S tokens stand at `positions`; keys shared between layers are kept apart by `theta`.
         """
@@ -268,11 +298,13 @@ class LayerProbe:
         device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
         device = device if device is not None else (weight.device if weight is not None else torch.device("cpu"))
         dtype = weight.dtype if weight is not None else torch.get_default_dtype()
-        rotary = rotary.to(device)
         # Quantized layers may repack their weights for inference, for good, on an input that needs no gradient.
         hidden_states = _hidden_states(module, len(positions)).to(device, dtype).requires_grad_().clone()
         position_ids = torch.tensor([positions], device=device)
-        position_embeddings = _position_embeddings(rotary, hidden_states, position_ids, layer_type)
+        position_embeddings = None
+        if rotary is not None:
+            rotary = rotary.to(device)
+            position_embeddings = _position_embeddings(rotary, hidden_states, position_ids, layer_type)
         arguments = {
             "position_embeddings": position_embeddings,
             "position_ids": position_ids,
@@ -454,7 +486,7 @@ def _observe_position_embeddings(model: nn.Module) -> dict[nn.Module, Any]:
         model(input_ids=torch.arange(3, device=model.device)[None], use_cache=False)
     except Exception as error:
         raise UnsupportedLayerError(
-            f"the model has several rotary embeddings, and could not be run to see which one serves this layer "
+            "it depends on the model which rotary embedding this layer gets, and the model could not be run to see "
             f"({type(error).__name__}: {error})"
         ) from error
     finally:

@@ -130,6 +130,7 @@ def describe_routers(model: nn.Module) -> dict[str, Any]:
             "num_heads": module.num_query_heads,
             "head_dim": module.moice_routers[0].head_dim,
             "layer_type": module.rope.layer_type,
+            "rope_theta": module.rope.rope_theta,
             "layout": dataclasses.asdict(module.rope.layout),
             "direction": module.rope.direction,
             "original_length": module.rope.original_length,
@@ -145,7 +146,7 @@ def install_described(model: PreTrainedModel, description: dict[str, Any]) -> No
         if isinstance(attention, MoICEAttention):
             # A model that builds its decoder through an auto class, which gave it a standalone one.
             continue
-        rotary = LayerProbe(model).find_rotary(_name_of(model, attention)).module
+        rotary = LayerProbe(model).find_rotary(_name_of(model, attention), layer.get("rope_theta")).module
         layer_type, layout, turn = layer["layer_type"], RotaryLayout(**layer["layout"]), layer["direction"]
         rope = LayerRope(type(rotary), rotary.config, layer_type, layout, turn, layer.get("original_length"))
         rope = ropes.setdefault((id(rotary), layer_type, layout), rope)

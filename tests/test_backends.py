@@ -36,11 +36,12 @@ def test_backends_agree(family, attention):
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("other", ["eager", pytest.param("flex_attention", marks=pytest.mark.slow)])
 @torch.no_grad()
-def test_the_backend_can_be_changed_after_injection():
+def test_the_backend_can_be_changed_after_injection(other):
     model = adapted(attention="sdpa")
     expected = real_logits(model)
-    for attention in ("eager", "sdpa"):
+    for attention in (other, "sdpa"):
         model.get_base_model().set_attn_implementation(attention)
         assert model.config._attn_implementation == attention
         actual = real_logits(model)
@@ -77,6 +78,21 @@ def test_scores_with_a_soft_cap_are_mixed_after_the_cap():
     expected = reference(tokens()).logits
     torch.testing.assert_close(model(tokens()).logits, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
     assert (adapted("gemma2", attention="eager")(tokens()).logits - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("implementation", ["auto", "delegated", "reference"])
+@torch.no_grad()
+def test_attention_in_both_directions_stays_so(implementation):
+    """PaliGemma's text tower says so in an attribute of its attention modules, and makes no mask."""
+    ids = tokens(batch=1)
+    changed = ids.clone()
+    changed[0, -1] += 1
+    model = adapted("paligemma", implementation=implementation)
+    difference = (model(input_ids=ids).logits - model(input_ids=changed).logits)[0, 0].abs().max()
+    assert difference > 1e-2
+    expected = adapted("paligemma", implementation="delegated")(input_ids=ids).logits
+    actual = model(input_ids=ids).logits
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,16 @@ def names_of_tests(file: Path) -> set[str]:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
 def test_named_tests_exist(document):
     for file, name in re.findall(r"`(?:tests/)?(test_\w+\.py)::([\w:]+)`", document.read_text()):
-        assert name in names_of_tests(ROOT / "tests" / file), f"{file}::{name}"
+        existing = names_of_tests(ROOT / "tests" / file)
+        assert name in {*existing, *(method.partition("::")[0] for method in existing)}, f"{file}::{name}"
+
+
+def test_features_name_tests_that_exist():
+    sections = tomllib.loads((ROOT / "docs" / "features.toml").read_text())["section"]
+    for test in (test for section in sections for row in section["row"] for test in row["tests"]):
+        file, _, name = test.partition("[")[0].partition("::")
+        existing = names_of_tests(ROOT / "tests" / file)
+        assert name in {"*", *existing, *(method.partition("::")[0] for method in existing)}, test
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)

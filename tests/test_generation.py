@@ -116,6 +116,14 @@ def test_generation_equals_search_without_a_cache(family, cache):
     assert torch.equal(generated(model, ids, **options), greedy(model, ids))
 
 
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_next", "falcon_h1"])
+@torch.no_grad()
+def test_generation_with_the_caches_of_hybrid_models(family):
+    """Convolutions, linear attention and state spaces, whose states share the cache with keys."""
+    model, ids = adapted(family), tokens(length=11)
+    assert torch.equal(generated(model, ids), greedy(model, ids))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_left_padded_rows_equal_single_rows(family):

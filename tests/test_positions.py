@@ -179,6 +179,7 @@ def test_query_start_in_a_static_cache():
     cache.update(keys, keys, 0)
     assert query_start(0, (torch.zeros(1, 1, 64),), {"past_key_values": cache}) == 5
     assert query_start(1, (torch.zeros(1, 5, 64),), {"past_key_values": cache}) == 0
+    assert query_start(0, (torch.zeros(1, 1, 64),), {"past_key_values": cache, "logits_to_keep": 1}) == 5
     # A family that shares its attention modules names the layer in the call.
     assert query_start(1, (torch.zeros(1, 1, 64),), {"past_key_values": cache, "layer_idx": 0}) == 5
 

@@ -55,6 +55,7 @@ def test_layouts(family, layout, direction):
         ("granite_swa", {"layer_rope_theta": [0.0, 10000.0]}, [False, True]),
         ("granitemoe_swa", {"layer_rope_theta": [10000.0, 0.0]}, [True, False]),
         family("beam", {}, None),
+        family("muse_glimmer", {}, None),
     ],
 )
 @torch.no_grad()
@@ -65,10 +66,10 @@ def test_layers_without_rotary_embedding_are_left_out(family, overrides, rotary)
     else:
         assert found == rotary
     model = tiny_model(family, **overrides)
-    base = model(tokens()).logits
+    base = model(input_ids=tokens()).logits
     model = get_peft_model(model, config(base_multipliers=[1.0]))
     assert len(adapted_names(model)) == sum(found)
-    assert torch.equal(model(tokens()).logits, base)
+    assert torch.equal(model(input_ids=tokens()).logits, base)
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "olmo3", "modernbert-decoder", "mimo_v2_flash", "gemma4_text"])
@@ -166,6 +167,8 @@ def test_vision_language_models_are_adapted_in_their_text_tower_alone(family):
 def test_cross_attention_is_not_wrapped():
     model = get_peft_model(tiny_model("mllama", cross_attention_layers=[1], num_hidden_layers=3), config())
     assert [name.split(".")[-2] for name in adapted_names(model)] == ["0", "2"]
+    model = get_peft_model(tiny_model("idefics"), config())
+    assert {name.split(".")[-1] for name in adapted_names(model)} == {"self_attn"}
 
 
 def test_layers_with_equal_rotary_embeddings_share_their_tables():

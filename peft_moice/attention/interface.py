@@ -113,6 +113,9 @@ def moice_attention_forward(module: nn.Module, query, key, value, attention_mask
     def attend(q, k, v, mask, **options):
         return function(view, q, k, v, mask, **options)
 
+    if kwargs.get("is_causal") is None and not getattr(module, "is_causal", True):
+        # Attention functions read it from the module, the operator's implementations from the arguments.
+        kwargs["is_causal"] = False
     if kwargs.get("cache") is not None:
         key, value = _write_once(module, key, value, kwargs)
     name = backend.config._attn_implementation
