@@ -8,8 +8,14 @@ from ..rope import RotationTable
 from .delegated import delegated
 from .grouped import grouped, why_not_grouped
 from .reference import reference
+from .triton import triton_attention
 
-IMPLEMENTATIONS: dict[str, Callable] = {"reference": reference, "delegated": delegated, "grouped": grouped}
+IMPLEMENTATIONS: dict[str, Callable] = {
+    "reference": reference,
+    "delegated": delegated,
+    "grouped": grouped,
+    "triton": triton_attention,
+}
 
 
 def mixed_attention(
@@ -44,7 +50,8 @@ def mixed_attention(
         picked: `[B, H, S, N]`, true where an expert is computed and its gate gets a gradient. Default: where the gate
             is not zero. Implementations whose cost does not follow K compute all.
         implementation: `"reference"` (float32, returns probabilities), `"delegated"` (`attend` once per expert),
-            `"grouped"` (CPU; cost follows K) or `"auto"` (default).
+            `"grouped"` (CPU; cost follows K), `"triton"` (CUDA; cost follows K; never run on a GPU yet, so "auto" does
+            not choose it) or `"auto"` (default).
         backend: name of the attention implementation behind `attend`, by which "auto" chooses.
         kwargs: further arguments of `attend`, such as `scaling` and `dropout`.
 
