@@ -177,6 +177,9 @@ def query_kernel(
     top = tl.load(row_max + pick, mask=valid, other=0.0)
     share = 1.0 / tl.load(row_sum + pick, mask=valid, other=1.0)
 
+    tile = tl.arange(0, BN)
+    tile_keys, tile_values = key + b * k_b + g * k_h, value + b * v_b + g * v_h
+    tile_cos, tile_sin = cos, sin
     end = T
     if MASK == 0:
         end = tl.minimum(T, tl.max(tl.where(valid, position, 0)) + 1)
@@ -187,22 +190,21 @@ def query_kernel(
         if BR > 0:
             sum_r, mean_r = tl.zeros([BM, BR], tl.float32), tl.zeros([BM, BR], tl.float32)
     for first_key in range(0, end, BN):
-        n = first_key + tl.arange(0, BN)
+        n = first_key + tile
         exists = n < T
-        k_row = n.to(tl.int64) * k_t
-        ka, kb = load_pairs(key + b * k_b + g * k_h, k_row, exists, START, P, INTERLEAVED, BP)
+        ka, kb = load_pairs(tile_keys, tile * k_t, exists, START, P, INTERLEAVED, BP)
         if ROTATE:
-            ka, kb = turn(ka, kb, cos, sin, n, exists, 1.0, P, BP)
+            ka, kb = turn(ka, kb, tile_cos, tile_sin, tile, exists, 1.0, P, BP)
         scores = product(qa, tl.trans(ka), tl.zeros([BM, BN], tl.float32))
         scores = product(qb, tl.trans(kb), scores)
         if BR > 0:
-            kr = load_rest(key + b * k_b + g * k_h, k_row, exists, START, P, D, BR)
+            kr = load_rest(tile_keys, tile * k_t, exists, START, P, D, BR)
             scores = product(qr, tl.trans(kr), scores)
         scores = masked(
             scores * scale, mask, mask_row[:, None], position[:, None], n[None, :], exists[None, :], m_t, MASK
         )
         probs = tl.exp2(scores - top[:, None]) * share[:, None]
-        v = load_rows(value + b * v_b + g * v_h, n.to(tl.int64) * v_t, exists, DV, BV)
+        v = load_rows(tile_values, tile * v_t, exists, DV, BV)
         grad_probs = product(grads, tl.trans(v), tl.zeros([BM, BN], tl.float32))
         grad_scores = probs * (grad_probs - middle[:, None])
         shift += tl.sum(grad_scores, 1)
@@ -212,6 +214,10 @@ def query_kernel(
             mean_a, mean_b = product(probs, ka, mean_a), product(probs, kb, mean_b)
             if BR > 0:
                 sum_r, mean_r = product(grad_scores, kr, sum_r), product(probs, kr, mean_r)
+        tile_keys += BN * k_t
+        tile_values += BN * v_t
+        tile_cos += BN * P
+        tile_sin += BN * P
 
     tl.store(delta + pick, middle + shift, mask=valid)
     if NEEDS_GATES:

@@ -2,10 +2,10 @@
 
 The cache is what decoding waits for, so a program reads a span of one key-value head's keys and values and does all
 else with it: it scores every expert that some row of the group picked, and keeps maximum, sum and weighted values per
-(expert, row). Experts have a softmax each, so their probabilities could be mixed only after a pass over all keys, which
-would have to write N scores per key and query head and read them again. Keeping the experts apart costs products on
-tensor cores instead, over a tile of N x rows that is no larger than that of ordinary attention over a prompt. A second
-kernel combines the spans.
+(expert, row). Experts have a softmax each, so their probabilities could be mixed only after a pass over all keys,
+which would have to write N scores per key and query head and read them again. Keeping the experts apart costs products
+on tensor cores instead, over a tile of N x rows that is no larger than that of ordinary attention over a prompt. A
+second kernel combines the spans.
 
 Only differences of positions matter: within a tile, keys turn by their place in the tile and queries by their distance
 from its first key. Keys then need the first few rows of the table alone, which stay in the fastest cache; tables at
@@ -160,14 +160,15 @@ def decode_kernel(
     attended = tl.zeros([BE * BM, BV], tl.float32)
     place = tl.arange(0, BN)
     end = tl.minimum((split + 1) * span, T)
+    begin = split.to(tl.int64) * span
+    tile_keys, tile_values = key + b * k_b + g * k_h + begin * k_t, value + b * v_b + g * v_h + begin * v_t
     for first_key in range(split * span, end, BN):
         n = first_key + place
         exists = n < end
-        k_row = n.to(tl.int64) * k_t
-        ka, kb = load_pairs(key + b * k_b + g * k_h, k_row, exists, START, P, INTERLEAVED, BP)
+        ka, kb = load_pairs(tile_keys, place * k_t, exists, START, P, INTERLEAVED, BP)
         unrotated = tl.zeros([BM, BN], tl.float32)
         if BR > 0:
-            kr = load_rest(key + b * k_b + g * k_h, k_row, exists, START, P, D, BR)
+            kr = load_rest(tile_keys, place * k_t, exists, START, P, D, BR)
             unrotated = product(qr, tl.trans(kr), unrotated)
         distance = position - first_key
         near = valid & (tl.abs(distance) < T)
@@ -191,9 +192,11 @@ def decode_kernel(
         probs = tl.exp2(stacked - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(probs, 1)
-        v = load_rows(value + b * v_b + g * v_h, n.to(tl.int64) * v_t, exists, DV, BV)
+        v = load_rows(tile_values, place * v_t, exists, DV, BV)
         attended = product(probs.to(v.dtype), v, attended * shrink[:, None])
         top = new_top
+        tile_keys += BN * k_t
+        tile_values += BN * v_t
 
     part = (z * tl.num_programs(0) + split) * BE * BM + tl.arange(0, BE * BM)
     tl.store(part_max + part, top)

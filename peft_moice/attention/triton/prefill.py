@@ -30,7 +30,7 @@ from .tiles import (
 
 
 def prefill(problem: Problem, picks: Picks, keep: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The output `[B, S, H, Dv]` in float32, and each pick's maximum and sum `[Z, N, S * R]` (undefined unless `keep`)."""
+    """The output `[B, S, H, Dv]` in float32; with `keep`, each pick's maximum and sum `[Z, N, S * R]` besides."""
     batch, heads, length, _ = problem.query.shape
     output = problem.query.new_zeros(batch, length, heads, problem.value.shape[-1], dtype=torch.float32)
     shape = (problem.lists, problem.num_experts, problem.num_rows if keep else 1)
@@ -123,6 +123,9 @@ def forward_kernel(
     if BR > 0:
         qr = load_rest(query + b * q_b, q_row, valid, START, P, D, BR)
 
+    tile = tl.arange(0, BN)
+    tile_keys, tile_values = key + b * k_b + g * k_h, value + b * v_b + g * v_h
+    tile_cos, tile_sin = cos, sin
     end = T
     if MASK == 0:
         end = tl.minimum(T, tl.max(tl.where(valid, position, 0)) + 1)
@@ -130,16 +133,15 @@ def forward_kernel(
     total = tl.zeros([BM], tl.float32)
     attended = tl.zeros([BM, BV], tl.float32)
     for first_key in range(0, end, BN):
-        n = first_key + tl.arange(0, BN)
+        n = first_key + tile
         exists = n < T
-        k_row = n.to(tl.int64) * k_t
-        ka, kb = load_pairs(key + b * k_b + g * k_h, k_row, exists, START, P, INTERLEAVED, BP)
+        ka, kb = load_pairs(tile_keys, tile * k_t, exists, START, P, INTERLEAVED, BP)
         if ROTATE:
-            ka, kb = turn(ka, kb, cos, sin, n, exists, 1.0, P, BP)
+            ka, kb = turn(ka, kb, tile_cos, tile_sin, tile, exists, 1.0, P, BP)
         scores = product(qa, tl.trans(ka), tl.zeros([BM, BN], tl.float32))
         scores = product(qb, tl.trans(kb), scores)
         if BR > 0:
-            kr = load_rest(key + b * k_b + g * k_h, k_row, exists, START, P, D, BR)
+            kr = load_rest(tile_keys, tile * k_t, exists, START, P, D, BR)
             scores = product(qr, tl.trans(kr), scores)
         scores = masked(
             scores * scale, mask, mask_row[:, None], position[:, None], n[None, :], exists[None, :], m_t, MASK
@@ -148,9 +150,13 @@ def forward_kernel(
         probs = tl.exp2(scores - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(probs, 1)
-        v = load_rows(value + b * v_b + g * v_h, n.to(tl.int64) * v_t, exists, DV, BV)
+        v = load_rows(tile_values, tile * v_t, exists, DV, BV)
         attended = product(probs.to(v.dtype), v, attended * shrink[:, None])
         top = new_top
+        tile_keys += BN * k_t
+        tile_values += BN * v_t
+        tile_cos += BN * P
+        tile_sin += BN * P
 
     gate = tl.load(gates + ((b * G * R + head) * S + token) * N + expert, mask=valid, other=0.0)
     out_row = ((b * S + token) * G * R + head) * DV

@@ -22,7 +22,7 @@ def product(a, b, total):
     if INTERPRETED:
         # The interpreter multiplies the bits of bfloat16 as integers.
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision="ieee")
+    return tl.dot(a, b, total, input_precision="tf32x3")
 
 
 @triton.jit
