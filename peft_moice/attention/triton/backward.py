@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .picks import Picks
-from .problem import Problem, blocks
+from .problem import Blocks, Problem, choose_blocks
 from .tiles import (
     add_pairs,
     add_rest,
@@ -67,7 +67,8 @@ def gradients(
         "delta": delta,
         "grad_output": grad_output,
     }
-    by_rows, by_keys = blocks(problem, rows=64, keys=64), blocks(problem, rows=64, keys=64)
+    by_rows = choose_blocks(problem, hopper=Blocks(64, 32, 8), ampere=Blocks(32, 32, 4))
+    by_keys = choose_blocks(problem, hopper=Blocks(32, 64, 8), ampere=Blocks(32, 32, 4))
     for expert in range(problem.num_experts):
         if needs_query or needs_key or needs_gates:
             query_kernel[(triton.cdiv(problem.num_rows, by_rows["BM"]), problem.lists)](

@@ -30,7 +30,7 @@ def fits(problem: Problem) -> bool:
     """Whether the queries are few enough for the tile of all experts."""
     rows = padded(problem.num_rows)
     tile = triton.next_power_of_2(problem.num_experts) * rows * padded(problem.value.shape[-1])
-    return rows <= _MAX_ROWS and tile <= _MAX_TILE
+    return rows <= _MAX_ROWS and tile <= _MAX_TILE // (2 if problem.query.dtype == torch.float32 else 1)
 
 
 def decode(problem: Problem) -> torch.Tensor:
@@ -38,10 +38,9 @@ def decode(problem: Problem) -> torch.Tensor:
     batch, heads, length, _ = problem.query.shape
     shared = problem.arguments()
     experts, rows = triton.next_power_of_2(problem.num_experts), padded(problem.num_rows)
-    options = {"BN": MIN_BLOCK} if INTERPRETED else {"BN": 64, "num_warps": 8, "num_stages": 2}
-    if not INTERPRETED and experts * rows * shared["BV"] < _MAX_TILE // 4:
-        options["num_warps"] = 4
-    span = _span(problem, options["BN"])
+    keys = MIN_BLOCK if INTERPRETED else 32
+    warps = 8 if experts * rows * shared["BV"] > 8192 else 4
+    span = _span(problem, keys)
     splits = triton.cdiv(problem.key.shape[2], span)
     part_max = problem.gates.new_empty(problem.lists, splits, experts * rows)
     part_sum = torch.empty_like(part_max)
@@ -58,7 +57,9 @@ def decode(problem: Problem) -> torch.Tensor:
         span=span,
         BE=experts,
         BM=rows,
-        **options,
+        BN=keys,
+        num_warps=warps,
+        num_stages=2,
     )
     combine_kernel[(problem.num_rows, problem.lists)](
         part_max,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .picks import Picks
-from .problem import Problem, blocks
+from .problem import Blocks, Problem, choose_blocks
 from .tiles import (
     LOWEST,
     add_rows,
@@ -35,7 +35,7 @@ def prefill(problem: Problem, picks: Picks, keep: bool) -> tuple[torch.Tensor, t
     output = problem.query.new_zeros(batch, length, heads, problem.value.shape[-1], dtype=torch.float32)
     shape = (problem.lists, problem.num_experts, problem.num_rows if keep else 1)
     row_max, row_sum = output.new_empty(shape), output.new_empty(shape)
-    options = blocks(problem, rows=128, keys=64)
+    options = choose_blocks(problem, hopper=Blocks(128, 64, 8), ampere=Blocks(64, 32, 4))
     grid = (triton.cdiv(problem.num_rows, options["BM"]), problem.lists)
     for expert in range(problem.num_experts):
         forward_kernel[grid](

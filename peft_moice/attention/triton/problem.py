@@ -17,6 +17,10 @@ def padded(size: int) -> int:
     return max(MIN_BLOCK, triton.next_power_of_2(size))
 
 
+_LARGE = (9, 10)
+"""Major compute capabilities with 227 KB of shared memory per program; consumers' cards have 99 KB."""
+
+
 @dataclass
 class Problem:
     """The tensors of a call, and what all kernels are told about them."""
@@ -90,11 +94,33 @@ class Problem:
         }
 
 
-def blocks(problem: Problem, rows: int, keys: int) -> dict:
-    """Block sizes and launch options from those that suit heads of up to 128 dimensions in half precision."""
-    if INTERPRETED:
-        return {"BM": MIN_BLOCK, "BN": MIN_BLOCK}
+@dataclass
+class Blocks:
+    """Rows and keys per tile, and warps per program."""
+
+    rows: int
+    keys: int
+    warps: int
+
+    def arguments(self) -> dict:
+        return {"BM": self.rows, "BN": self.keys, "num_warps": self.warps, "num_stages": 2}
+
+
+def choose_blocks(problem: Problem, hopper: Blocks, ampere: Blocks) -> dict:
+    """Block sizes and launch options: those given suit half precision and heads of up to 128 dimensions.
+
+    Chosen so that the compiler spills next to no registers, and that tiles fit the shared memory of smaller cards.
+    """
     wide = max(problem.query.shape[-1], problem.value.shape[-1]) > 128
-    if wide or problem.query.dtype == torch.float32:
-        rows, keys = max(rows // 2, MIN_BLOCK), max(keys // 2, MIN_BLOCK)
-    return {"BM": rows, "BN": keys, "num_warps": 8, "num_stages": 2}
+    full = problem.query.dtype == torch.float32
+    if INTERPRETED or (wide and full):
+        return Blocks(MIN_BLOCK, MIN_BLOCK, 4).arguments()
+    large = capability(problem.query.device) in _LARGE
+    if wide or full:
+        return Blocks(32, 32 if large or full else 16, 8).arguments()
+    return (hopper if large else ampere).arguments()
+
+
+def capability(device: torch.device) -> int:
+    """Major compute capability."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
