@@ -24,6 +24,12 @@ def run(
 ) -> torch.Tensor:
     """The operator's output `[B, S, H, Dv]` in the dtype of `query`, whose dtype key and value share."""
     gates = gates.float().contiguous()
+    # Triton launches on the current device.
+    with torch.cuda.device_of(query):
+        return _run(query, key, value, gates, picked, mask, rotations, query_start, scaling)
+
+
+def _run(query, key, value, gates, picked, mask, rotations, query_start, scaling) -> torch.Tensor:
     with_gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, gates))
     if not with_gradients:
         if picked is not None:
@@ -54,7 +60,8 @@ class _MixedAttention(torch.autograd.Function):
         query, key, value, gates, picked, mask, output, row_max, row_sum = ctx.saved_tensors
         problem = Problem(query, key, value, gates, mask, *ctx.options)
         picks = list_picks(picked, key.shape[1])
-        grads = gradients(problem, picks, output, row_max, row_sum, grad_output, ctx.needs_input_grad[:4])
+        with torch.cuda.device_of(query):
+            grads = gradients(problem, picks, output, row_max, row_sum, grad_output, ctx.needs_input_grad[:4])
         dtypes = (query.dtype, key.dtype, value.dtype, gates.dtype)
         grads = [None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
         return (*grads, None, None, None, None, None)
