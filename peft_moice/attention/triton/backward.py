@@ -16,6 +16,7 @@ import triton.language as tl
 from .picks import Picks
 from .problem import Blocks, Problem, choose_blocks
 from .tiles import (
+    LN2,
     add_pairs,
     add_rest,
     add_rows,
@@ -226,7 +227,7 @@ def query_kernel(
     if NEEDS_QUERY:
         gate = tl.load(gates + gate_row, mask=valid, other=0.0)
         # `scale` turns scores to base 2.
-        factor = (gate * scale * 0.6931471805599453)[:, None]
+        factor = (gate * scale * LN2)[:, None]
         sum_a, sum_b = (sum_a - shift[:, None] * mean_a) * factor, (sum_b - shift[:, None] * mean_b) * factor
         if ROTATE:
             sum_a, sum_b = turn(sum_a, sum_b, cos, sin, position, valid, -1.0, P, BP)
@@ -358,7 +359,7 @@ def key_kernel(
 
     kv_row = (z * T + n) * D
     if NEEDS_KEY:
-        factor = scale * 0.6931471805599453
+        factor = scale * LN2
         sum_a, sum_b = sum_a * factor, sum_b * factor
         if ROTATE:
             sum_a, sum_b = turn(sum_a, sum_b, cos, sin, n, exists, -1.0, P, BP)

@@ -3,7 +3,8 @@
 A program takes a block of one expert's rows in one key-value head, the heads of the group together, so K of N experts
 cost K/N, and grouped-query heads share the keys they load. Keys are rotated in registers. The grid is that of the
 worst case, every row picking the expert, because the host does not know the counts without waiting for the device;
-programs of empty blocks leave at once. Blocks with the latest rows, which see the most keys, start first.
+programs of empty blocks leave at once. Of a list's blocks, those with the latest rows, which see the most keys, start
+first.
 
 Launches follow each other in a stream, so each adds its share to the float32 output without atomics: the sum over
 experts has a fixed order, and no output is stored per pick. A row's maximum and sum are kept apart for the backward
@@ -35,7 +36,7 @@ def prefill(problem: Problem, picks: Picks, keep: bool) -> tuple[torch.Tensor, t
     output = problem.query.new_zeros(batch, length, heads, problem.value.shape[-1], dtype=torch.float32)
     shape = (problem.lists, problem.num_experts, problem.num_rows if keep else 1)
     row_max, row_sum = output.new_empty(shape), output.new_empty(shape)
-    options = choose_blocks(problem, hopper=Blocks(128, 64, 8), ampere=Blocks(64, 32, 4))
+    options = choose_blocks(problem, hopper=Blocks(128, 64, 8), ampere=Blocks(64, 32, 8))
     grid = (triton.cdiv(problem.num_rows, options["BM"]), problem.lists)
     for expert in range(problem.num_experts):
         forward_kernel[grid](

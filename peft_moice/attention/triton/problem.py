@@ -66,7 +66,7 @@ class Problem:
             "T": key.shape[2],
             "N": self.num_experts,
             "G": key.shape[1],
-            "scale": self.scaling * LOG2E,
+            "scale": self.scaling * LOG2E.value,
             **dict(zip(("q_b", "q_h", "q_s"), query.stride(), strict=False)),
             **dict(zip(("k_b", "k_h", "k_t"), key.stride(), strict=False)),
             **dict(zip(("v_b", "v_h", "v_t"), value.stride(), strict=False)),

@@ -10,10 +10,12 @@ import triton
 import triton.language as tl
 
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
-LOG2E = 1.4426950408889634
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 NO_MASK, BOOLEAN_MASK, ADDITIVE_MASK = range(3)
+"""Values of the kernels' `MASK`."""
 
 
 @triton.jit
@@ -29,9 +31,12 @@ def product(a, b, total):
 def pair_offsets(START: tl.constexpr, P: tl.constexpr, INTERLEAVED: tl.constexpr, BP: tl.constexpr):
     """Dimensions `[BP]` of the pairs' first members, and the distance of the second ones."""
     pair = tl.arange(0, BP)
+    # One return: the compiler also looks at what follows a branch that returns.
     if INTERLEAVED:
-        return START + 2 * pair, 1
-    return START + pair, P
+        offsets, partner = START + 2 * pair, 1
+    else:
+        offsets, partner = START + pair, P
+    return offsets, partner
 
 
 @triton.jit
@@ -126,7 +131,7 @@ def masked(scores, mask, row_offset, position, key, exists, key_stride, MASK: tl
     else:
         bias = tl.load(mask + row_offset + key * key_stride, mask=exists, other=0.0).to(tl.float32)
         # The lowest number overflows in base 2, and -inf has to stay: a row of nothing else is NaN.
-        total = tl.maximum(scores + bias * 1.4426950408889634, LOWEST)
+        total = tl.maximum(scores + bias * LOG2E, LOWEST)
         scores = tl.where(bias == float("-inf"), bias, total)
     return tl.where(exists, scores, float("-inf"))
 
@@ -134,6 +139,4 @@ def masked(scores, mask, row_offset, position, key, exists, key_stride, MASK: tl
 @triton.jit
 def first_position(query_start, IS_TENSOR: tl.constexpr):
     """Position of the first query among the keys, which the host may not know."""
-    if IS_TENSOR:
-        return tl.load(query_start).to(tl.int32)
-    return query_start
+    return tl.load(query_start).to(tl.int32) if IS_TENSOR else query_start
