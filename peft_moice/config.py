@@ -79,7 +79,7 @@ class MoICEConfig(PeftConfig):
         modules_to_save: further modules to train and save with the adapter.
         trainable_token_indices: token indices whose embeddings are trained, see PEFT's `LoraConfig`.
         implementation: "auto" (default), or the name of the attention implementation to force, see
-            [`attention.mixed_attention`].
+            [`attention.mixed_attention`]. "triton" (kernels for CUDA) is never chosen by "auto".
         members: routers of an adapter that is a mean of others, written by
             `add_weighted_adapter(..., combination_type="cat")`, as the fields of [`RouterSpec`].
 

@@ -10,12 +10,14 @@ from .delegated import delegated
 from .grouped import grouped
 from .native import native, why_not_native
 from .reference import reference
+from .triton import triton_attention
 
 IMPLEMENTATIONS: dict[str, Callable] = {
     "reference": reference,
     "delegated": delegated,
     "grouped": grouped,
     "native": native,
+    "triton": triton_attention,
 }
 
 
@@ -51,8 +53,9 @@ def mixed_attention(
         picked: `[B, H, S, N]`, true where an expert is computed and its gate gets a gradient. Default: where the gate
             is not zero. Implementations whose cost does not follow K compute all.
         implementation: `"reference"` (float32, returns probabilities), `"delegated"` (`attend` once per expert),
-            `"grouped"` (CPU; cost follows K), `"native"` (CPU, float32; cost follows K, compiled
-            on first use) or `"auto"` (default).
+            `"grouped"` (CPU; cost follows K), `"native"` (CPU, float32; cost follows K; compiled on first use),
+            `"triton"` (CUDA; cost follows K; never run on a GPU yet, so "auto" does not choose it) or `"auto"`
+            (default).
         backend: name of the attention implementation behind `attend`, by which "auto" chooses.
         kwargs: further arguments of `attend`, such as `scaling` and `dropout`.
 

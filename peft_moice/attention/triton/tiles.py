@@ -1,0 +1,142 @@
+"""Pieces that the kernels share: tiles of rotated coordinates, masks, products.
+
+The rotated dimensions of a tile lie in two tiles of their own, one per member of the coordinate pairs, whatever the
+layout. A rotation is then elementwise, and a score is the sum of two products (three where a model leaves dimensions
+unrotated). Scores are kept in base 2.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+NO_MASK, BOOLEAN_MASK, ADDITIVE_MASK = range(3)
+"""Values of the kernels' `MASK`."""
+
+
+@triton.jit
+def product(a, b, total):
+    """`total + a b` in float32."""
+    if INTERPRETED:
+        # The interpreter multiplies the bits of bfloat16 as integers.
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="tf32x3")
+
+
+@triton.jit
+def pair_offsets(START: tl.constexpr, P: tl.constexpr, INTERLEAVED: tl.constexpr, BP: tl.constexpr):
+    """Dimensions `[BP]` of the pairs' first members, and the distance of the second ones."""
+    pair = tl.arange(0, BP)
+    # One return: the compiler also looks at what follows a branch that returns.
+    if INTERLEAVED:
+        offsets, partner = START + 2 * pair, 1
+    else:
+        offsets, partner = START + pair, P
+    return offsets, partner
+
+
+@triton.jit
+def load_pairs(base, offset, valid, START: tl.constexpr, P: tl.constexpr, INTERLEAVED: tl.constexpr, BP: tl.constexpr):
+    """First and second members `[M, BP]` of the rotated pairs of the vectors that begin at `base + offset` `[M]`."""
+    first, partner = pair_offsets(START, P, INTERLEAVED, BP)
+    at = base + offset[:, None] + first[None, :]
+    keep = valid[:, None] & (tl.arange(0, BP) < P)[None, :]
+    return tl.load(at, mask=keep, other=0.0), tl.load(at + partner, mask=keep, other=0.0)
+
+
+@triton.jit
+def add_pairs(
+    base, offset, valid, a, b, START: tl.constexpr, P: tl.constexpr, INTERLEAVED: tl.constexpr, BP: tl.constexpr
+):
+    """Add `a` and `b` to the float32 vectors at `base + offset`, where [`load_pairs`] would read them."""
+    first, partner = pair_offsets(START, P, INTERLEAVED, BP)
+    at = base + offset[:, None] + first[None, :]
+    keep = valid[:, None] & (tl.arange(0, BP) < P)[None, :]
+    tl.store(at, tl.load(at, mask=keep, other=0.0) + a, mask=keep)
+    tl.store(at + partner, tl.load(at + partner, mask=keep, other=0.0) + b, mask=keep)
+
+
+@triton.jit
+def rest_offsets(START: tl.constexpr, P: tl.constexpr, BR: tl.constexpr):
+    """Dimensions `[BR]` before and behind the rotated ones."""
+    dimension = tl.arange(0, BR)
+    return tl.where(dimension < START, dimension, dimension + 2 * P)
+
+
+@triton.jit
+def load_rest(base, offset, valid, START: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BR: tl.constexpr):
+    """The unrotated dimensions `[M, BR]`."""
+    dimension = rest_offsets(START, P, BR)
+    keep = valid[:, None] & (dimension < D)[None, :]
+    return tl.load(base + offset[:, None] + dimension[None, :], mask=keep, other=0.0)
+
+
+@triton.jit
+def add_rest(base, offset, valid, x, START: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BR: tl.constexpr):
+    """Add `x` to the float32 vectors at `base + offset`, where [`load_rest`] would read them."""
+    dimension = rest_offsets(START, P, BR)
+    keep = valid[:, None] & (dimension < D)[None, :]
+    at = base + offset[:, None] + dimension[None, :]
+    tl.store(at, tl.load(at, mask=keep, other=0.0) + x, mask=keep)
+
+
+@triton.jit
+def load_rows(base, offset, valid, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Vectors `[M, BLOCK]` of `SIZE` elements at `base + offset` `[M]`."""
+    column = tl.arange(0, BLOCK)
+    keep = valid[:, None] & (column < SIZE)[None, :]
+    return tl.load(base + offset[:, None] + column[None, :], mask=keep, other=0.0)
+
+
+@triton.jit
+def add_rows(base, offset, valid, x, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Add `x` to the float32 vectors at `base + offset`."""
+    column = tl.arange(0, BLOCK)
+    keep = valid[:, None] & (column < SIZE)[None, :]
+    at = base + offset[:, None] + column[None, :]
+    tl.store(at, tl.load(at, mask=keep, other=0.0) + x, mask=keep)
+
+
+@triton.jit
+def turn(a, b, cos, sin, position, valid, sign, P: tl.constexpr, BP: tl.constexpr):
+    """Pairs `a`, `b` `[M, BP]` rotated by one expert's angles at `position` `[M]`, or by `sign` times them.
+
+    `cos` and `sin` point at the expert's table `[positions, P]`. `sign` is a number or `[M, 1]`. In float32, returned
+    in the dtype of `a`.
+    """
+    pair = tl.arange(0, BP)
+    at = position[:, None] * P + pair[None, :]
+    keep = valid[:, None] & (pair < P)[None, :]
+    c = tl.load(cos + at, mask=keep, other=1.0)
+    s = tl.load(sin + at, mask=keep, other=0.0) * sign
+    first, second = a.to(tl.float32), b.to(tl.float32)
+    return (first * c - second * s).to(a.dtype), (second * c + first * s).to(b.dtype)
+
+
+@triton.jit
+def masked(scores, mask, row_offset, position, key, exists, key_stride, MASK: tl.constexpr):
+    """Scores in base 2 under the mask. `row_offset` and `position` run along queries, `key` and `exists` along keys.
+
+    As in the reference, a row that sees nothing attends to all keys alike.
+    """
+    if MASK == 0:
+        scores = tl.where(key <= position, scores, LOWEST)
+    elif MASK == 1:
+        seen = tl.load(mask + row_offset + key * key_stride, mask=exists, other=0)
+        scores = tl.where(seen != 0, scores, LOWEST)
+    else:
+        bias = tl.load(mask + row_offset + key * key_stride, mask=exists, other=0.0).to(tl.float32)
+        # The lowest number overflows in base 2, and -inf has to stay: a row of nothing else is NaN.
+        total = tl.maximum(scores + bias * LOG2E, LOWEST)
+        scores = tl.where(bias == float("-inf"), bias, total)
+    return tl.where(exists, scores, float("-inf"))
+
+
+@triton.jit
+def first_position(query_start, IS_TENSOR: tl.constexpr):
+    """Position of the first query among the keys, which the host may not know."""
+    return tl.load(query_start).to(tl.int32) if IS_TENSOR else query_start
