@@ -1,5 +1,6 @@
 """Properties of the operator, for every implementation."""
 
+import importlib
 import os
 
 import pytest
@@ -8,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_moice.attention import IMPLEMENTATIONS, mixed_attention
-from peft_moice.attention import grouped as grouped_module
 from peft_moice.rope import RotaryLayout, RotationTable, rotate
 from peft_moice.router import select_experts
 
@@ -241,6 +241,7 @@ def problems(draw) -> dict:
         "layout": layout,
         "mask": mask,
         "chunk": draw(st.sampled_from([4, 16, 128])),
+        "most_decoded": draw(st.sampled_from([0, 8])),
         "seed": draw(st.integers(0, 100)),
     }
 
@@ -286,8 +287,13 @@ def test_any_problem_equals_the_reference(implementation, problem):
     gates = select_experts(logits, problem["top_k"]).requires_grad_()
     results = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grouped_module, "_MIN_CHUNK", problem["chunk"])
-        patch.setattr(grouped_module, "_MAX_CHUNK", problem["chunk"])
+        grouped, native = (
+            importlib.import_module(f"peft_moice.attention.{name}") for name in ("grouped", "native.native")
+        )
+        patch.setattr(grouped, "_MIN_TOKENS", problem["chunk"])
+        patch.setattr(grouped, "_MAX_TOKENS", problem["chunk"])
+        patch.setattr(native, "_MAX_TILE", problem["chunk"])
+        patch.setattr(native, "_MOST_DECODED", problem["most_decoded"])
         for name in (implementation, "reference"):
             output, _ = mixed_attention(
                 *tensors,
@@ -305,9 +311,10 @@ def test_any_problem_equals_the_reference(implementation, problem):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-5)
 
 
-def test_grouped_says_why_it_cannot_be_used():
+@pytest.mark.parametrize("implementation", ["grouped", "native"])
+def test_implementations_for_the_cpu_say_why_they_cannot_be_used(implementation):
     query, key, value, gates = inputs()
-    options = {"rotations": table(LAYOUTS["half"]), "query_start": 0, "attend": attend, "implementation": "grouped"}
+    options = {"rotations": table(LAYOUTS["half"]), "query_start": 0, "attend": attend}
     for reason, extra in {
         "masks of four dimensions": {"attention_mask": torch.ones(2, 9)},
         "no dropout": {"dropout": 0.1},
@@ -315,8 +322,8 @@ def test_grouped_says_why_it_cannot_be_used():
         "it is causal": {"is_causal": False},
         "probabilities": {"output_attentions": True},
     }.items():
-        with pytest.raises(ValueError, match=f"{reason}.*implementation='delegated'"):
-            mixed_attention(query, key, value, gates, **options, **extra)
+        with pytest.raises(ValueError, match=f"{reason}.*implementation='auto'"):
+            mixed_attention(query, key, value, gates, implementation=implementation, **options, **extra)
 
 
 class TestRotationTable:

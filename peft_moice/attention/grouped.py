@@ -40,7 +40,7 @@ def grouped(
     """See [`mixed_attention`]. Causal, or under a four-dimensional mask; in the precision of fused attention."""
     reason = why_not_on_cpu(query, attention_mask, **kwargs)
     if reason is not None:
-        raise ValueError(f"The grouped implementation cannot be used: {reason}. Choose implementation='delegated'.")
+        raise ValueError(f"The grouped implementation cannot be used: {reason}. Choose implementation='auto'.")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     picked = gates != 0 if picked is None else picked
     head_dim, value_dim = query.shape[-1], value.shape[-1]

@@ -72,7 +72,7 @@ def mixed_attention(
             f"{rotations.num_experts} angles need {(*query.shape[:3], rotations.num_experts)}."
         )
     if implementation == "auto":
-        implementation = _choose(query, key, value, gates, attention_mask, backend, **kwargs)
+        implementation = _choose(query, value, gates, attention_mask, backend, **kwargs)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"Unknown implementation {implementation!r}; choose 'auto' or one of {sorted(IMPLEMENTATIONS)}."
@@ -91,11 +91,12 @@ def mixed_attention(
     )
 
 
-def _choose(query, key, value, gates: torch.Tensor, attention_mask, backend: str | None, **kwargs) -> str:
+def _choose(query, value, gates: torch.Tensor, attention_mask, backend: str | None, **kwargs) -> str:
     """The fastest implementation that computes what the backend would, in the same precision."""
-    if backend != "sdpa" or gates.shape[-1] == 1 or torch.compiler.is_compiling():
+    in_place_of_sdpa = backend == "sdpa" and query.dtype == value.dtype == torch.float32
+    if not in_place_of_sdpa or gates.shape[-1] == 1 or torch.compiler.is_compiling():
         return "delegated"
-    if why_not_native(query, key, value, attention_mask, **kwargs) is None:
+    if why_not_native(query, value, attention_mask, **kwargs) is None:
         return "native"
-    mixes_a_sequence = query.dtype == torch.float32 and query.shape[-2] > 1
-    return "grouped" if mixes_a_sequence and why_not_on_cpu(query, attention_mask, **kwargs) is None else "delegated"
+    mixes_a_sequence = query.shape[-2] > 1 and why_not_on_cpu(query, attention_mask, **kwargs) is None
+    return "grouped" if mixes_a_sequence else "delegated"

@@ -34,7 +34,7 @@ def native(
     For the backward pass the inputs are kept and nothing else. The pass itself needs `threads · N · T · D` floats for
     the gradients of one key-value head's keys.
     """
-    reason = why_not_native(query, key, value, attention_mask, **kwargs)
+    reason = why_not_native(query, value, attention_mask, **kwargs)
     if reason is not None:
         raise ValueError(f"The native implementation cannot be used: {reason}. Choose implementation='auto'.")
     query_start, length, num_keys = int(query_start), query.shape[-2], key.shape[-2]
@@ -43,19 +43,18 @@ def native(
     picked = gates != 0 if picked is None else picked
     mask = None if attention_mask is None else _additive(attention_mask)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = _NativeAttention.apply(query, key, value, gates.float(), picked, mask, rotations, query_start, scaling)
-    return output, None
+    tensors = (query.float(), key.float(), value.float(), gates.float())
+    output = _NativeAttention.apply(*tensors, picked, mask, rotations, query_start, scaling)
+    return output.to(query.dtype), None
 
 
 def why_not_native(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
+    query: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
 ) -> str | None:
     """The reason why [`native`] cannot compute a call with these arguments, or None."""
     reason = why_not_on_cpu(query, attention_mask, **kwargs)
     if reason is not None:
         return reason
-    if query.dtype != torch.float32 or key.dtype != torch.float32 or value.dtype != torch.float32:
-        return f"it works in float32, and the queries are in {query.dtype}"
     if max(query.shape[-1], value.shape[-1]) > _MAX_HEAD_DIM:
         return f"it knows head sizes up to {_MAX_HEAD_DIM}"
     if torch.compiler.is_compiling():
