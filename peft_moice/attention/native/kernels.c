@@ -23,7 +23,7 @@ typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4)));
 /* One call. Strides count floats; the last dimension of every tensor is contiguous. */
 struct problem {
     int64_t batch, kv_heads, group, queries, keys, head_dim, value_dim, experts, pairs;
-    int64_t query_start, is_causal, tile_rows, picks, is_ordered;
+    int64_t query_start, is_causal, tile_rows, is_ordered;
     const float *query; /* [B, H, S, D] */
     int64_t query_stride[3];
     const float *key; /* [B, G, T, D] */
@@ -539,12 +539,12 @@ static inline float pair_products(const float *restrict q, const float *restrict
     return rest;
 }
 
-/* Scores [H][K][T] of one query of every head with the keys `start` to `end` - 1. Rotating a query and a key by an
+/* Scores [H][N][T] of one query of every head with the keys `start` to `end` - 1. Rotating a query and a key by an
    expert's angles d and multiplying them equals C cos(r d) + S sin(r d), summed over their pairs, at the distance r.
    `queries` holds the heads' queries, ordered by pairs. */
 static void score_keys(const struct problem *p, int64_t b, int64_t s, const float *restrict queries,
                        const int32_t *restrict picked, int64_t start, int64_t end, float *restrict scores) {
-    const int64_t pairs = p->pairs, head_dim = p->head_dim, picks = p->picks, group = p->group;
+    const int64_t pairs = p->pairs, head_dim = p->head_dim, experts = p->experts, group = p->group;
     const int64_t position = p->query_start + s, width = round_up(p->keys, WIDTH_STEP), whole = pairs / LANES * LANES;
     float same[LANES][MAX_HEAD_DIM / 2], other[LANES][MAX_HEAD_DIM / 2], ordered[LANES][MAX_HEAD_DIM];
     for (int64_t t = start; t < end; t += LANES) {
@@ -565,10 +565,10 @@ static void score_keys(const struct problem *p, int64_t b, int64_t s, const floa
                 vec rest;
                 for (int64_t u = 0; u < LANES; u++)
                     rest[u] = pair_products(queries + head * head_dim, keys[u], pairs, head_dim, same[u], other[u]);
-                const int32_t *experts = picked + head * p->experts;
-                for (int64_t n = 0; n < picks && experts[n] >= 0; n++) {
-                    const float *cos = p->cos + experts[n] * p->table_stride;
-                    const float *sin = p->sin + experts[n] * p->table_stride;
+                const int32_t *own = picked + head * experts;
+                for (int64_t n = 0; n < experts && own[n] >= 0; n++) {
+                    const float *cos = p->cos + own[n] * p->table_stride;
+                    const float *sin = p->sin + own[n] * p->table_stride;
                     vec sums[LANES], total = rest;
                     for (int64_t u = 0; u < LANES; u++) {
                         int64_t i = 0;
@@ -579,7 +579,7 @@ static void score_keys(const struct problem *p, int64_t b, int64_t s, const floa
                         for (; i < pairs; i++)
                             total[u] += same[u][i] * cos[rows[u] + i] + other[u][i] * sin[rows[u] + i];
                     }
-                    *(vec *)(scores + (head * picks + n) * width + t) = (total + sums_of(sums)) * splat(p->scaling);
+                    *(vec *)(scores + (head * experts + n) * width + t) = (total + sums_of(sums)) * splat(p->scaling);
                 }
             }
         }
@@ -607,7 +607,7 @@ static void add_values(const struct problem *p, const float *restrict values, co
 
 static int64_t decode_floats(const struct problem *p, int64_t threads) {
     int64_t heads = p->kv_heads * p->group, width = round_up(p->keys, WIDTH_STEP);
-    return heads * ((p->picks + 1) * width + p->experts + threads * p->value_dim + p->head_dim);
+    return heads * ((p->experts + 1) * width + p->experts + threads * p->value_dim + p->head_dim);
 }
 
 /* The experts that each head of a query picked, [H][N], ended by -1. */
@@ -626,8 +626,8 @@ static void list_picks(const struct problem *p, int64_t b, int64_t s, int32_t *p
 
 /* Few queries: keys and values are read once and never rotated. */
 void decode(const struct problem *p, int64_t threads) {
-    int64_t heads = p->kv_heads * p->group, width = round_up(p->keys, WIDTH_STEP), picks = p->picks;
-    float *scores = p->scratch, *mixed = scores + heads * picks * width;
+    int64_t heads = p->kv_heads * p->group, width = round_up(p->keys, WIDTH_STEP), experts = p->experts;
+    float *scores = p->scratch, *mixed = scores + heads * experts * width;
     float *sums = mixed + heads * width;
     float *queries = sums + threads * heads * p->value_dim;
     int32_t *picked = (int32_t *)(queries + heads * p->head_dim);
@@ -658,14 +658,14 @@ void decode(const struct problem *p, int64_t threads) {
 #pragma omp for schedule(static)
                 for (int64_t head = 0; head < heads; head++) {
                     const float *gates = p->gates + ((b * heads + head) * p->queries + s) * p->experts;
-                    const int32_t *experts = picked + head * p->experts;
+                    const int32_t *own = picked + head * experts;
                     const float *bias = NULL;
                     if (p->mask)
                         bias = p->mask + b * p->mask_stride[0] + head * p->mask_stride[1] + s * p->mask_stride[2];
-                    for (int64_t n = 0; n < picks && experts[n] >= 0; n++) {
-                        float *row = scores + (head * picks + n) * width;
+                    for (int64_t n = 0; n < experts && own[n] >= 0; n++) {
+                        float *row = scores + (head * experts + n) * width;
                         float total = exponentials(row, bias, keys, round_up(keys, LANES));
-                        mix(row, gates[experts[n]] / total, round_up(keys, LANES), mixed + head * width, n == 0);
+                        mix(row, gates[own[n]] / total, round_up(keys, LANES), mixed + head * width, n == 0);
                     }
                 }
                 float *own = sums + thread * heads * p->value_dim;

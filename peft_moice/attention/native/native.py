@@ -117,7 +117,6 @@ class _Call:
             query_start=query_start,
             is_causal=mask is None,
             tile_rows=max(tile_rows, _TILE_STEP),
-            picks=int((gates != 0).sum(dim=-1).max()) if decodes else 0,
             is_ordered=rotations.layout.start == 0 and not rotations.layout.interleaved,
             table_stride=cos.stride(0),
             scaling=scaling,
