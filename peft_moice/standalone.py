@@ -220,6 +220,11 @@ def _model_class(original: type[PreTrainedModel], standalone_config: type[PreTra
             register_hooks(self)
             watch_positions(self)
 
+        @classmethod
+        def is_custom_code(cls) -> bool:
+            # transformers leaves out the initialization of some buffers in models that are not its own.
+            return original.is_custom_code()
+
         def __reduce__(self):
             return _new_instance, (standalone_model_class, original), self.__dict__
 

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from families import tiny_model
 from peft import LoraConfig, get_peft_model
 from tiny_models import SHAPE, decide, load, logits_of, save_tiny_model, token_ids, wide_config
 from transformers import (
@@ -230,3 +231,16 @@ def test_merged_routers_are_frozen_and_have_no_balance_loss(llama):
     model, _ = merged(llama)
     loss = model.train()(input_ids=token_ids(), labels=token_ids()).loss
     assert torch.equal(loss, model.eval()(input_ids=token_ids(), labels=token_ids()).loss)
+
+
+def test_buffers_that_are_not_saved_come_back(tmp_path):
+    """Falcon-H1 computes `mup_vector` anew when it is loaded, which transformers leaves out for models not its own."""
+    model = tiny_model("falcon_h1", ssm_multipliers=[0.5, 2.0, 3.0, 0.25, 4.0])
+    expected = {name: buffer for name, buffer in model.named_buffers() if name.endswith("mup_vector")}
+    assert expected and all(buffer.unique().numel() > 2 for buffer in expected.values())
+    merged_model = get_peft_model(model, wide_config()).merge_and_unload()
+    merged_model.save_pretrained(tmp_path)
+    for _ in range(3):  # memory that is not written may hold the right numbers by chance
+        buffers = dict(AutoModelForCausalLM.from_pretrained(tmp_path).named_buffers())
+        for name, buffer in expected.items():
+            assert torch.equal(buffers[name], buffer)
