@@ -3,6 +3,7 @@
 import pytest
 import torch
 from test_operator import LAYOUTS, attend, inputs, table
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peft_moice.attention import mixed_attention
 from peft_moice.attention.native import library
@@ -121,3 +122,21 @@ def test_exponentials_reach_far_below_zero():
         for name in ("native", "reference")
     ]
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+
+
+def test_tensors_without_memory_of_their_own_are_left_to_others():
+    query, _, value, gates = inputs()
+    with FakeTensorMode() as mode:
+        query, value, gates = (mode.from_tensor(x) for x in (query, value, gates))
+        assert _choose(query, value, gates, None, "sdpa") != "native"
+
+
+@pytest.mark.parametrize("implementation", ["native", "grouped"])
+def test_second_derivatives_are_refused(implementation):
+    query, key, value, gates = inputs()
+    query.requires_grad_()
+    options = {"rotations": table(LAYOUTS["half"]), "query_start": 0, "attend": attend}
+    output, _ = mixed_attention(query, key, value, gates, implementation=implementation, **options)
+    (grad,) = torch.autograd.grad(output.square().sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()

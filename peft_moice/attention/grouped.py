@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from ..rope import RotationTable, rotate
 from .cpu_limits import why_not_on_cpu
@@ -351,6 +352,7 @@ class _GroupedAttention(torch.autograd.Function):
         return output.to(query.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_output):
         query, key, value, gates, picked, mask, *kept = ctx.saved_tensors
         needs_query, needs_key, needs_value, needs_gates = ctx.needs_input_grad[:4]

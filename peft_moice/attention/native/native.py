@@ -4,6 +4,7 @@ import ctypes
 import functools
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from ...rope import RotaryLayout, RotationTable
 from ..cpu_limits import why_not_on_cpu
@@ -59,6 +60,8 @@ def why_not_native(
         return f"it knows head sizes up to {_MAX_HEAD_DIM}"
     if torch.compiler.is_compiling():
         return "it cannot be traced by torch.compile"
+    if type(query) is not torch.Tensor:
+        return f"it reads the memory of plain tensors, and the queries are a {type(query).__name__}"
     library = load()
     return library if isinstance(library, str) else None
 
@@ -81,6 +84,7 @@ class _NativeAttention(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_output):
         *tensors, gates, picked, mask = ctx.saved_tensors
         grads = [
