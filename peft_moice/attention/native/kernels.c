@@ -23,7 +23,7 @@ typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4)));
 /* One call. Strides count floats; the last dimension of every tensor is contiguous. */
 struct problem {
     int64_t batch, kv_heads, group, queries, keys, head_dim, value_dim, experts, pairs;
-    int64_t query_start, is_causal, tile_rows, is_ordered;
+    int64_t query_start, is_causal, tile_rows, single_tile_rows, is_ordered;
     const float *query; /* [B, H, S, D] */
     int64_t query_stride[3];
     const float *key; /* [B, G, T, D] */
@@ -48,7 +48,7 @@ struct problem {
     float *grad_gates;        /* [B, H, S, N] */
 };
 
-static inline vec splat(float x) { return (vec){} + x; }
+static inline vec splat(float x) { return (vec){x, x, x, x, x, x, x, x}; }
 
 static inline float sum(vec x) {
     return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7]));
@@ -201,7 +201,7 @@ static int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step 
 static struct sizes sizes_of(const struct problem *p) {
     struct sizes n;
     n.width = round_up(p->keys, WIDTH_STEP);
-    n.rows = round_up(p->tile_rows, TILE_ROWS);
+    n.rows = round_up(p->single_tile_rows, TILE_ROWS);
     n.key_dim = round_up(p->head_dim, PANEL);
     n.value_dim = round_up(p->value_dim, PANEL);
     n.product_dim = n.key_dim > n.value_dim ? n.key_dim : n.value_dim;
@@ -291,24 +291,28 @@ static int64_t keys_seen(const struct problem *p, const struct own *w, int64_t c
 static void attend_tile(const struct problem *p, const struct sizes *n, const struct shared *h, const struct own *w,
                         int64_t count, const uint8_t *uses) {
     int64_t keys = keys_seen(p, w, count), width = round_up(keys, WIDTH_STEP);
+    int64_t used = 0;
+    for (int64_t j = 0; j < p->experts; j++)
+        used += uses[j];
     int is_first = 1;
-    float totals[n->rows];
+    float totals[n->rows], weights[n->rows];
     for (int64_t j = 0; j < p->experts; j++) {
         if (!uses[j])
             continue;
         score_tile(p, n, h, w, count, keys, j, totals);
         for (int64_t r = 0; r < count; r++) {
-            float gate = p->gates[gates_of(p, h, w->rows[r]) + j];
-            mix(w->scores + r * n->width, gate / totals[r], width, w->mixed + r * n->width, is_first);
+            weights[r] = p->gates[gates_of(p, h, w->rows[r]) + j] / totals[r];
+            if (used > 1)
+                mix(w->scores + r * n->width, weights[r], width, w->mixed + r * n->width, is_first);
         }
         is_first = 0;
     }
-    multiply_rows(w->mixed, n->width, h->value_rows, n->value_dim, keys, round_up(count, TILE_ROWS), w->products,
-                  n->product_dim);
+    multiply_rows(used > 1 ? w->mixed : w->scores, n->width, h->value_rows, n->value_dim, keys,
+                  round_up(count, TILE_ROWS), w->products, n->product_dim);
     for (int64_t r = 0; r < count; r++) {
-        float *out = p->output + output_of(p, h, w->rows[r]);
+        float *out = p->output + output_of(p, h, w->rows[r]), weight = used > 1 ? 1.0f : weights[r];
         for (int64_t d = 0; d < p->value_dim; d++)
-            out[d] += w->products[r * n->product_dim + d];
+            out[d] += weight * w->products[r * n->product_dim + d];
     }
 }
 
@@ -377,7 +381,7 @@ static void attend_tokens(const struct problem *p, const struct sizes *n, const 
         memset(uses, j < 0, p->experts);
         if (j >= 0)
             uses[j] = 1;
-        int64_t count = 0;
+        int64_t count = 0, most = j < 0 ? p->tile_rows : p->single_tile_rows;
         for (int64_t token = start; token < end; token++)
             for (int64_t head = 0; head < p->group; head++) {
                 struct row row = {(int32_t)head, (int32_t)token};
@@ -389,7 +393,7 @@ static void attend_tokens(const struct problem *p, const struct sizes *n, const 
                 if (j < 0 ? !all : all || !(picked ? picked[j] : gates[j] != 0.0f))
                     continue;
                 w->rows[count++] = row;
-                if (count == p->tile_rows) {
+                if (count == most) {
                     (p->grad_output ? attend_tile_backward : attend_tile)(p, n, h, w, count, uses);
                     count = 0;
                 }
@@ -450,7 +454,7 @@ static void unpack_gradients(const struct problem *p, const struct sizes *n, con
 /* Output of all queries; with `grad_output`, the gradients instead. */
 void attend(const struct problem *p, int64_t threads) {
     const struct sizes n = sizes_of(p);
-    int64_t tokens = round_up(p->tile_rows * p->experts, p->group) / p->group;
+    int64_t tokens = round_up(p->single_tile_rows * p->experts, p->group) / p->group;
     int64_t blocks = (p->queries + tokens - 1) / tokens;
     struct shared h = {0};
     float *memory = p->scratch;

@@ -29,7 +29,7 @@ class Problem(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("batch", "kv_heads", "group", "queries", "keys", "head_dim")),
         *((name, ctypes.c_int64) for name in ("value_dim", "experts", "pairs", "query_start", "is_causal")),
-        *((name, ctypes.c_int64) for name in ("tile_rows", "is_ordered")),
+        *((name, ctypes.c_int64) for name in ("tile_rows", "single_tile_rows", "is_ordered")),
         ("query", ctypes.c_void_p),
         ("query_stride", Strides),
         ("key", ctypes.c_void_p),

@@ -12,7 +12,7 @@ from .library import Problem, load
 
 _MAX_HEAD_DIM = 256
 _MOST_DECODED = 8
-_SCORES_IN_CACHE = 1 << 15
+_SCORES_IN_CACHE = 1 << 16
 _TILE_STEP, _MAX_TILE = 6, 48
 
 
@@ -106,7 +106,6 @@ class _Call:
         num_keys = key.shape[-2]
         cos, sin = rotations.cos_sin(num_keys, query.device)
         first, second = _pairs(rotations.layout)
-        tile_rows = min(_SCORES_IN_CACHE // num_keys // _TILE_STEP * _TILE_STEP, _MAX_TILE)
         self.decodes = decodes
         self.problem = Problem(
             batch=batch,
@@ -120,7 +119,8 @@ class _Call:
             pairs=len(first),
             query_start=query_start,
             is_causal=mask is None,
-            tile_rows=max(tile_rows, _TILE_STEP),
+            tile_rows=_tile_rows(_SCORES_IN_CACHE // (2 * num_keys)),
+            single_tile_rows=_tile_rows(_SCORES_IN_CACHE // num_keys),
             is_ordered=rotations.layout.start == 0 and not rotations.layout.interleaved,
             table_stride=cos.stride(0),
             scaling=scaling,
@@ -150,6 +150,10 @@ class _Call:
         library, threads, problem = load(), torch.get_num_threads(), ctypes.byref(self.problem)
         self.point(scratch=torch.empty(library.scratch_size(problem, threads, self.decodes)))
         (library.decode if self.decodes else library.attend)(problem, threads)
+
+
+def _tile_rows(rows: int) -> int:
+    return max(min(rows // _TILE_STEP * _TILE_STEP, _MAX_TILE), _TILE_STEP)
 
 
 def _rows_contiguous(x: torch.Tensor) -> torch.Tensor:
