@@ -1,6 +1,6 @@
 /* Attention under several rotary base angles, mixed by gates, for the CPU in float32.
 
-   Both kernels mix probabilities before they multiply them with the values: K score products and one value product.
+   Probabilities are mixed before they are multiplied with the values: N score products and one value product.
    Vectors are those of GCC and Clang, which lower them to what the processor has. */
 
 #include <math.h>
@@ -17,8 +17,8 @@
 #define WIDTH_STEP 48 /* a multiple of both */
 #define MAX_HEAD_DIM 256
 
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 /* One call. Strides count floats; the last dimension of every tensor is contiguous. */
 struct problem {
