@@ -253,7 +253,8 @@ def table(results: dict) -> str:
         cells = []
         for column in columns:
             bound = results["bounds"].get(name, {}).get(column)
-            ratio = f"{found[column] / found[BASE]:.2f}" if column in found else ""
+            # A short pass may fit the memory that a process holds already.
+            ratio = f"{found[column] / found[BASE]:.2f}" if column in found and found[BASE] else ""
             cells.append(ratio + (f" ({bound:.2f})" if bound else ""))
         if name == "decode step":
             base = f"{1000 * found[BASE] / DECODE_STEPS:.0f} ms"
