@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from ..rope import RotationTable, rotate
 from .cpu_limits import why_not_on_cpu
+from .masks import additive
 
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -51,17 +52,11 @@ def grouped(
         query, key = (pad(x, (0, max(0, value_dim - head_dim))) for x in (query, key))
         value = pad(value, (0, max(0, head_dim - value_dim)))
     if attention_mask is not None:
-        attention_mask = _additive(attention_mask, query.dtype)
+        attention_mask = additive(attention_mask, query.dtype)
     output = _GroupedAttention.apply(
         query, key, value, gates.float(), picked, attention_mask, rotations, int(query_start), scaling
     )
     return output[..., :value_dim], None
-
-
-def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    if mask.dtype != torch.bool:
-        return mask.to(dtype)
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 @dataclass

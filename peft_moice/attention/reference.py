@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from ..rope import RotationTable
+from .masks import additive
 from .rotating import rotated_pairs
 
 
@@ -57,7 +58,6 @@ def _additive_mask(
     is_causal: bool | None,
     device: torch.device,
 ) -> torch.Tensor:
-    lowest = torch.finfo(torch.float32).min
     if mask is None:
         if is_causal is False:
             return torch.zeros(1, 1, 1, 1, device=device)
@@ -69,6 +69,4 @@ def _additive_mask(
             f"{tuple(getattr(mask, 'shape', ()))}. Use implementation='delegated', or load the model with "
             "attn_implementation='eager' or 'sdpa'."
         )
-    if mask.dtype == torch.bool:
-        return torch.zeros(mask.shape, device=device).masked_fill(~mask, lowest)
-    return mask.float()
+    return additive(mask, torch.float32)

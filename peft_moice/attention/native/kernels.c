@@ -8,7 +8,6 @@
 #include <omp.h>
 #endif
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 
 #define LANES 8

@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from ...rope import RotaryLayout, RotationTable
 from ..cpu_limits import why_not_on_cpu
+from ..masks import additive
 from .library import Problem, load
 
 _MAX_HEAD_DIM = 256
@@ -42,7 +43,7 @@ def native(
     if not 0 <= query_start <= num_keys - length:
         raise ValueError(f"{length} queries starting at position {query_start} do not fit {num_keys} keys.")
     picked = gates != 0 if picked is None else picked
-    mask = None if attention_mask is None else _additive(attention_mask)
+    mask = None if attention_mask is None else additive(attention_mask, torch.float32)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     tensors = (query.float(), key.float(), value.float(), gates.float())
     output = _NativeAttention.apply(*tensors, picked, mask, rotations, query_start, scaling)
@@ -64,12 +65,6 @@ def why_not_native(
         return f"it reads the memory of plain tensors, and the queries are a {type(query).__name__}"
     library = load()
     return library if isinstance(library, str) else None
-
-
-def _additive(mask: torch.Tensor) -> torch.Tensor:
-    if mask.dtype != torch.bool:
-        return mask.float()
-    return torch.zeros(mask.shape).masked_fill_(~mask, torch.finfo(torch.float32).min)
 
 
 class _NativeAttention(torch.autograd.Function):
