@@ -344,10 +344,13 @@ sys.modules["triton"] = None
 import torch
 import peft_moice
 from peft_moice.attention import mixed_attention
-from peft_moice.attention.triton import why_not_triton
+from peft_moice.attention.call import AttentionCall
+from peft_moice.attention.triton import why_not
+from peft_moice.rope import RotaryLayout, RotationTable
 assert not any(name.startswith("peft_moice.attention.triton.t") for name in sys.modules)
 x = torch.zeros(1, 1, 1, 8)
-print(why_not_triton(x, x, x, None, 0))
+rotations = RotationTable(torch.zeros(1, 4), RotaryLayout(0, 8, False))
+print(why_not(AttentionCall(x, x, x, torch.ones(1, 1, 1, 1), rotations)))
 """
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)

@@ -9,13 +9,14 @@ import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from ..positions import packed_query_start
 from ..rope import RotationTable
+from ..rope.positions import Positions, packed_query_start
 from .operator import mixed_attention
 
 ATTENTION_NAME = "moice"
@@ -56,46 +57,52 @@ class MixtureCall:
     Attributes:
         gate: maps queries `[B, H, S, D]` to gates `[B, H, S, N]` and a mask of the picked experts (or None).
         rotations: further rotations of the N experts.
-        query_start: see [`positions.query_start`].
+        positions: where queries and keys stand.
         implementation: name of the operator's implementation.
     """
 
     gate: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
     rotations: RotationTable
-    query_start: int | torch.Tensor | None
+    positions: Positions
     implementation: str = "auto"
 
-    def as_keyword(self) -> dict:
+    def as_keyword(self) -> dict[str, "MixtureCall"]:
         """The keyword argument under which an attention module passes the mixture on."""
         return {_KEYWORD: self}
 
-    def attend(self, attend: Callable, query, key, value, attention_mask, backend: str | None = None, **kwargs):
+    def attend(
+        self,
+        attend: Callable,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        backend: str | None = None,
+        **options: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compute the mixture in place of `attend`, the model's own attention, which `backend` names."""
-        query_start, implementation = self.query_start, self.implementation
-        if isinstance(kwargs.get("cache"), _WrittenCache):
-            query_start = packed_query_start(kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"], query, key)
+        query_start, implementation = self.positions.query_start, self.implementation
+        if isinstance(options.get("cache"), _WrittenCache):
+            query_start = packed_query_start(options["cu_seq_lens_q"], options["cu_seq_lens_k"], query, key)
             implementation = _implementation_for_packed(implementation)
         elif query_start is None:
             query_start = key.shape[-2] - query.shape[-2]
-            if query_start < 0:
-                raise ValueError(
-                    f"{query.shape[-2]} queries meet {key.shape[-2]} keys, so keys and positions do not correspond. "
-                    "MoICE needs one key per position."
-                )
         gates, picked = self.gate(query)
         return mixed_attention(
             query,
             key,
             value,
             gates,
-            picked=picked,
-            backend=backend,
             rotations=self.rotations,
             query_start=query_start,
+            query_positions=self.positions.query,
+            key_positions=self.positions.key,
             attend=attend,
             attention_mask=attention_mask,
+            picked=picked,
             implementation=implementation,
-            **kwargs,
+            backend=backend,
+            **options,
         )
 
 

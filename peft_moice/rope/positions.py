@@ -1,7 +1,24 @@
 """Where queries stand among the keys, in the coordinates of the key-value cache."""
 
+from dataclasses import dataclass
+
 import torch
 from transformers.cache_utils import Cache, EncoderDecoderCache, StaticLayer
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where the queries and keys of one pass stand.
+
+    Attributes:
+        query_start: see [`query_start`].
+        query: `[B or 1, S]`, positions of queries that do not stand in the order of the keys, else None.
+        key: `[B or 1, T]`, likewise for keys.
+    """
+
+    query_start: int | torch.Tensor | None = None
+    query: torch.Tensor | None = None
+    key: torch.Tensor | None = None
 
 
 def find_cache(args: tuple, kwargs: dict) -> Cache | None:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import Cache
 
+from .layer_rope import LayerRope
 from .positions import find_cache
-from .rope import LayerRope
 
 _NOTES = "_moice_longrope"
 
