@@ -282,7 +282,7 @@ class TestRefusals:
         tensors, options = problem()
         tensors = [tensor.cpu() for tensor in tensors]
         with pytest.raises(
-            ValueError, match=r"it is for CUDA, and the queries are on 'cpu'.*implementation='delegated'"
+            ValueError, match=r"it is for CUDA, and the queries are on 'cpu'.*implementation='auto'"
         ):
             outputs(tensors, options)
 
@@ -315,13 +315,13 @@ class TestRefusals:
     )
     def test_says_why(self, reason, extra):
         tensors, options = problem()
-        with pytest.raises(ValueError, match=f"{reason}.*implementation='delegated'"):
+        with pytest.raises(ValueError, match=f"{reason}.*implementation='auto'"):
             outputs(tensors, {**options, **extra})
 
     @runs
     def test_says_which_dtypes_and_sizes(self):
         tensors, options = problem()
-        with pytest.raises(ValueError, match=r"not torch.float64.*implementation='delegated'"):
+        with pytest.raises(ValueError, match=r"not torch.float64.*implementation='auto'"):
             outputs([tensor.double() for tensor in tensors], options)
         with pytest.raises(ValueError, match=r"one dtype.*torch.bfloat16 and torch.float32"):
             outputs([tensors[0], tensors[1].bfloat16(), *tensors[2:]], options)
