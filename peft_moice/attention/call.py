@@ -8,6 +8,9 @@ import torch
 
 from ..rope import RotationTable
 
+Attend = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+"""A model's own attention: maps `(query, key, value, attention_mask, **options)` to output and probabilities."""
+
 
 @dataclass
 class AttentionCall:
@@ -41,7 +44,7 @@ class AttentionCall:
     query_start: int | torch.Tensor = 0
     query_positions: torch.Tensor | None = None
     key_positions: torch.Tensor | None = None
-    attend: Callable | None = None
+    attend: Attend | None = None
     attention_mask: Any = None
     picked: torch.Tensor | None = None
     backend: str | None = None

@@ -1,13 +1,12 @@
 """`mixed_attention`, the table of its implementations, and the choice between them."""
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 
 from ..rope import RotationTable
 from . import delegated, grouped, native, reference, triton
-from .call import AttentionCall
+from .call import Attend, AttentionCall
 
 
 class Implementation(Protocol):
@@ -39,7 +38,7 @@ def mixed_attention(
     query_start: int | torch.Tensor = 0,
     query_positions: torch.Tensor | None = None,
     key_positions: torch.Tensor | None = None,
-    attend: Callable | None = None,
+    attend: Attend | None = None,
     attention_mask: Any = None,
     picked: torch.Tensor | None = None,
     implementation: str = "auto",
