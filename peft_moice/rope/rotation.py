@@ -84,7 +84,8 @@ class RotationTable:
             padded = max(_MIN_TABLE_LENGTH, 1 << (length - 1).bit_length())
             # The table outlives this pass, so a pass in inference mode must not make it unfit for training.
             with torch.inference_mode(False):
-                table = _cos_sin(torch.arange(padded, dtype=torch.float64), self.deltas)
+                positions = torch.arange(padded, dtype=torch.float64, device=self.deltas.device)
+                table = _cos_sin(positions, self.deltas)
                 table = self._tables[device] = tuple(t.to(device) for t in table)
         return table[0][:, :length], table[1][:, :length]
 

@@ -33,7 +33,7 @@ struct panel {
     float *queries;      /* [ROWS][padded D], the columns again */
     float *grads;        /* [ROWS][padded Dv], gradients of the output */
     float *grad_columns; /* [Dv][ROWS], the same again */
-    float *mean;         /* [ROWS], the mean of the probabilities' gradients, which is the gate's gradient */
+    float *mean;         /* [ROWS], the mean of the probabilities' gradients */
 };
 
 /* A thread's own memory. */
@@ -48,6 +48,7 @@ struct own {
     float *grad_keys;  /* [BLOCK][padded D], under one expert */
     float *grad_sums;  /* [BLOCK][padded D], of all experts, rotated back */
     float *grad_values; /* [BLOCK][padded Dv] */
+    float *center;      /* [padded Dv], subtracted from values, so that gradients of probabilities are small numbers */
 };
 
 struct sizes {
@@ -75,7 +76,7 @@ static struct sizes sizes_of(const struct problem *p, int64_t threads) {
     n.own = BLOCK * (2 * n.key_dim + n.value_dim + 2 * ROWS);
     if (p->grad_output) {
         n.panel += ROWS * (n.key_dim + n.value_dim + p->value_dim + 1);
-        n.own += BLOCK * (ROWS + 2 * n.key_dim + n.value_dim);
+        n.own += BLOCK * (ROWS + 2 * n.key_dim + n.value_dim) + n.value_dim;
     }
     n.own += n.panels * (n.panel + round_up(sizeof(struct panel) / sizeof(float), LANES));
     return n;
@@ -100,6 +101,7 @@ static struct own lay_out(const struct problem *p, const struct sizes *n, float 
         w.grad_keys = take(&memory, BLOCK * n->key_dim);
         w.grad_sums = take(&memory, BLOCK * n->key_dim);
         w.grad_values = take(&memory, BLOCK * n->value_dim);
+        w.center = take(&memory, n->value_dim);
     }
     w.panels = (struct panel *)take(&memory, n->panels * round_up(sizeof(struct panel) / sizeof(float), LANES));
     for (int64_t i = 0; i < n->panels; i++) {
@@ -176,13 +178,28 @@ static void load_block(const struct problem *p, const struct sizes *n, const str
             if (x != key)
                 memcpy(key, x, p->head_dim * sizeof(float));
             x = floats_at(p, p->value, value_at(p, b, g, start + t), p->value_dim, value);
-            if (x != value)
-                memcpy(value, x, p->value_dim * sizeof(float));
+            for (int64_t d = 0; d < p->value_dim; d++)
+                value[d] = p->grad_output ? x[d] - w->center[d] : x[d];
         } else if (t < round_up(count, STEP)) {
             memset(key, 0, p->head_dim * sizeof(float));
             memset(value, 0, p->value_dim * sizeof(float));
         }
     }
+}
+
+/* The mean of a head's values. Softmax makes what all probabilities' gradients have in common without effect, but not
+   without rounding errors. */
+static void find_center(const struct problem *p, const struct own *w, int64_t b, int64_t g) {
+    float buffer[MAX_HEAD_DIM];
+    memset(w->center, 0, p->value_dim * sizeof(float));
+    for (int64_t t = 0; t < p->keys; t++) {
+        const float *x = floats_at(p, p->value, value_at(p, b, g, t), p->value_dim, buffer);
+        for (int64_t d = 0; d < p->value_dim; d++)
+            w->center[d] += x[d] / (float)p->keys;
+    }
+    for (int64_t d = 0; d < p->value_dim; d++)
+        if (!isfinite(w->center[d]))
+            w->center[d] = 0.0f;
 }
 
 static void rotate_block(const struct problem *p, const struct sizes *n, const struct own *w, int64_t expert,
@@ -459,12 +476,18 @@ static void finish_panel(const struct problem *p, const struct panel *x, int64_t
     }
 }
 
-static void finish_measuring(const struct problem *p, const struct panel *x, int64_t b, int64_t g, float *weights) {
+static void finish_measuring(const struct problem *p, const struct sizes *n, const struct own *w,
+                             const struct panel *x, int64_t b, int64_t g, float *weights) {
     weigh(p, x, b, g, weights);
     for (int64_t r = 0; r < x->count; r++) {
-        x->mean[r] = x->total[r] != 0.0f ? x->mean[r] / x->total[r] : 0.0f;
+        float grad = 0.0f;
+        if (x->total[r] != 0.0f) {
+            grad = x->mean[r] /= x->total[r];
+            for (int64_t d = 0; d < p->value_dim; d++)
+                grad += w->center[d] * x->grads[r * n->value_dim + d];
+        }
         if (p->grad_gates)
-            p->grad_gates[gates_at(p, b, g * p->group + x->rows[r].head, x->rows[r].token) + x->expert] = x->mean[r];
+            p->grad_gates[gates_at(p, b, g * p->group + x->rows[r].head, x->rows[r].token) + x->expert] = grad;
     }
 }
 
@@ -511,7 +534,7 @@ static void attend_queries(const struct problem *p, const struct sizes *n, const
         }
         float weights[n->panels * ROWS];
         for (int64_t i = 0; i < panels; i++)
-            finish_measuring(p, w->panels + i, b, g, weights + i * ROWS);
+            finish_measuring(p, n, w, w->panels + i, b, g, weights + i * ROWS);
         if (!p->grad_query && !p->grad_key && !p->grad_value)
             continue;
         meet_keys(p, n, w, panels, b, g, part, weights);
@@ -528,6 +551,7 @@ static void differentiate_part(const struct problem *p, const struct sizes *n, c
         memset(p->grad_key + at * p->head_dim, 0, p->keys * p->head_dim * sizeof(float));
     if (p->grad_value)
         memset(p->grad_value + at * p->value_dim, 0, p->keys * p->value_dim * sizeof(float));
+    find_center(p, w, b, g);
     for (int64_t i = part; i < shares; i += p->parts)
         attend_queries(p, n, w, b, g, part, i * n->queries, smaller((i + 1) * n->queries, p->queries));
 }

@@ -26,6 +26,7 @@
 #define MAX_HEAD_DIM 256
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 enum type { FLOAT32, BFLOAT16, FLOAT16 };
@@ -87,7 +88,7 @@ static inline vec exponential(vec x) {
     p = p * r + splat(1.6666665459e-1f);
     p = p * r + splat(5.0000001201e-1f);
     p = p * r * r + r + splat(1.0f);
-    ivec power = (((ivec)shifted << 23) + (ivec)p) & ~tiny;
+    uvec power = (((uvec)shifted << 23) + (uvec)p) & ~(uvec)tiny;
     return choose(is_number, (vec)power, x);
 }
 

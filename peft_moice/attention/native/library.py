@@ -71,8 +71,8 @@ def load() -> ctypes.CDLL | str:
     except Exception as error:  # whatever a machine has in store, PyTorch's operations remain
         reason = f"{type(error).__name__}: {error}" if not isinstance(error, RuntimeError) else str(error)
         logger.warning(
-            "MoICE's kernels for the CPU cannot be used, and PyTorch's operations are slower: %s. Install a C compiler "
-            "(gcc or clang) or name one in the environment variable CC; %s=0 does without and without this warning.",
+            "MoICE's kernels for the CPU cannot be used, and PyTorch's operations, which can, are slower: %s. Install "
+            "a C compiler (gcc or clang) or name one in the environment variable CC; %s=0 does without this warning.",
             *(reason, SWITCH),
         )
         return reason
@@ -121,7 +121,7 @@ def _target(compiler: list[str]) -> Path | None:
         *(path.read_bytes() for path in (_HEADER, *_SOURCES)),
         repr((compiler, version, _FLAGS, _OPTIONAL_FLAGS, _own_flags(), platform.machine(), _processor())).encode(),
     )
-    name = f"kernels-{hashlib.sha256(bytes().join(parts)).hexdigest()[:16]}.so"
+    name = f"kernels-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}.so"
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft_moice"
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -84,10 +84,10 @@ class _NativeAttention(torch.autograd.Function):
         kernel.point(grad_output=grad_output.float().contiguous(), picked=picked.contiguous())
         kernel.point(grad_query=grad_query, grad_key=grad_key, grad_value=grad_value, grad_gates=grad_gates)
         kernel.run("attend")
-        summed = (None if grad is None else grad.sum(dim=0) if parts > 1 else grad[0] for grad in (grad_key, grad_value))
-        grads = (
-            None if grad is None else grad.to(query.dtype) for grad in (grad_query, *summed)
+        summed = (
+            None if grad is None else grad.sum(dim=0) if parts > 1 else grad[0] for grad in (grad_key, grad_value)
         )
+        grads = (None if grad is None else grad.to(query.dtype) for grad in (grad_query, *summed))
         return *grads, grad_gates, *(None,) * 6
 
 
@@ -95,7 +95,16 @@ class _Kernel:
     """A `Problem` with the tensors that its pointers lead to."""
 
     def __init__(
-        self, query, key, value, gates, mask, rotations: RotationTable, query_start: int, scaling: float, is_causal: bool
+        self,
+        query,
+        key,
+        value,
+        gates,
+        mask,
+        rotations: RotationTable,
+        query_start: int,
+        scaling: float,
+        is_causal: bool,
     ):
         batch, heads, length, head_dim = query.shape
         num_keys = key.shape[-2]
