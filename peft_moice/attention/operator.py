@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import torch
 
 from ..rope import RotationTable
-from . import delegated, grouped, native, reference, triton
+from . import delegated, folded, grouped, native, reference, triton
 from .call import Attend, AttentionCall
 
 
@@ -22,6 +22,7 @@ class Implementation(Protocol):
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": reference,
     "delegated": delegated,
+    "folded": folded,
     "grouped": grouped,
     "native": native,
     "triton": triton,
@@ -65,8 +66,9 @@ def mixed_attention(
         picked: `[B, H, S, N]`, true where an expert is computed and its gate gets a gradient. Default: where the gate
             is not zero. Implementations whose cost does not follow K compute all.
         implementation: `"reference"` (float32, returns probabilities), `"delegated"` (`attend` once per expert),
-            `"grouped"` (CPU; cost follows K), `"native"` (CPU; cost follows K; compiled on first use), `"triton"`
-            (CUDA; cost follows K; "auto" does not choose it) or `"auto"` (default).
+            `"folded"` (`attend` once, with the experts as further heads; memory follows N), `"grouped"` (CPU; cost
+            follows K), `"native"` (CPU; cost follows K; compiled on first use), `"triton"` (CUDA; cost follows K) or
+            `"auto"` (default), which chooses neither "folded" nor "triton".
         backend: name of the attention implementation behind `attend`, by which "auto" chooses.
         options: further arguments of `attend`, such as `scaling` and `dropout`.
 
