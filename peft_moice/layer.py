@@ -93,7 +93,7 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
             mixture = LayerMixture(self.members(), self.rope)
         # Routers built into the attention module look at the pass themselves.
         if not self.merged:
-            mixes = bool(mixture.members)
+            mixes = len(mixture.members) > 0
             mixture.rope = rope_of_pass(self.rope, self.base_layer.layer_idx, args, kwargs, mixes)
         if not mixture.members:
             return self.base_layer(*args, **kwargs)

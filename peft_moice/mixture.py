@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .attention import MixtureCall
+from .attention import MixtureCall, bypassed
 from .config import RouterSpec
 from .rope import LayerRope, RotationTable
 from .rope.positions import Positions, query_start
@@ -107,11 +107,17 @@ class LayerMixture:
             args: positional arguments of the call.
             kwargs: keyword arguments of the call.
             layer: is told the router logits and gates of this pass.
+
+        Raises:
+            RuntimeError: the module computed attention without the mixture.
         """
         rope_bases = self.rope_bases()
         rotations: RotationTable = self.rope.table(rope_bases)
+        was_asked = False
 
         def gate(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+            nonlocal was_asked
+            was_asked = True
             gates = self.gates(query, rope_bases, layer)
             # An identity scale of zero closes gates that have a gradient all the same.
             closed_gates_learn = any(member.router.identity_scale is not None for member in self.members)
@@ -120,7 +126,10 @@ class LayerMixture:
 
         positions = Positions(query_start(layer_idx, args, kwargs))
         call = MixtureCall(gate, rotations, positions, self.implementation())
-        return attention(*args, **call.as_keyword(), **kwargs)
+        output = attention(*args, **call.as_keyword(), **kwargs)
+        if not was_asked:
+            raise bypassed(f"The attention module of layer {layer_idx} did not ask for its mixture")
+        return output
 
 
 class MixesAngles(nn.Module):
@@ -131,11 +140,13 @@ class MixesAngles(nn.Module):
         router_gates: likewise for their gates, without gradient.
         late_gradients: gradients of the balance loss that wait for reentrant checkpointing to run the layer again,
             by router, oldest first; None where none are due.
+        was_called: whether a pass has called the module; noted until [`watch_first_pass`] has seen all of them.
     """
 
     router_logits: dict[str, torch.Tensor] | None = None
     router_gates: dict[str, torch.Tensor] | None = None
     late_gradients: dict[str, list[torch.Tensor]] | None = None
+    was_called: bool = False
 
     def members(self) -> list[Member]:
         """The routers that take part in a forward pass."""

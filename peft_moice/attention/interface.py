@@ -199,6 +199,15 @@ def intercept(module: nn.Module) -> None:
     module.config = config
 
 
+def bypassed(what: str) -> RuntimeError:
+    """The error for a pass that would silently have been the base model's; `what` says where."""
+    return RuntimeError(
+        f"{what}, so the result would silently be the base model's. The code that computes attention was exchanged "
+        f"after the adapter was added, or transformers {transformers.__version__} does it in a way that peft_moice "
+        "does not know: install a version that docs/versions.md names, or use `disable_adapter()`."
+    )
+
+
 def restore(module: nn.Module) -> None:
     """Give the module its own config object back."""
     backend = getattr(module.config, _BACKEND_ATTRIBUTE, None)
