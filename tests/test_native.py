@@ -6,8 +6,8 @@ from test_operator import LAYOUTS, attend, inputs, table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peft_moice.attention import mixed_attention
-from peft_moice.attention.native import library
 from peft_moice.attention.call import AttentionCall
+from peft_moice.attention.native import library
 from peft_moice.attention.operator import choose
 
 pytestmark = pytest.mark.skipif(
