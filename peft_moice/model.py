@@ -21,8 +21,9 @@ from .checkpoint import check_stored_routers
 from .combining import combine_routers, combined_config
 from .config import MoICEConfig
 from .layer import BASE_MODEL_NAME, MoICELayer
-from .position_checks import unwatch_positions, watch_positions
+from .mixture import watch_positions
 from .probe import LayerPlan, LayerProbe, attention_module_names, explain_no_targets
+from .rope.rotary_hooks import detach_rotary_hooks
 from .self_check import unwatch_first_pass, watch_first_pass
 from .stacking import base_of, other_tuner_layers
 from .standalone import MoICEAttention, make_standalone
@@ -201,7 +202,9 @@ class MoICEModel(BaseTuner):
         # PEFT's version copies the weight and bias of a linear layer.
         setattr(parent, child_name, new_module)
 
-    def _post_injection_hook(self, model: nn.Module, config: MoICEConfig, adapter_name: str) -> None:
+    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """See PEFT. Called for every adapter, unlike `_post_injection_hook`, which later adapters miss."""
+        super().inject_adapter(model, *args, **kwargs)
         register_hooks(model)
         watch_positions(model)
         watch_first_pass(model)
@@ -369,7 +372,7 @@ class MoICEModel(BaseTuner):
                 )
             setattr(self.model.get_submodule(parent_name), child_name, unloaded)
         remove_hooks(self.model)
-        unwatch_positions(self.model)
+        detach_rotary_hooks(self.model)
         unwatch_first_pass(self.model)
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config

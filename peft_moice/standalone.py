@@ -20,11 +20,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .attention import intercept
 from .config import RouterSpec
-from .mixture import LayerMixture, Member, MixesAngles
-from .position_checks import watch_positions
+from .mixture import LayerMixture, Member, MixesAngles, watch_positions
 from .probe import LayerProbe
 from .rope import LayerRope, RotaryLayout
-from .rope.longrope import rope_of_pass
 from .router import MoICERouter
 from .self_check import watch_first_pass
 from .training import register_hooks
@@ -54,8 +52,7 @@ class MoICEAttention(MixesAngles):
         return [Member(str(index), router, spec, spec.weight) for index, (router, spec) in enumerate(routers)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        mixture = LayerMixture(self.members(), rope_of_pass(self.rope, self.layer_idx, args, kwargs))
-        return mixture.run(super().forward, self.layer_idx, args, kwargs, self)
+        return LayerMixture(self.members(), self.rope).run(super().forward, self.layer_idx, args, kwargs, self)
 
     def __reduce__(self):
         # Generated classes cannot be imported by name; their originals can.
@@ -80,6 +77,7 @@ def build_in(attention: nn.Module, rope: LayerRope, num_heads: int, members: lis
 
 def take_out(attention: nn.Module) -> None:
     """Remove built-in routers from an attention module. Its attention function stays intercepted."""
+    attention.rope.release(LayerMixture(attention.members(), attention.rope).rope_bases())
     attention.__class__ = attention.original_class
     for name in ("rope", "num_query_heads", "router_specs", ROUTERS_NAME):
         delattr(attention, name)

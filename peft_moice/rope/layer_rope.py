@@ -1,12 +1,16 @@
 """A layer's rotary position embedding, and those that it would have under other base angles."""
 
 import copy
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from .rotation import RotaryLayout, RotationTable, SwitchedTable
+
+_MAX_UNUSED = 4
+"""Tables kept for sets of base angles that no adapter has on its own."""
 
 
 @dataclass
@@ -21,6 +25,9 @@ class LayerRope:
         direction: 1 if queries turn with their position as in the paper's equation, -1 if against it.
         original_length: with rope type longrope, the number of tokens up to which the short factors hold, else None.
         is_long: whether the long factors hold, a bool or a scalar tensor; see [`longrope.rope_of_pass`].
+
+    Tables of rotations are kept for the sets of base angles that an adapter of some layer has (see [`prepare`]), and
+    for the last few others that passes asked for, as combinations of adapters do.
     """
 
     rotary: type[nn.Module]
@@ -30,7 +37,8 @@ class LayerRope:
     direction: int = 1
     original_length: int | None = None
     is_long: bool | torch.Tensor = False
-    _tables: dict[tuple, RotationTable] = field(default_factory=dict, repr=False)
+    _tables: dict[tuple[tuple[float, ...], bool], RotationTable] = field(default_factory=dict, repr=False)
+    _num_users: Counter[tuple[float, ...]] = field(default_factory=Counter, repr=False)
 
     @property
     def rope_theta(self) -> float:
@@ -44,10 +52,19 @@ class LayerRope:
         return self._table(rope_bases, self.is_long)
 
     def prepare(self, rope_bases: tuple[float, ...]) -> None:
-        """Build all tables for `rope_bases` now, because a compiled forward pass could not."""
+        """Keep the tables for `rope_bases` until [`release`], and build them now: compiled passes could not."""
+        self._num_users[rope_bases] += 1
         self._table(rope_bases, False)
         if self.original_length is not None:
             self._table(rope_bases, True)
+
+    def release(self, rope_bases: tuple[float, ...]) -> None:
+        """Undo one [`prepare`]. Tables that nobody else keeps are freed, with those of past combinations."""
+        self._num_users[rope_bases] -= 1
+        if self._num_users[rope_bases] <= 0:
+            del self._num_users[rope_bases]
+            for key in self._unused():
+                del self._tables[key]
 
     def with_factors(self, is_long: bool | torch.Tensor) -> "LayerRope":
         """The same rotary embedding under its long factors, or under its short ones. Tables are shared."""
@@ -60,6 +77,7 @@ class LayerRope:
             self.original_length,
             is_long,
             self._tables,
+            self._num_users,
         )
 
     def _table(self, rope_bases: tuple[float, ...], is_long: bool) -> RotationTable:
@@ -70,8 +88,14 @@ class LayerRope:
                 for base in (self.rope_theta, *rope_bases)
             )
             deltas = torch.stack([other - own for other in others])
+            for oldest in self._unused()[: -_MAX_UNUSED + 1]:
+                del self._tables[oldest]
             self._tables[key] = RotationTable(self.direction * deltas, self.layout)
         return self._tables[key]
+
+    def _unused(self) -> list[tuple[tuple[float, ...], bool]]:
+        """Keys of the tables that no adapter keeps, the oldest first."""
+        return [key for key in self._tables if key[0] not in self._num_users]
 
 
 def rope_parameters(config: object, layer_type: str | None) -> dict:
