@@ -94,10 +94,10 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
         # Routers built into the attention module look at the pass themselves.
         if not self.merged:
             mixes = bool(mixture.members)
-            mixture.rope = rope_of_pass(self.rope, self.base_layer.layer_idx, args, kwargs, mixes)
+            mixture.rope = rope_of_pass(self.rope, getattr(self.base_layer, "layer_idx", None), args, kwargs, mixes)
         if not mixture.members:
             return self.base_layer(*args, **kwargs)
-        return mixture.run(self.base_layer, self.base_layer.layer_idx, args, kwargs, self)
+        return mixture.run(self.base_layer, getattr(self.base_layer, "layer_idx", None), args, kwargs, self)
 
     def _members_of(self, adapter_names: list[str]) -> list[Member]:
         """The routers of those adapters that this layer has, in equal shares per adapter."""

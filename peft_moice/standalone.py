@@ -22,7 +22,7 @@ from .attention import intercept
 from .config import RouterSpec
 from .mixture import LayerMixture, Member, MixesAngles
 from .position_checks import watch_positions
-from .probe import LayerProbe
+from .probing import LayerProbe
 from .rope import LayerRope, RotaryLayout
 from .rope.longrope import rope_of_pass
 from .router import MoICERouter
@@ -53,8 +53,8 @@ class MoICEAttention(MixesAngles):
         return [Member(str(index), router, spec, spec.weight) for index, (router, spec) in enumerate(routers)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        mixture = LayerMixture(self.members(), rope_of_pass(self.rope, self.layer_idx, args, kwargs))
-        return mixture.run(super().forward, self.layer_idx, args, kwargs, self)
+        mixture = LayerMixture(self.members(), rope_of_pass(self.rope, getattr(self, "layer_idx", None), args, kwargs))
+        return mixture.run(super().forward, getattr(self, "layer_idx", None), args, kwargs, self)
 
     def __reduce__(self):
         # Generated classes cannot be imported by name; their originals can.

@@ -8,7 +8,7 @@ from torch import nn
 from versions import family
 
 from peft_moice import MoICEConfig, MoICELayer
-from peft_moice.probe import LayerProbe, UnsupportedLayerError, attention_module_names
+from peft_moice.probing import LayerProbe, UnsupportedLayerError, attention_module_names
 from peft_moice.rope import RotaryLayout
 
 
