@@ -379,12 +379,13 @@ class MoICEModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        # PEFT's version would also unload the layers of other tuners, such as LoRA below our layers.
+        # PEFT's version would also unload the layers of other tuners, such as LoRA below our layers. What lies inside of
+        # an attention module comes before it, because its name changes with it.
         targets = [
             (name, module)
             for name, module in self.model.named_modules()
             if isinstance(module, (MoICELayer, AuxiliaryTrainingWrapper))
-        ]
+        ][::-1]
         action = "Merging" if merge else "Unloading"
         for name, module in tqdm(targets, disable=not progressbar, desc=f"{action} MoICE"):
             parent_name, _, child_name = name.rpartition(".")
