@@ -226,7 +226,8 @@ class MoICEModel(BaseTuner):
         super()._mark_only_adapters_as_trainable(model)
         # PEFT turns to `modules_to_save` next.
         for name, config in self.peft_config.items():
-            save_inside_attention(model, config, name, is_active=name in self.active_adapters)
+            if isinstance(config, MoICEConfig):
+                save_inside_attention(model, config, name, is_active=name in self.active_adapters)
 
     def _post_injection_hook(self, model: nn.Module, config: MoICEConfig, adapter_name: str) -> None:
         register_hooks(model)
@@ -379,7 +380,7 @@ class MoICEModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        # PEFT's version would also unload the layers of other tuners, such as LoRA below our layers. What lies inside of
+        # PEFT's version would also unload the layers of other tuners, such as LoRA below our layers. What lies inside
         # an attention module comes before it, because its name changes with it.
         targets = [
             (name, module)

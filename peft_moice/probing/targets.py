@@ -51,8 +51,7 @@ def explain_target(model: nn.Module, name: str) -> str:
     kind = type(model.get_submodule(name)).__name__
     return (
         f"`target_modules` selects {name!r} ({kind}), which{part_of} does not call transformers' attention interface "
-        f"itself. MoICE adapts attention modules as a whole{suggestion}. Without `target_modules` it adapts all that it "
-        "can."
+        f"itself. MoICE adapts attention modules as a whole{suggestion}. By default it adapts all that it can."
     )
 
 
