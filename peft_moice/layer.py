@@ -105,7 +105,7 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
         if self.merged:
             # Routers built into the attention module look at the pass themselves.
             return self.base_layer(*args, **kwargs)
-        return mixture.run(self.base_layer, self.base_layer.layer_idx, args, kwargs, self)
+        return mixture.run(self.base_layer, getattr(self.base_layer, "layer_idx", None), args, kwargs, self)
 
     def _members_of(self, adapter_names: list[str]) -> list[Member]:
         """The routers of those adapters that this layer has, in equal shares per adapter."""

@@ -102,7 +102,7 @@ class LayerMixture:
     def run(
         self,
         attention: Callable,
-        layer_idx: int,
+        layer_idx: int | None,
         args: tuple,
         kwargs: dict[str, Any],
         layer: "MixesAngles | None" = None,

@@ -21,7 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from .attention import intercept
 from .config import RouterSpec
 from .mixture import LayerMixture, Member, MixesAngles, watch_positions
-from .probe import LayerProbe
+from .probing import LayerProbe
 from .rope import LayerRope, RotaryLayout
 from .router import MoICERouter
 from .self_check import watch_first_pass
@@ -52,7 +52,8 @@ class MoICEAttention(MixesAngles):
         return [Member(str(index), router, spec, spec.weight) for index, (router, spec) in enumerate(routers)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return LayerMixture(self.members(), self.rope).run(super().forward, self.layer_idx, args, kwargs, self)
+        mixture = LayerMixture(self.members(), self.rope)
+        return mixture.run(super().forward, getattr(self, "layer_idx", None), args, kwargs, self)
 
     def __reduce__(self):
         # Generated classes cannot be imported by name; their originals can.
