@@ -134,7 +134,7 @@ def test_defaults():
     assert call(picked=picked).picks() is picked
 
 
-@pytest.mark.parametrize("name", ["reference", "delegated"])
+@pytest.mark.parametrize("name", ["reference", "delegated", "folded"])
 def test_coordinates_that_say_what_the_order_says_change_nothing(name):
     arguments = {**tensors(), "rotations": table(LAYOUTS["interleaved"]), "attend": attend, "implementation": name}
     start = KEYS - QUERIES
@@ -149,7 +149,7 @@ def test_coordinates_that_say_what_the_order_says_change_nothing(name):
         assert_close(explicit, ordered, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["reference", "delegated"])
+@pytest.mark.parametrize("name", ["reference", "delegated", "folded"])
 def test_tokens_with_gaps_are_those_of_a_longer_sequence(name):
     """Keys at every third position attend as they do in a sequence whose other keys are hidden."""
     stride, length = 3, 6
@@ -165,6 +165,29 @@ def test_tokens_with_gaps_are_those_of_a_longer_sequence(name):
         **short, **options, attention_mask=mask, query_positions=positions, key_positions=positions
     )
     assert_close(actual, expected[:, ::stride], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("heads_of_mask", [1, HEADS])
+def test_folded_heads_are_calls_one_by_one(heads_of_mask):
+    """Outputs, probabilities and gradients, where every head has a mask of its own, too."""
+    reach = 2 + torch.arange(heads_of_mask)[:, None, None]
+    order = torch.arange(KEYS)
+    queries = order[KEYS - QUERIES :, None]
+    mask = ((order <= queries) & (order > queries - reach)).expand(BATCH, -1, -1, -1)
+    results = []
+    for name in ("folded", "delegated"):
+        arguments = {key: value.clone().requires_grad_() for key, value in tensors().items()}
+        output, probs = mixed_attention(
+            **arguments,
+            rotations=table(LAYOUTS["half"]),
+            query_start=KEYS - QUERIES,
+            attend=attend,
+            attention_mask=mask,
+            implementation=name,
+        )
+        (output.square().sum() + probs.square().sum()).backward()
+        results.append([output, probs, *(tensor.grad for tensor in arguments.values())])
+    assert_close(*results, rtol=1e-5, atol=2e-6)
 
 
 def test_every_implementation_offers_the_two_functions():
