@@ -72,13 +72,22 @@ def test_strided_inputs_are_read_as_they_are():
     assert torch.equal(output, expected)
 
 
-def test_queries_have_to_fit_the_keys():
+@pytest.mark.parametrize("implementation", ["native", "grouped"])
+def test_queries_have_to_fit_the_keys(implementation):
     query, key, value, gates = inputs()
-    with pytest.raises(ValueError, match="9 queries starting at position 4 do not fit 9 keys"):
-        mixed_attention(
-            query, key, value, gates, rotations=table(LAYOUTS["half"]), query_start=4, attend=attend,
-            implementation="native",
-        )  # fmt: skip
+    options = {"rotations": table(LAYOUTS["half"]), "attend": attend, "implementation": implementation}
+    for start in (-1, 4):
+        with pytest.raises(ValueError, match=f"9 queries starting at position {start} do not fit 9 keys"):
+            mixed_attention(query, key, value, gates, query_start=torch.tensor(start), **options)
+
+
+@pytest.mark.parametrize("implementation", ["native", "grouped"])
+def test_nothing_is_left_to_others(implementation):
+    query, key, value, gates = (x[:0] for x in inputs())
+    options = {"rotations": table(LAYOUTS["half"]), "attend": attend, "backend": "sdpa"}
+    assert mixed_attention(query, key, value, gates, **options)[0].shape == (0, 9, 4, 6)
+    with pytest.raises(ValueError, match="there is nothing to attend to"):
+        mixed_attention(query, key, value, gates, implementation=implementation, **options)
 
 
 def test_exponentials_reach_far_below_zero():

@@ -9,6 +9,8 @@ def why_not_on_cpu(call: AttentionCall) -> str | None:
     """The reason why `grouped` and `native` cannot compute `call`, or None."""
     if call.query.device.type != "cpu":
         return f"it is for the CPU, and the queries are on {call.query.device.type!r}"
+    if 0 in (*call.query.shape, *call.value.shape):
+        return "there is nothing to attend to"
     return call.why_not_plain() or _why_not_now()
 
 
@@ -22,3 +24,15 @@ def _why_not_now() -> str | None:
     if torch._C._functorch.maybe_current_level() is not None:
         return "torch.func cannot transform it"
     return None
+
+
+def first_position(call: AttentionCall) -> int:
+    """The index of the first query among the keys.
+
+    Raises:
+        ValueError: it is given on the device, and queries that start there do not fit the keys.
+    """
+    start, length, num_keys = int(call.query_start), call.query.shape[-2], call.key.shape[-2]
+    if not 0 <= start <= num_keys - length:
+        raise ValueError(f"{length} queries starting at position {start} do not fit {num_keys} keys.")
+    return start

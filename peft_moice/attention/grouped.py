@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from ..rope import RotationTable, rotate
 from .call import AttentionCall
-from .cpu_limits import why_not_on_cpu
+from .cpu_limits import first_position, why_not_on_cpu
 from .masks import additive
 
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -47,7 +47,7 @@ def run(call: AttentionCall) -> tuple[torch.Tensor, None]:
     elif not call.is_causal:
         mask = query.new_zeros(1, 1, 1, 1)
     output = _GroupedAttention.apply(
-        query, key, value, call.gates.float(), call.picks(), mask, call.rotations, int(call.query_start), call.scaling
+        query, key, value, call.gates.float(), call.picks(), mask, call.rotations, first_position(call), call.scaling
     )
     # Under a mask, fused attention gives zeros for a query that is not a number.
     is_finite = call.query.isfinite().all(dim=-1).transpose(1, 2)[..., None]

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from ...rope import RotaryLayout, RotationTable
 from ..call import AttentionCall
-from ..cpu_limits import why_not_on_cpu
+from ..cpu_limits import first_position, why_not_on_cpu
 from .library import Problem, load
 
 _MAX_HEAD_DIM = 256
@@ -49,7 +49,7 @@ def run(call: AttentionCall) -> tuple[torch.Tensor, None]:
         call.picks(),
         call.attention_mask,
         call.rotations,
-        int(call.query_start),
+        first_position(call),
         call.scaling,
         call.is_causal,
     )
