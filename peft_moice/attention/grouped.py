@@ -46,7 +46,7 @@ def run(call: AttentionCall) -> tuple[torch.Tensor, None]:
         mask = additive(mask, query.dtype)
     elif not call.is_causal:
         mask = query.new_zeros(1, 1, 1, 1)
-    output = _GroupedAttention.apply(
+    output: torch.Tensor = _GroupedAttention.apply(  # type: ignore[no-untyped-call]
         query, key, value, call.gates.float(), call.picks(), mask, call.rotations, first_position(call), call.scaling
     )
     # Under a mask, fused attention gives zeros for a query that is not a number.

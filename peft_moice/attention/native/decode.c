@@ -54,8 +54,8 @@ static inline vec sums_of(vec *x) {
     return x[0];
 }
 
-/* Exponentials of `row` [keys, padded] less its largest number, in place, with zeros behind the last key; returns their
-   sum. */
+/* Exponentials of `row` [keys, padded] less its largest number, in place, with zeros behind the last key; returns
+   their sum. */
 static float exponentials(float *row, int64_t keys) {
     int64_t width = round_up(keys, LANES);
     for (int64_t t = keys; t < width; t++)

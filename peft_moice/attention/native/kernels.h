@@ -96,7 +96,8 @@ static inline vec exponential(vec x) {
 static inline vec shift_of(vec largest) { return choose(largest == splat(-INFINITY), splat(0.0f), largest); }
 
 static inline float from_half(uint16_t bits) {
-    /* The exponents of float16 are 112 smaller than float32's, which a product corrects, subnormal numbers included. */
+    /* The exponents of float16 are 112 smaller than float32's, which a product corrects, subnormal numbers included.
+     */
     union {
         uint32_t bits;
         float number;
@@ -171,7 +172,8 @@ static inline int read_mask(const struct problem *p, int64_t b, int64_t head, in
     int64_t at = b * stride[0] + head * stride[1] + token * stride[2] + start * stride[3];
     int is_seen = 0;
     for (int64_t t = 0; t < count; t++, at += stride[3]) {
-        float x = p->mask_is_boolean ? (((const uint8_t *)p->mask)[at] ? 0.0f : -INFINITY) : ((const float *)p->mask)[at];
+        float x =
+            p->mask_is_boolean ? (((const uint8_t *)p->mask)[at] ? 0.0f : -INFINITY) : ((const float *)p->mask)[at];
         bias[t * step] = x;
         is_seen |= x != -INFINITY;
     }

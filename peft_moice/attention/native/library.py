@@ -15,8 +15,8 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("attend.c", "decode.c"))
-_HEADER = Path(__file__).with_name("kernels.h")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("attend.c", "differentiate.c", "decode.c"))
+_HEADERS = tuple(Path(__file__).with_name(name) for name in ("kernels.h", "panels.h"))
 _FLAGS = ("-O3", "-shared", "-fPIC", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno")
 # Clang on macOS has no OpenMP of its own, and not every compiler knows every processor.
 _OPTIONAL_FLAGS = (("-march=native", "-fopenmp"), ("-fopenmp",), ("-march=native",), ())
@@ -118,7 +118,7 @@ def _target(compiler: list[str]) -> Path | None:
     """
     version = _run([*compiler, "--version"]).stdout
     parts = (
-        *(path.read_bytes() for path in (_HEADER, *_SOURCES)),
+        *(path.read_bytes() for path in (*_HEADERS, *_SOURCES)),
         repr((compiler, version, _FLAGS, _OPTIONAL_FLAGS, _own_flags(), platform.machine(), _processor())).encode(),
     )
     name = f"kernels-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}.so"
@@ -163,10 +163,11 @@ def _digest(path: Path) -> str:
 def _opened(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     problem = ctypes.POINTER(Problem)
-    for function in (library.attend_floats, library.decode_floats, library.count_parts):
-        function.argtypes, function.restype = [problem, ctypes.c_int64], ctypes.c_int64
-    for function in (library.attend, library.decode):
-        function.argtypes, function.restype = [problem, ctypes.c_int64], None
+    for name in ("attend", "decode", "differentiate"):
+        for function, result in ((name, None), (f"{name}_floats", ctypes.c_int64)):
+            getattr(library, function).argtypes = [problem, ctypes.c_int64]
+            getattr(library, function).restype = result
+    library.count_parts.argtypes, library.count_parts.restype = [problem, ctypes.c_int64], ctypes.c_int64
     return library
 
 

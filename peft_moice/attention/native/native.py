@@ -43,7 +43,7 @@ def run(call: AttentionCall) -> tuple[torch.Tensor, None]:
     tensors = (call.query, call.key, call.value)
     if len({tensor.dtype for tensor in tensors}) > 1:
         tensors = (call.query.float(), call.key.float(), call.value.float())
-    output = _NativeAttention.apply(
+    output: torch.Tensor = _NativeAttention.apply(  # type: ignore[no-untyped-call]
         *tensors,
         call.gates.float(),
         call.picks(),
@@ -58,35 +58,31 @@ def run(call: AttentionCall) -> tuple[torch.Tensor, None]:
 
 class _NativeAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, gates, picked, mask, *options):
-        ctx.save_for_backward(query, key, value, gates, picked, mask)
-        ctx.options = options
+    def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
+        *tensors, rotations, query_start, scaling, is_causal = inputs
+        query, key, value, gates, _, mask = tensors
+        ctx.save_for_backward(*tensors)
+        ctx.options = (rotations, query_start, scaling, is_causal)
         output = _empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
-        kernel = _Kernel(query, key, value, gates, mask, *options)
+        kernel = _Kernel(query, key, value, gates, mask, *ctx.options)
         kernel.point(output=output)
         kernel.run("decode" if query.shape[-2] <= _MOST_DECODED else "attend")
         return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_output):
-        *tensors, gates, picked, mask = ctx.saved_tensors
-        query, key, value = tensors
-        kernel = _Kernel(*tensors, gates, mask, *ctx.options)
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, gates, picked, mask = ctx.saved_tensors
+        kernel = _Kernel(query, key, value, gates, mask, *ctx.options)
         parts = kernel.count_parts()
-        wanted = ctx.needs_input_grad[:4]
+        shapes = (query.shape, (parts, *key.shape), (parts, *value.shape), gates.shape)
         grad_query, grad_key, grad_value, grad_gates = (
-            _empty(*shape) if needed else None
-            for shape, needed in zip(
-                (query.shape, (parts, *key.shape), (parts, *value.shape), gates.shape), wanted, strict=True
-            )
+            _empty(*shape) if wanted else None for shape, wanted in zip(shapes, ctx.needs_input_grad[:4], strict=True)
         )
         kernel.point(grad_output=grad_output.float().contiguous(), picked=picked.contiguous())
         kernel.point(grad_query=grad_query, grad_key=grad_key, grad_value=grad_value, grad_gates=grad_gates)
-        kernel.run("attend")
-        summed = (
-            None if grad is None else grad.sum(dim=0) if parts > 1 else grad[0] for grad in (grad_key, grad_value)
-        )
+        kernel.run("differentiate")
+        summed = (None if grad is None else grad.sum(dim=0) for grad in (grad_key, grad_value))
         grads = (None if grad is None else grad.to(query.dtype) for grad in (grad_query, *summed))
         return *grads, grad_gates, *(None,) * 6
 
@@ -96,11 +92,11 @@ class _Kernel:
 
     def __init__(
         self,
-        query,
-        key,
-        value,
-        gates,
-        mask,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        gates: torch.Tensor,
+        mask: torch.Tensor | None,
         rotations: RotationTable,
         query_start: int,
         scaling: float,
@@ -149,8 +145,9 @@ class _Kernel:
 
     def count_parts(self) -> int:
         """In how many parts the backward pass leaves the gradients of keys and values."""
-        self.problem.parts = _library().count_parts(ctypes.byref(self.problem), self.threads)
-        return self.problem.parts
+        parts: int = _library().count_parts(ctypes.byref(self.problem), self.threads)
+        self.problem.parts = parts
+        return parts
 
     def run(self, name: str) -> None:
         """Call the C function of this name."""
