@@ -27,4 +27,4 @@ __all__ = [
     "write_model_card",
 ]
 
-register(MoICEConfig, MoICEModel)
+register()

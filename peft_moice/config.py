@@ -4,9 +4,11 @@ import math
 from dataclasses import dataclass, field
 
 from peft.config import PeftConfig
+from peft.utils import PeftType
 from transformers.activations import ACT2FN
 
-from .registration import PEFT_TYPE_NAME, add_peft_type
+PEFT_TYPE_NAME = "MOICE"
+"""Name of the `PeftType` member that `registration.py` adds."""
 
 RELEASED_MULTIPLIERS = (1.0, 1.75, 1.8, 1.9, 2.0, 2.25, 2.5)
 """Base angles of the official release for Llama-2-7B-chat, as multiples of the model's own `rope_theta`."""
@@ -107,7 +109,7 @@ class MoICEConfig(PeftConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = add_peft_type(PEFT_TYPE_NAME)
+        self.peft_type = PeftType[PEFT_TYPE_NAME]
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))

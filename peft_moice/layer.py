@@ -7,12 +7,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from .attention import intercept, restore
+from .built_in import build_in, take_out
 from .config import MoICEConfig, RouterSpec
 from .mixture import LayerMixture, Member, MixesAngles
 from .rope import LayerRope
 from .rope.longrope import rope_of_pass
 from .router import MoICERouter
-from .standalone import build_in, take_out
 
 BASE_MODEL_NAME = "__base__"
 """Name under which rows of a mixed batch ask for the base model, as in PEFT's LoRA."""

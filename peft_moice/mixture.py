@@ -102,12 +102,18 @@ class LayerMixture:
         """Call an attention module so that its attention function computes this mixture.
 
         Args:
-            attention: the module, or its forward; its attention function has to be intercepted.
+            attention: the module; its attention function has to be intercepted.
             layer_idx: the layer's index in the cache.
             args: positional arguments of the call.
             kwargs: keyword arguments of the call.
             layer: is told the router logits and gates of this pass.
         """
+        return attention(*args, **self.keyword(layer_idx, args, kwargs, layer), **kwargs)
+
+    def keyword(
+        self, layer_idx: int, args: tuple, kwargs: dict[str, Any], layer: "MixesAngles | None" = None
+    ) -> dict[str, MixtureCall]:
+        """The keyword argument that makes an attention module compute this mixture; arguments as for [`run`]."""
         rope_bases = self.rope_bases()
         rotations: RotationTable = self.rope.table(rope_bases)
 
@@ -119,8 +125,7 @@ class LayerMixture:
             return gates, picked
 
         positions = Positions(query_start(layer_idx, args, kwargs))
-        call = MixtureCall(gate, rotations, positions, self.implementation())
-        return attention(*args, **call.as_keyword(), **kwargs)
+        return MixtureCall(gate, rotations, positions, self.implementation()).as_keyword()
 
 
 class MixesAngles(nn.Module):

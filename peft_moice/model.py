@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .attention import IMPLEMENTATIONS
+from .built_in import BuiltInRouters
 from .checkpoint import check_stored_routers
 from .combining import combine_routers, combined_config
 from .config import MoICEConfig
@@ -24,7 +25,7 @@ from .layer import BASE_MODEL_NAME, MoICELayer
 from .position_checks import unwatch_positions, watch_positions
 from .probe import LayerPlan, LayerProbe, attention_module_names, explain_no_targets
 from .stacking import base_of, other_tuner_layers
-from .standalone import MoICEAttention, make_standalone
+from .standalone import make_standalone
 from .training import register_hooks, remove_hooks
 
 logger = logging.getLogger(__name__)
@@ -337,7 +338,7 @@ class MoICEModel(BaseTuner):
         self._check_no_other_tuner()
         model = self._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names)
         if isinstance(model, PreTrainedModel) and any(
-            isinstance(module, MoICEAttention) for module in model.modules()
+            isinstance(module, BuiltInRouters) for module in model.modules()
         ):
             make_standalone(model)
             register_hooks(model)

@@ -1,7 +1,11 @@
 """Combining adapters, mixed batches, and building routers into the model reversibly."""
 
+import copy
+import pickle
+
 import pytest
 import torch
+from accelerate import dispatch_model
 from peft import PeftModel, get_peft_model
 from peft.utils import merge_utils
 from tiny_models import decide, layers_of, load, logits_of, router_state, save_tiny_model, token_ids, wide_config
@@ -75,6 +79,34 @@ class TestMergeAdapter:
         assert torch.equal(logits_of(model), expected)
         model.unmerge_adapter()
         assert not torch.equal(logits_of(model), expected)
+
+    @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+    def test_copies_unmerge_by_themselves(self, model, duplicate):
+        expected = logits_with(model, "a")
+        model.merge_adapter()
+        merged, twin = logits_of(model), duplicate(model)
+        assert torch.equal(logits_of(twin), merged)
+        twin.unmerge_adapter()
+        twin.set_adapter("b")
+        assert not torch.equal(logits_of(twin), expected)
+        assert torch.equal(logits_of(model), merged)
+        model.unmerge_adapter()
+        assert torch.equal(logits_of(model), expected)
+        attention = layers_of(model)[0].base_layer
+        assert not attention._forward_pre_hooks and not attention._forward_pre_hooks_with_kwargs
+
+    def test_merging_where_forward_hangs_on_the_instance(self, llama):
+        """As after accelerate's `dispatch_model`, which hides the forward of the module's class."""
+        base = load(llama)
+        dispatch_model(base, {"": "cpu"}, force_hooks=True)
+        model = get_peft_model(base, wide_config()).eval()
+        decide(model)
+        expected = logits_of(model)
+        assert "forward" in vars(layers_of(model)[0].base_layer)
+        model.merge_adapter()
+        torch.testing.assert_close(logits_of(model), expected, rtol=0, atol=1e-6)
+        model.unmerge_adapter()
+        torch.testing.assert_close(logits_of(model.merge_and_unload()), expected, rtol=0, atol=1e-6)
 
     def test_disabling_unmerges(self, model, llama):
         model.merge_adapter()

@@ -158,9 +158,6 @@ def _write_once(module: nn.Module, key, value, kwargs: dict) -> tuple[torch.Tens
     return key, value
 
 
-AttentionInterface.register(ATTENTION_NAME, moice_attention_forward)
-
-
 def uses_attention_interface(module: nn.Module) -> bool:
     """Whether the module's forward looks its attention function up in transformers' attention interface."""
     forward = _own_forward(module)
@@ -169,8 +166,8 @@ def uses_attention_interface(module: nn.Module) -> bool:
 
 
 def _own_forward(module: nn.Module) -> Callable:
-    """The forward that the modeling file defines, below decorators and built-in routers."""
-    return inspect.unwrap(getattr(type(module), "original_class", type(module)).forward)
+    """The forward that the modeling file defines, below decorators."""
+    return inspect.unwrap(type(module).forward)
 
 
 def intercept(module: nn.Module) -> None:
