@@ -1,11 +1,10 @@
 """Our place in transformers' attention interface.
 
 An attention module looks its attention function up by the name in `self.config._attn_implementation` and hands its
-keyword arguments on to it. So a wrapped module gets a copy of its config that names our function, and the mixture of
+keyword arguments on to it. So a wrapped module gets a stand-in for its config that names our function, and the mixture of
 one forward pass travels to it as a keyword argument: no forward is copied and no transformers module is patched.
 """
 
-import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,6 +36,27 @@ class _Backend:
 
     def function(self) -> Callable:
         return self.interface.get_interface(self.config._attn_implementation, self.eager)
+
+
+class _InterceptedConfig:
+    """The config of an intercepted attention module: that of the model, but for the name of the attention function.
+
+    Whatever else is read comes from the model's config as it is now, and whatever is assigned goes to it.
+    """
+
+    _attn_implementation = ATTENTION_NAME
+
+    def __init__(self, backend: _Backend):
+        vars(self)[_BACKEND_ATTRIBUTE] = backend
+
+    def __getattr__(self, name: str) -> Any:
+        # Copying and pickling ask for special methods before there is a backend.
+        if name == _BACKEND_ATTRIBUTE or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(getattr(self, _BACKEND_ATTRIBUTE).config, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(getattr(self, _BACKEND_ATTRIBUTE).config, name, value)
 
 
 class _AttentionView:
@@ -172,19 +192,18 @@ def _own_forward(module: nn.Module) -> Callable:
 
 def intercept(module: nn.Module) -> None:
     """Make an attention module call our function. Undone by [`restore`]; the config object itself is not touched."""
-    if hasattr(module.config, _BACKEND_ATTRIBUTE):
-        return
-    names = _own_forward(module).__globals__
-    config = copy.copy(module.config)
-    # The public setter would change the implementation of shared sub-configs, too.
-    config._attn_implementation_internal = ATTENTION_NAME
-    backend = _Backend(module.config, names["ALL_ATTENTION_FUNCTIONS"], names.get("eager_attention_forward"))
-    setattr(config, _BACKEND_ATTRIBUTE, backend)
-    module.config = config
+    if not isinstance(module.config, _InterceptedConfig):
+        names = _own_forward(module).__globals__
+        backend = _Backend(module.config, names["ALL_ATTENTION_FUNCTIONS"], names.get("eager_attention_forward"))
+        module.config = _InterceptedConfig(backend)
+
+
+def own_config(module: nn.Module) -> object:
+    """The model's own config of an attention module, intercepted or not."""
+    config = module.config
+    return getattr(config, _BACKEND_ATTRIBUTE).config if isinstance(config, _InterceptedConfig) else config
 
 
 def restore(module: nn.Module) -> None:
     """Give the module its own config object back."""
-    backend = getattr(module.config, _BACKEND_ATTRIBUTE, None)
-    if backend is not None:
-        module.config = backend.config
+    module.config = own_config(module)
