@@ -92,6 +92,8 @@ class MoICEModel(BaseTuner):
                 f"`implementation` is {peft_config.implementation!r}; choose 'auto' or one of "
                 f"{sorted(IMPLEMENTATIONS)}."
             )
+        if peft_config.members is not None:
+            return peft_config
         if peft_config.hidden_act is None:
             names = [model_config.get(name) for name in _OWN_ACTIVATION_FIELDS]
             names += [(model_config.get("text_config") or {}).get(name) for name in _OWN_ACTIVATION_FIELDS]

@@ -1,8 +1,8 @@
 """Our place in transformers' attention interface.
 
 An attention module looks its attention function up by the name in `self.config._attn_implementation` and hands its
-keyword arguments on to it. So a wrapped module gets a stand-in for its config that names our function, and the mixture of
-one forward pass travels to it as a keyword argument: no forward is copied and no transformers module is patched.
+keyword arguments on to it. So a wrapped module gets a stand-in for its config that names our function, and the mixture
+of one forward pass travels to it as a keyword argument: no forward is copied and no transformers module is patched.
 """
 
 import inspect
