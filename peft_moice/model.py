@@ -24,7 +24,8 @@ from .config import MoICEConfig
 from .layer import BASE_MODEL_NAME, MoICELayer
 from .position_checks import unwatch_positions, watch_positions
 from .probe import LayerPlan, LayerProbe, attention_module_names, explain_no_targets
-from .stacking import base_of, other_tuner_layers
+from .rollback import all_or_nothing, restored_on_error
+from .stacking import base_of, layer_places, other_tuner_layers
 from .standalone import make_standalone
 from .training import register_hooks, remove_hooks
 
@@ -70,11 +71,23 @@ class MoICEModel(BaseTuner):
                 f"{type(model).__name__} has routers built in already. Put an adapter on the base model that it was "
                 "merged from."
             )
-        if hasattr(model, "peft_config") and not getattr(model, "_hf_peft_config_loaded", False):
-            # Another tuner's record, which PEFT would extend in place; an equal adapter name would replace its config.
-            # (transformers' own `add_adapter` keeps the adapters of all tuners in one record, under distinct names.)
-            del model.peft_config
-        super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+        configs = peft_config.values() if isinstance(peft_config, dict) else [peft_config]
+        with restored_on_error(model, *configs):
+            if hasattr(model, "peft_config") and not getattr(model, "_hf_peft_config_loaded", False):
+                # Another tuner's record, which PEFT would extend in place; an equal adapter name would replace its
+                # config. (transformers' own `add_adapter` keeps the adapters of all tuners in one record, under
+                # distinct names.)
+                del model.peft_config
+            super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+
+    @all_or_nothing
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add the routers of `adapter_name` to the targeted modules. Called by PEFT, see its `BaseTuner`."""
+        self._kept_out: list[tuple[nn.Module, str, nn.Module]] = []
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        for parent, child_name, layer in self._kept_out:
+            setattr(parent, child_name, layer)
+        del self._kept_out
 
     def _check_new_adapter_config(self, config: MoICEConfig) -> None:
         super()._check_new_adapter_config(config)
@@ -200,8 +213,15 @@ class MoICEModel(BaseTuner):
         self._replace_module(parent, target_name, new_module, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's version copies the weight and bias of a linear layer.
-        setattr(parent, child_name, new_module)
+        self._kept_out.append((parent, child_name, new_module))
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        super()._mark_only_adapters_as_trainable(model)
+        # Hereafter PEFT looks for `modules_to_save`, and refuses those inside of a tuner's layers, such as the norms
+        # in an attention module. So our layers, new and old, come into their places at the end of `inject_adapter`.
+        for layer, (parent, child_name) in layer_places(model).items():
+            setattr(parent, child_name, layer.base_layer)
+            self._kept_out.append((parent, child_name, layer))
 
     def _post_injection_hook(self, model: nn.Module, config: MoICEConfig, adapter_name: str) -> None:
         register_hooks(model)
@@ -253,6 +273,7 @@ class MoICEModel(BaseTuner):
         self._check_adapters_exist([adapter_names] if isinstance(adapter_names, str) else adapter_names)
         super().set_requires_grad(adapter_names, requires_grad)
 
+    @all_or_nothing
     def add_weighted_adapter(
         self,
         adapters: list[str],
@@ -284,17 +305,14 @@ class MoICEModel(BaseTuner):
         configs = [self.peft_config[name] for name in adapters]
         config = combined_config(adapters, configs, weights, combination_type, density)
         self.peft_config[adapter_name] = config
-        try:
-            self.inject_adapter(self.model, adapter_name)
-        except Exception:
-            del self.peft_config[adapter_name]
-            raise
+        self.inject_adapter(self.model, adapter_name)
         for layer in self._layers():
             if adapter_name in layer.moice_router:
                 combine_routers(
                     layer, adapters, weights, adapter_name, combination_type, density, majority_sign_method
                 )
 
+    @all_or_nothing
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Build routers into the attention modules, reversibly: outputs stay as they are.
 
@@ -318,6 +336,7 @@ class MoICEModel(BaseTuner):
         for layer in layers:
             layer.unmerge()
 
+    @all_or_nothing
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
@@ -361,7 +380,8 @@ class MoICEModel(BaseTuner):
             if isinstance(module, (MoICELayer, AuxiliaryTrainingWrapper))
         ]
         action = "Merging" if merge else "Unloading"
-        for name, module in tqdm(targets, disable=not progressbar, desc=f"{action} MoICE"):
+        # Backwards, because `modules_to_save` may lie inside of our layers.
+        for name, module in tqdm(targets[::-1], disable=not progressbar, desc=f"{action} MoICE"):
             parent_name, _, child_name = name.rpartition(".")
             with onload_layer(module):
                 unloaded = module.unload_and_optionally_merge_module(
