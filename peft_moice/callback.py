@@ -8,7 +8,9 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from .training import OBSERVER, RouterPass, hooked_model
+from .mixture import RouterRecord
+from .training.balance import PassRecords
+from .training.hooks import hooks_of
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +47,7 @@ class MoICECallback(TrainerCallback):
         self.start: dict[str, list[list[float]]] | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        setattr(hooked_model(self.trainer.model), OBSERVER, self.statistics)
+        hooks_of(self.trainer.model).observer = self.statistics
         if state.global_step > 0 and self.start is None:
             path = self._start_path(args, state)
             if path.is_file():
@@ -96,7 +98,7 @@ class MoICECallback(TrainerCallback):
             path.write_text(json.dumps(self.start))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        delattr(hooked_model(self.trainer.model), OBSERVER)
+        hooks_of(self.trainer.model).observer = None
         self.statistics.clear()
 
     def _reduced(self) -> "dict[str, LayerSums]":
@@ -175,27 +177,27 @@ class RouterStatistics:
         self.sums = {}
 
     @torch.no_grad()
-    def __call__(self, passed: RouterPass) -> None:
+    def __call__(self, passed: PassRecords) -> None:
         if not self.enabled:
             return
-        mask = passed.token_mask()
-        for name, layer_logits in passed.logits.items():
-            top_k, num_experts = passed.specs[name].top_k, layer_logits[0].shape[-1]
+        for name, records in passed.records.items():
+            num_experts = records[0][1].logits.shape[-1]
             values = torch.stack(
                 [
-                    _sums_of_layer(logits, gates, top_k, mask).to(layer_logits[0].device)
-                    for logits, gates in zip(layer_logits, passed.gates[name], strict=True)
+                    _sums_of_layer(record, passed.token_mask(layer, record)).to(records[0][1].logits.device)
+                    for layer, record in records
                 ]
             )
             if name in self.sums:
                 self.sums[name].values += values
             else:
-                self.sums[name] = LayerSums(values, num_experts, [layer.layer_idx for layer in passed.layers[name]])
+                self.sums[name] = LayerSums(values, num_experts, [layer.layer_idx for layer, _ in records])
 
 
-def _sums_of_layer(logits: torch.Tensor, gates: torch.Tensor, top_k: int, mask: torch.Tensor | None) -> torch.Tensor:
-    """One row of [`LayerSums`] for logits and gates `[B, H, S, N]`."""
-    log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+def _sums_of_layer(record: RouterRecord, mask: torch.Tensor | None) -> torch.Tensor:
+    """One row of [`LayerSums`] over the tokens of `mask` `[B, S]`."""
+    top_k, gates = record.share.spec.top_k, record.gates
+    log_probs = torch.log_softmax(record.logits, dim=-1, dtype=torch.float32)
     probs = log_probs.exp()
     picks = torch.zeros_like(probs).scatter_(-1, torch.topk(probs, top_k, dim=-1).indices, 1.0)
     entropy = -(probs * log_probs).sum(dim=-1, keepdim=True)

@@ -48,7 +48,7 @@ def unwatch_positions(model: nn.Module) -> None:
 
 
 def _mixes(model: nn.Module) -> bool:
-    return any(isinstance(module, MixesAngles) and module.members() for module in model.modules())
+    return any(isinstance(module, MixesAngles) and module.shares() for module in model.modules())
 
 
 def _check_prompt(model: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -20,7 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .attention import intercept
 from .config import RouterSpec
-from .mixture import LayerMixture, Member, MixesAngles
+from .mixture import LayerMixture, MixesAngles, RouterShare
 from .position_checks import watch_positions
 from .probe import LayerProbe
 from .rope import LayerRope, RotaryLayout
@@ -48,13 +48,13 @@ class MoICEAttention(MixesAngles):
     router_specs: list[RouterSpec]
     moice_routers: nn.ModuleList
 
-    def members(self) -> list[Member]:
+    def shares(self) -> list[RouterShare]:
         routers = zip(self.moice_routers, self.router_specs, strict=True)
-        return [Member(str(index), router, spec, spec.weight) for index, (router, spec) in enumerate(routers)]
+        return [RouterShare(str(index), router, spec, spec.weight) for index, (router, spec) in enumerate(routers)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        mixture = LayerMixture(self.members(), rope_of_pass(self.rope, self.layer_idx, args, kwargs))
-        return mixture.run(super().forward, self.layer_idx, args, kwargs, self)
+        mixture = LayerMixture(self.shares(), rope_of_pass(self.rope, self.layer_idx, args, kwargs))
+        return self.mix(mixture, super().forward, self.layer_idx, args, kwargs)
 
     def __reduce__(self):
         # Generated classes cannot be imported by name; their originals can.
@@ -67,13 +67,13 @@ def attention_class(original: type[nn.Module]) -> type[nn.Module]:
     return type(f"MoICE{original.__name__}", (MoICEAttention, original), {"original_class": original})
 
 
-def build_in(attention: nn.Module, rope: LayerRope, num_heads: int, members: list[Member]) -> None:
-    """Build copies of the members' routers into an attention module, in place. Undone by [`take_out`]."""
+def build_in(attention: nn.Module, rope: LayerRope, num_heads: int, shares: list[RouterShare]) -> None:
+    """Build copies of the shares' routers into an attention module, in place. Undone by [`take_out`]."""
     intercept(attention)
     # Built-in routers are frozen, so training has no balance loss for them.
-    specs = [dataclasses.replace(m.spec, weight=m.weight, router_aux_loss_coef=0.0) for m in members]
+    specs = [dataclasses.replace(s.spec, weight=s.weight, router_aux_loss_coef=0.0) for s in shares]
     # In float32 whatever the model's dtype, as PEFT keeps adapters, so that a reloaded model chooses the same experts.
-    routers = [copy.deepcopy(member.router).float().requires_grad_(False) for member in members]
+    routers = [copy.deepcopy(share.router).float().requires_grad_(False) for share in shares]
     _install(attention, rope, num_heads, specs, routers)
 
 
@@ -92,7 +92,7 @@ def _install(
     attention.num_query_heads = num_heads
     attention.router_specs = specs
     setattr(attention, ROUTERS_NAME, nn.ModuleList(routers))
-    rope.prepare(LayerMixture(attention.members(), rope).rope_bases())
+    rope.prepare(LayerMixture(attention.shares(), rope).rope_bases())
 
 
 def make_standalone(model: PreTrainedModel) -> PreTrainedModel:

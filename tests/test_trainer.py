@@ -14,6 +14,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 from peft_moice import BalanceLossMixin
 from peft_moice.callback import MoICECallback
 from peft_moice.router import balance_loss
+from peft_moice.training.hooks import hooks_of
 
 SGD = {"optim": "sgd", "learning_rate": 10.0, "max_grad_norm": 0.0}
 """Without normalization, so that a gradient of the wrong size shows."""
@@ -256,7 +257,7 @@ def test_callback_logs_what_the_routers_do(llama, tmp_path):
     trainer.add_callback(MoICECallback(trainer))
     collected = []
     for layer in layers_of(model):
-        layer.register_forward_hook(lambda layer, args, output: collected.append(dict(layer.router_logits or {})))
+        layer.moice_router["default"].register_forward_hook(lambda router, args, logits: collected.append(logits))
     masks = []
     model.get_base_model().register_forward_pre_hook(
         lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
@@ -264,7 +265,7 @@ def test_callback_logs_what_the_routers_do(llama, tmp_path):
     trainer.train()
 
     # Logits of the last step, over its four passes of three layers.
-    logits = [[entry["default"].detach() for entry in collected[-12:]][layer::3] for layer in range(3)]
+    logits = [[entry.detach() for entry in collected[-12:]][layer::3] for layer in range(3)]
     kept = [
         torch.cat(
             [part.transpose(1, 2)[mask.bool()].flatten(0, 1) for part, mask in zip(layer, masks[-4:], strict=True)]
@@ -286,7 +287,7 @@ def test_callback_logs_what_the_routers_do(llama, tmp_path):
     events.Reload()
     for index, rows_of_layer in enumerate(kept):
         picks = torch.nn.functional.one_hot(rows_of_layer.topk(2).indices, 4).sum(1).float().mean(0)
-        gates = layers_of(model)[index].moice_router["default"].gates(rows_of_layer[None, None], 2)[0, 0].mean(0)
+        gates = layers_of(model)[index].moice_router["default"].gate(rows_of_layer[None, None], 2)[0][0, 0].mean(0)
         for expert in range(4):
             prefix = f"train/moice/layer_{index:02d}"
             assert events.Scalars(f"{prefix}/load_{expert}")[-1].value == pytest.approx(picks[expert].item(), rel=1e-5)
@@ -301,7 +302,7 @@ def test_callback_does_not_change_training(llama, tmp_path, expected):
     trainer.add_callback(MoICECallback(trainer))
     trainer.train()
     assert_equal(router_state(model), expected, rtol=0, atol=0)
-    assert not hasattr(model.get_base_model(), "moice_observer")
+    assert hooks_of(model).observer is None
 
 
 def test_callback_resumes_its_drift(llama, tmp_path):
