@@ -257,21 +257,29 @@ def test_callback_logs_what_the_routers_do(llama, tmp_path):
     trainer.add_callback(MoICECallback(trainer))
     collected = []
     for layer in layers_of(model):
-        layer.moice_router["default"].register_forward_hook(lambda router, args, logits: collected.append(logits))
+        layer.moice_router["default"].register_forward_hook(
+            lambda router, args, logits: collected.append((logits.detach(), router.gate(logits, 2)[0].detach()))
+        )
     masks = []
     model.get_base_model().register_forward_pre_hook(
         lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
     )
     trainer.train()
 
-    # Logits of the last step, over its four passes of three layers.
-    logits = [[entry.detach() for entry in collected[-12:]][layer::3] for layer in range(3)]
-    kept = [
-        torch.cat(
-            [part.transpose(1, 2)[mask.bool()].flatten(0, 1) for part, mask in zip(layer, masks[-4:], strict=True)]
-        )
-        for layer in logits
-    ]  # [rows, N] per layer
+    def rows_of(step: int, kind: int) -> list[torch.Tensor]:
+        """Logits (kind 0) or gates (1) `[rows, N]` of each of three layers, over the four passes of a step."""
+        passes = slice(4 * step, 4 * step + 4)
+        return [
+            torch.cat(
+                [
+                    part[kind].transpose(1, 2)[mask.bool()].flatten(0, 1)
+                    for part, mask in zip(collected[layer::3][passes], masks[passes], strict=True)
+                ]
+            )
+            for layer in range(3)
+        ]
+
+    kept = rows_of(2, 0)
     histories = [entry for entry in trainer.state.log_history if "moice/balance_loss" in entry]
     assert [entry["step"] for entry in histories] == [1, 2, 3]
     last = histories[-1]
@@ -280,7 +288,10 @@ def test_callback_logs_what_the_routers_do(llama, tmp_path):
     probs = pooled.softmax(-1)
     assert last["moice/entropy"] == pytest.approx(torch.special.entr(probs).sum(-1).mean().item(), rel=1e-5)
     assert histories[0]["moice/drift"] == 0.0
-    assert 0 < last["moice/drift"] < 1
+    moved = [(last - first) for first, last in zip(*([g.mean(0) for g in rows_of(s, 1)] for s in (0, 2)), strict=True)]
+    drift = torch.stack(moved).abs().sum(-1).mean().item() / 2
+    assert last["moice/drift"] == pytest.approx(drift, rel=1e-4)
+    assert drift > 1e-3
     assert not any("layer" in key for entry in trainer.state.log_history for key in entry)
 
     events = EventAccumulator(str(next(tmp_path.rglob("events.*")).parent))
