@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -10,7 +11,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from .mixture import RouterRecord
 from .training.balance import PassRecords
-from .training.hooks import hooks_of
+from .training.hooks import RouterHooks, hooks_of
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +47,10 @@ class MoICECallback(TrainerCallback):
         self.statistics = RouterStatistics()
         self.start: dict[str, list[list[float]]] | None = None
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        hooks_of(self.trainer.model).observer = self.statistics
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._hooks().observer = self.statistics
         if state.global_step > 0 and self.start is None:
             path = self._start_path(args, state)
             if path.is_file():
@@ -55,16 +58,27 @@ class MoICECallback(TrainerCallback):
             else:
                 logger.warning("%s is missing, so moice/drift counts from step %d.", path, state.global_step)
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.statistics.clear()
         self.statistics.enabled = self.start is None or _is_logged(args, state, state.global_step + 1)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.start is None and self.statistics.sums:
             self.start = {name: sums.gates().tolist() for name, sums in self._reduced().items()}
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs):
-        if "loss" not in (logs or {}) or not self.statistics.sums:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if "loss" not in (logs or {}) or not self.statistics.sums or self.start is None:
             return
         reduced = self._reduced()
         self.statistics.clear()
@@ -87,19 +101,25 @@ class MoICECallback(TrainerCallback):
                 details[f"{layer}/drift"] = drift[row].item()
         # The method of the base class: trainers that extend it flush metrics of their own.
         Trainer.log(self.trainer, summary)
-        reporters = tuple(INTEGRATION_TO_CALLBACK.values())
+        reporters: tuple[type[TrainerCallback], ...] = tuple(INTEGRATION_TO_CALLBACK.values())
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, reporters):
                 callback.on_log(args, state, control, logs=details, model=self.trainer.model)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         path = self._start_path(args, state)
         if self.start is not None and state.is_world_process_zero and path.parent.is_dir():
             path.write_text(json.dumps(self.start))
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        hooks_of(self.trainer.model).observer = None
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._hooks().observer = None
         self.statistics.clear()
+
+    def _hooks(self) -> RouterHooks:
+        assert self.trainer.model is not None
+        return hooks_of(self.trainer.model)
 
     def _reduced(self) -> "dict[str, LayerSums]":
         """The sums over all processes, on the CPU."""
@@ -169,7 +189,7 @@ class RouterStatistics:
         sums: the sums.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.enabled = False
         self.sums: dict[str, LayerSums] = {}
 

@@ -90,7 +90,9 @@ class LayerMixture:
 
     def gate(self, query: torch.Tensor, rope_bases: tuple[float, ...]) -> Gating:
         """The gates over `rope_bases` for queries `[B, H, S, D]`."""
-        mixed, picked, records = None, None, []
+        mixed: torch.Tensor | None = None
+        picked: torch.Tensor | None = None
+        records = []
         for share in self.shares:
             columns = [rope_bases.index(base) for base in share.spec.bases_of(self.rope.layer_type)]
             logits = share.router(query)
@@ -106,6 +108,7 @@ class LayerMixture:
             own[..., rope_bases.index(self.rope.rope_theta)] = 1.0
             own = _weighted(own, self.own_weight)
             mixed = own if mixed is None else mixed + own
+        assert mixed is not None  # there is a router, or a share of the model's own angle
         return Gating(mixed, None if picked is None else picked | (mixed != 0), records)
 
     def implementation(self) -> str:
@@ -119,7 +122,7 @@ class LayerMixture:
         return forced.pop() if forced else "auto"
 
     def run(
-        self, attention: Callable, layer_idx: int, args: tuple, kwargs: dict[str, Any]
+        self, attention: Callable[..., Any], layer_idx: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, list[RouterRecord]]:
         """Call an attention module so that its attention function computes this mixture.
 
@@ -150,9 +153,11 @@ class MixesAngles(nn.Module):
     """Base of modules that apply a [`LayerMixture`].
 
     Attributes:
+        layer_idx: the layer's index in the model and in caches.
         recorder: receives the records of forward passes; None (default) where nobody asks for them.
     """
 
+    layer_idx: int
     recorder: Recorder | None = None
 
     def shares(self) -> list[RouterShare]:
@@ -160,7 +165,12 @@ class MixesAngles(nn.Module):
         raise NotImplementedError
 
     def mix(
-        self, mixture: LayerMixture, attention: Callable, layer_idx: int, args: tuple, kwargs: dict[str, Any]
+        self,
+        mixture: LayerMixture,
+        attention: Callable[..., Any],
+        layer_idx: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         """Call `attention` under `mixture`, see [`LayerMixture.run`], and hand the records over."""
         output, records = mixture.run(attention, layer_idx, args, kwargs)

@@ -94,7 +94,8 @@ class MoICERouter(nn.Module):
         """Expert logits `[B, H, S, N]` of `query` `[B, H, S, D]`."""
         query = query.to(self.gate_proj.dtype)
         hidden = self.act_fn(query @ self.gate_proj.mT) * (query @ self.up_proj.mT)
-        return hidden @ self.down_proj.mT
+        logits: torch.Tensor = hidden @ self.down_proj.mT
+        return logits
 
     def gate(self, logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Gates `[B, H, S, N]` in float32 from `logits` `[B, H, S, N]`, with the identity scale applied.

@@ -29,15 +29,16 @@ class PassRecords:
             [`balance_loss`] has been called; None if there are none.
     """
 
-    def __init__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]):
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
         names = list(inspect.signature(type(model).forward).parameters)[1:]
         self.arguments: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
         self.records: dict[str, list[tuple[MixesAngles, RouterRecord]]] = {}
         self.aux_loss: torch.Tensor | None = None
         self._has_encoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-        self._encoder_layers = set(mixing_layers(model.get_encoder())) if self._has_encoder else set()
+        encoder: nn.Module | None = model.get_encoder() if self._has_encoder else None  # type: ignore[operator]
+        self._encoder_layers = set(mixing_layers(encoder)) if encoder is not None else set()
         # As Trainer counts predicted tokens. Decoders behind an encoder shift their inputs instead.
-        shifts = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
+        shifts = LOSS_MAPPING.get(str(getattr(model, "loss_type", None))) is ForCausalLMLoss
         self._shifts_labels = shifts and not self._has_encoder
 
     def take(self, layer: MixesAngles, records: list[RouterRecord]) -> None:
@@ -82,11 +83,13 @@ class PassRecords:
             labels: as the model takes them, -100 where nothing is predicted.
             num_items: number of predictions in the whole batch.
         """
-        sum_tokens, shares = _pooled, None
+        sum_tokens: Callable[[torch.Tensor], torch.Tensor] = _pooled
+        shares: torch.Tensor | None = None
         if num_items is not None and labels is not None:
             sum_tokens, items = self._items(labels)
             shares = items / num_items
-        loss, aux_loss, late = torch.zeros(()), None, []
+        loss, late = torch.zeros(()), []
+        aux_loss: torch.Tensor | None = None
         learning = self.learning_routers()
         for name in self._balanced_routers():
             found, spec = self.records[name], self._spec(name)

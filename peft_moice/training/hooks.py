@@ -62,12 +62,13 @@ def hooks_of(model: nn.Module) -> RouterHooks:
         ValueError: there is none.
     """
     for module in model.modules():
-        if _NAME in vars(module):
-            return vars(module)[_NAME]
+        hooks: RouterHooks | None = vars(module).get(_NAME)
+        if hooks is not None:
+            return hooks
     raise ValueError(f"{type(model).__name__} has no MoICE adapter. Add one with `peft.get_peft_model` first.")
 
 
-def start_recording(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def start_recording(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook: ask the layers for their records, if the pass trains or its router logits are requested."""
     hooks = hooks_of(model)
     if hooks.current is not None:
@@ -83,7 +84,7 @@ def start_recording(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> No
         layer.recorder = hooks.current
 
 
-def add_balance_loss(model: nn.Module, args: tuple, kwargs: dict[str, Any], outputs: Any) -> Any:
+def add_balance_loss(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
     """Forward hook: add `router_aux_loss_coef` times the balance loss of every active adapter to the loss.
 
     The loss is `outputs` itself if that is a scalar, the entry or attribute `loss`, or a scalar at the start of a
@@ -125,7 +126,9 @@ def _stop_recording(model: nn.Module, hooks: RouterHooks) -> None:
     hooks.current = None
 
 
-def _check_training(model: nn.Module, layers: list[MixesAngles], args: tuple, kwargs: dict[str, Any]) -> None:
+def _check_training(
+    model: nn.Module, layers: list[MixesAngles], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
     shares = [share for layer in layers for share in layer.shares()]
     if any(share.router.is_trainable for share in shares):
         if (getattr(model, "tp_size", None) or 1) > 1:

@@ -1,12 +1,14 @@
 """The balance loss for losses that are computed outside the model: in a training loop, or inside a Trainer."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
+from transformers import TrainingArguments
 
 from .balance import PassRecords
 from .hooks import hooks_of
@@ -75,6 +77,10 @@ class BalanceLossMixin:
     ```
     """
 
+    args: TrainingArguments
+    accelerator: Accelerator
+    get_tp_size: Callable[[], int]
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -84,7 +90,7 @@ class BalanceLossMixin:
     ) -> Any:
         labels = inputs.get("labels")
         with collect_balance_loss(model) as balance:
-            result = super().compute_loss(
+            result = super().compute_loss(  # type: ignore[misc]
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
         extra = balance.loss(labels, num_items_in_batch)

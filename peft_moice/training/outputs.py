@@ -1,11 +1,11 @@
 """What a model returned: finding its loss, adding to it, and noticing that it was left out."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, MutableMapping
 from typing import Any
 
 import torch
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 
 def add_to_loss(outputs: Any, extra: torch.Tensor) -> Any:
@@ -16,17 +16,16 @@ def add_to_loss(outputs: Any, extra: torch.Tensor) -> Any:
     """
     if isinstance(outputs, torch.Tensor):
         return _sum(outputs, extra) if outputs.dim() == 0 else outputs
-    if isinstance(outputs, Mapping):
+    if isinstance(outputs, MutableMapping):
         if outputs.get("loss") is not None:
             outputs["loss"] = _sum(outputs["loss"], extra)
         return outputs
     if isinstance(outputs, (tuple, list)):
-        fields = getattr(outputs, "_fields", ())
+        fields, rebuild = getattr(outputs, "_fields", ()), getattr(type(outputs), "_make", type(outputs))
         index = fields.index("loss") if "loss" in fields else 0
         if not outputs or not isinstance(outputs[index], torch.Tensor) or outputs[index].dim() > 0:
             return outputs
-        values = [*outputs[:index], _sum(outputs[index], extra), *outputs[index + 1 :]]
-        return type(outputs)._make(values) if fields else type(outputs)(values)
+        return rebuild([*outputs[:index], _sum(outputs[index], extra), *outputs[index + 1 :]])
     if getattr(outputs, "loss", None) is not None:
         outputs.loss = _sum(outputs.loss, extra)
     return outputs
@@ -39,7 +38,7 @@ def add_entry(outputs: Any, name: str, value: Any) -> None:
     """
     if isinstance(outputs, (torch.Tensor, tuple, list)):
         return
-    if isinstance(outputs, Mapping) and not isinstance(outputs, ModelOutput):
+    if isinstance(outputs, MutableMapping) and not isinstance(outputs, ModelOutput):
         outputs[name if outputs.get(name) is None else f"moice_{name}"] = value
     else:
         setattr(outputs, name if getattr(outputs, name, None) is None else f"moice_{name}", value)
@@ -79,7 +78,7 @@ def warn_if_left_out(extra: torch.Tensor, outputs: Any) -> None:
 def _tensors_beside_the_loss(outputs: Any) -> Iterator[torch.Tensor]:
     if isinstance(outputs, torch.Tensor):
         values = [outputs] if outputs.dim() > 0 else []
-    elif isinstance(outputs, Mapping):
+    elif isinstance(outputs, MutableMapping):
         values = [value for name, value in outputs.items() if name != "loss"]
     elif isinstance(outputs, (tuple, list)):
         values = [value for value in outputs if not (isinstance(value, torch.Tensor) and value.dim() == 0)]

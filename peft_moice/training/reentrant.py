@@ -27,7 +27,9 @@ def send_late_gradients(loss: torch.Tensor, leaves: list[tuple[MixesAngles, str,
     """
     gradients = torch.autograd.grad(loss, [leaf for *_, leaf in leaves], retain_graph=True)
     root = torch.zeros((), device=loss.device, requires_grad=True)
-    return _LeaveGradients.apply(loss, root, [(layer, name) for layer, name, _ in leaves], *gradients)
+    places = [(layer, name) for layer, name, _ in leaves]
+    carrier: torch.Tensor = _LeaveGradients.apply(loss, root, places, *gradients)
+    return carrier
 
 
 class LateGradients:
