@@ -94,7 +94,7 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
         layer_idx, rope = self.base_layer.layer_idx, self.rope
         # Routers built into the attention module look at the pass themselves.
         if not self.merged:
-            rope = rope_of_pass(rope, layer_idx, args, kwargs, mixes=bool(shares))
+            rope = rope_of_pass(rope, layer_idx, args, kwargs, mixes=len(shares) > 0)
         if not shares:
             return self.base_layer(*args, **kwargs)
         return self.mix(LayerMixture(shares, rope, own_weight), self.base_layer, layer_idx, args, kwargs)

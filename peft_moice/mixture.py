@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from .attention import MixtureCall
+from .attention import MixtureCall, bypassed
 from .config import RouterSpec
 from .rope import LayerRope, RotationTable
 from .rope.positions import Positions, query_start
@@ -134,6 +134,9 @@ class LayerMixture:
 
         Returns:
             What the module returned, and the records of the pass.
+
+        Raises:
+            RuntimeError: the module computed attention without the mixture.
         """
         rope_bases = self.rope_bases()
         rotations: RotationTable = self.rope.table(rope_bases)
@@ -146,7 +149,10 @@ class LayerMixture:
 
         positions = Positions(query_start(layer_idx, args, kwargs))
         call = MixtureCall(gate, rotations, positions, self.implementation())
-        return attention(*args, **call.as_keyword(), **kwargs), records
+        output = attention(*args, **call.as_keyword(), **kwargs)
+        if not records:
+            raise bypassed(f"The attention module of layer {layer_idx} did not ask for its mixture")
+        return output, records
 
 
 class MixesAngles(nn.Module):
@@ -155,10 +161,12 @@ class MixesAngles(nn.Module):
     Attributes:
         layer_idx: the layer's index in the model and in caches.
         recorder: receives the records of forward passes; None (default) where nobody asks for them.
+        was_called: whether a pass has called the module; noted until [`watch_first_pass`] has seen all of them.
     """
 
     layer_idx: int
     recorder: Recorder | None = None
+    was_called: bool = False
 
     def shares(self) -> list[RouterShare]:
         """The routers that take part in a forward pass."""

@@ -23,6 +23,7 @@ from .config import MoICEConfig
 from .layer import BASE_MODEL_NAME, MoICELayer
 from .position_checks import unwatch_positions, watch_positions
 from .probe import LayerPlan, LayerProbe, attention_module_names, explain_no_targets
+from .self_check import unwatch_first_pass, watch_first_pass
 from .stacking import base_of, other_tuner_layers
 from .standalone import MoICEAttention, make_standalone
 from .training import register_hooks, remove_hooks
@@ -204,6 +205,7 @@ class MoICEModel(BaseTuner):
     def _post_injection_hook(self, model: nn.Module, config: MoICEConfig, adapter_name: str) -> None:
         register_hooks(model)
         watch_positions(model)
+        watch_first_pass(model)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -343,6 +345,7 @@ class MoICEModel(BaseTuner):
             make_standalone(model)
             register_hooks(model)
             watch_positions(model)
+            watch_first_pass(model)
         return model
 
     def _unload_and_optionally_merge(
@@ -368,6 +371,7 @@ class MoICEModel(BaseTuner):
             setattr(self.model.get_submodule(parent_name), child_name, unloaded)
         remove_hooks(self.model)
         unwatch_positions(self.model)
+        unwatch_first_pass(self.model)
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model

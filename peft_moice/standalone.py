@@ -26,6 +26,7 @@ from .probe import LayerProbe
 from .rope import LayerRope, RotaryLayout
 from .rope.longrope import rope_of_pass
 from .router import MoICERouter
+from .self_check import watch_first_pass
 from .training import register_hooks
 
 MODEL_TYPE = "moice"
@@ -219,6 +220,7 @@ def _model_class(original: type[PreTrainedModel], standalone_config: type[PreTra
             install_described(self, config.moice)
             register_hooks(self)
             watch_positions(self)
+            watch_first_pass(self)
 
         @classmethod
         def is_custom_code(cls) -> bool:

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import AttentionInterface
 
 from ..rope import RotationTable
-from ..rope.positions import Positions, packed_query_start
+from ..rope.positions import Positions, packed_query_start, paged_cache
 from .operator import mixed_attention
 
 ATTENTION_NAME = "moice"
@@ -82,7 +83,7 @@ class MixtureCall:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compute the mixture in place of `attend`, the model's own attention, which `backend` names."""
         query_start, implementation = self.positions.query_start, self.implementation
-        if isinstance(options.get("cache"), _WrittenCache):
+        if _is_packed(options):
             query_start = packed_query_start(options["cu_seq_lens_q"], options["cu_seq_lens_k"], query, key)
             implementation = _implementation_for_packed(implementation)
         elif query_start is None:
@@ -123,7 +124,7 @@ def moice_attention_forward(module: nn.Module, query, key, value, attention_mask
     if kwargs.get("is_causal") is None and not getattr(module, "is_causal", True):
         # Attention functions read it from the module, the operator's implementations from the arguments.
         kwargs["is_causal"] = False
-    if kwargs.get("cache") is not None:
+    if _is_packed(kwargs):
         key, value = _write_once(module, key, value, kwargs)
     name = backend.config._attn_implementation
     return moice.attend(attend, query, key, value, attention_mask, backend=name, **kwargs)
@@ -133,6 +134,11 @@ def _implementation_for_packed(name: str) -> str:
     if name not in ("auto", "delegated", "reference"):
         raise ValueError(f"`implementation` is {name!r}, which does not run in continuous batching; choose 'auto'.")
     return "delegated" if name == "auto" else name
+
+
+def _is_packed(kwargs: dict) -> bool:
+    """Whether an attention function is called by continuous batching, which alone says where to write the cache."""
+    return "write_index" in kwargs
 
 
 class _WrittenCache:
@@ -145,16 +151,23 @@ class _WrittenCache:
 def _write_once(module: nn.Module, key, value, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """Let continuous batching's cache take up keys and values, and return all keys and values of its sequences.
 
-    In continuous batching it is the attention function that writes the cache, so a mixture, which may call the
-    function once per expert, has to write it before.
+    Up to transformers 5.23 it is the attention function that writes this cache, so a mixture, which may call the
+    function once per expert, has to write it before. Later the attention module does, and no cache arrives here.
     """
     if kwargs.get("block_table") is not None:
         raise ValueError(
             "MoICE has to see the keys of continuous batching, which stay in the cache when decoding uses block "
             "tables. Pass `ContinuousBatchingConfig(max_blocks_per_request=0)` as `continuous_batching_config`."
         )
-    key, value = kwargs["cache"].update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
-    kwargs["cache"] = _WrittenCache()
+    cache = paged_cache((), kwargs)
+    if cache is not None:
+        if "kwargs" not in inspect.signature(cache.update).parameters:
+            raise ValueError(
+                f"MoICE cannot write the cache of continuous batching in transformers {transformers.__version__}. "
+                "Upgrade it to 5.19 or later, or use `generate`."
+            )
+        key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+        kwargs["cache"] = _WrittenCache()
     return key, value
 
 
@@ -184,6 +197,15 @@ def intercept(module: nn.Module) -> None:
     backend = _Backend(module.config, names["ALL_ATTENTION_FUNCTIONS"], names.get("eager_attention_forward"))
     setattr(config, _BACKEND_ATTRIBUTE, backend)
     module.config = config
+
+
+def bypassed(what: str) -> RuntimeError:
+    """The error for a pass that would silently have been the base model's; `what` says where."""
+    return RuntimeError(
+        f"{what}, so the result would silently be the base model's. The code that computes attention was exchanged "
+        f"after the adapter was added, or transformers {transformers.__version__} does it in a way that peft_moice "
+        "does not know: install a version that docs/versions.md names, or use `disable_adapter()`."
+    )
 
 
 def restore(module: nn.Module) -> None:
