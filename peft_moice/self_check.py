@@ -83,9 +83,7 @@ def _adapted(model: nn.Module) -> dict[str, nn.Module]:
 
 def _mixing(model: nn.Module) -> dict[str, nn.Module]:
     """Those of the adapted modules that have routers at work."""
-    return {
-        name: module for name, module in _adapted(model).items() if getattr(module, ROUTERS_NAME, module).members()
-    }
+    return {name: module for name, module in _adapted(model).items() if getattr(module, ROUTERS_NAME, module).shares()}
 
 
 def _kind(module: nn.Module) -> type[nn.Module]:
