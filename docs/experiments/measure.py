@@ -20,10 +20,10 @@ PAPER_PROMPT = (
 )
 
 
-def chat(tokenizer, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """Token ids, and the indices of those of the answer."""
-    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-    start = len(tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True))
+def chat(tokenizer, prompt: str, answer: str, quote: str = "") -> tuple[list[int], list[int]]:
+    """Token ids, and the indices of those of the answer, which may stand in quotes."""
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": quote + answer + quote}]
+    start = len(tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True) + quote)
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     end = start + len(answer)
@@ -99,7 +99,7 @@ def json_pairs(tokenizer, objects: int, pairs: int, seed: int):
                 "Extract the value corresponding to the specified key in the JSON object below.\n\nJSON data:\n"
                 f'{shown}\n\nKey: "{key}"\nCorresponding value:'
             )
-            group.append(chat(tokenizer, prompt, value))
+            group.append(chat(tokenizer, prompt, value, quote='"'))
         groups.append(group)
     return groups
 
