@@ -34,9 +34,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--keep_tokens", type=int, default=192)
     parser.add_argument("--questions", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of questions measured")
     parser.add_argument("--float32", action="store_true")
     parser.add_argument("--save", type=Path, help="file for the trained parameters")
+    parser.add_argument("--load", type=Path, help="such a file, in place of training")
     return parser.parse_args()
 
 
@@ -49,10 +49,18 @@ def main(args: argparse.Namespace) -> None:
     if not args.float32:
         halve(model)
     start = time.perf_counter()
-    losses, distances = train(model, tokenizer, args) if args.method != "base" else ([], [])
+    losses, distances = [], []
+    if args.load:
+        saved = torch.load(args.load)
+        losses, distances = saved.pop("losses"), saved.pop("distances")
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.data.copy_(saved[name])
+    elif args.method != "base":
+        losses, distances = train(model, tokenizer, args)
     seconds = {"train": time.perf_counter() - start}
     start = time.perf_counter()
-    results = measure(model, tokenizer, args.data, scale=args.scale)
+    results = measure(model, tokenizer, args.data)
     seconds["measure"] = time.perf_counter() - start
     record = {
         "method": args.method,
@@ -72,12 +80,13 @@ def main(args: argparse.Namespace) -> None:
     with args.out.open("a") as file:
         file.write(json.dumps(record) + "\n")
     if args.save:
-        torch.save({name: p.detach() for name, p in model.named_parameters() if p.requires_grad}, args.save)
+        trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        torch.save({**trained, "losses": losses, "distances": distances}, args.save)
 
 
 def command(argv: list[str]) -> list[str]:
     """Arguments without the machine's folders."""
-    folders = {"--model": "FOLDER", "--data": "FOLDER", "--out": "FILE", "--save": "FILE"}
+    folders = {"--model": "FOLDER", "--data": "FOLDER", "--out": "FILE", "--save": "FILE", "--load": "FILE"}
     return [folders.get(before, word) for before, word in zip(["", *argv], argv, strict=False)]
 
 

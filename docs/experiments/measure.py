@@ -153,19 +153,16 @@ def perplexity(model, tokenizer, file: str, length: int, chunks: int) -> float:
     return math.exp(loss / chunks)
 
 
-def measure(model, tokenizer, data: Path, seed: int = 4321, scale: float = 1.0) -> dict:
-    """Everything, for one model. `scale` multiplies the numbers of questions."""
+def measure(model, tokenizer, data: Path, seed: int = 4321) -> dict:
+    """Everything, for one model."""
     model.eval()
-    many = lambda n: max(1, round(n * scale))  # noqa: E731
-    nq = columns(score(model, natural_questions(tokenizer, str(data / "nq-open-oracle.jsonl.gz"), many(24), 6, seed)))
+    questions = natural_questions(tokenizer, str(data / "nq-open-oracle.jsonl.gz"), 12, 6, seed)
+    nq = columns(score(model, questions))
     for name in ("right", "tokens", "loss"):
         nq[name] = nq[name][::-1]  # by position again
-    course = str(data / "leval-coursera.jsonl.gz")
     return {
-        "json": columns(score(model, json_pairs(tokenizer, many(20), 16, seed))),
+        "json": columns(score(model, json_pairs(tokenizer, 12, 16, seed))),
         "nq": nq,
-        "codes30": columns(score(model, codes(tokenizer, many(10), 30, seed))),
-        "codes60": columns(score(model, codes(tokenizer, many(6), 60, seed))),
-        "perplexity_512": perplexity(model, tokenizer, course, 512, many(10)),
-        "perplexity_1024": perplexity(model, tokenizer, course, 1024, many(5)),
+        "codes60": columns(score(model, codes(tokenizer, 6, 60, seed))),
+        "perplexity": perplexity(model, tokenizer, str(data / "leval-coursera.jsonl.gz"), 1024, 5),
     }
