@@ -182,7 +182,7 @@ def plot_expert_load(load: torch.Tensor, *, title: str = "") -> "Figure":
     figure = figure_class(figsize=(width, height), layout="constrained")
     axes = figure.subplots(1, experts, sharey=True, squeeze=False)[0]
     for expert, axis in enumerate(axes):
-        image = axis.imshow(load[:, :, expert], vmin=0, vmax=1, cmap="cividis", aspect="auto", origin="lower")
+        image = axis.imshow(load[:, :, expert].cpu().numpy(), vmin=0, vmax=1, cmap="cividis", aspect="auto", origin="lower")
         axis.set_title(f"expert {expert}", fontsize=9)
         axis.set_xlabel("head")
     axes[0].set_ylabel("layer")
@@ -267,13 +267,13 @@ def plot_waveforms(head_dim: int, rope_bases: Sequence[float], context_length: i
     waveforms = torch.stack([attention_waveform(head_dim, base, context_length) for base in rope_bases])
     # As many points as can be seen; finer waves would hide each other in solid bands.
     width = max(1, context_length // _POINTS)
-    smooth = waveforms[:, : context_length // width * width].unflatten(1, (-1, width)).mean(dim=-1)
-    distances = (torch.arange(smooth.shape[1]) + 0.5) * width - 0.5
+    smooth = waveforms[:, : context_length // width * width].unflatten(1, (-1, width)).mean(dim=-1).numpy()
+    distances = [(index + 0.5) * width - 0.5 for index in range(smooth.shape[1])]
     figure = figure_class(figsize=(9, 6), layout="constrained")
     single, envelope = figure.subplots(2, 1, sharex=True, sharey=True)
     for base, waveform, color in zip(rope_bases, smooth, _COLORS, strict=False):
         single.plot(distances, waveform, color=color, linewidth=0.8, label=f"{base:g}")
-    highest = smooth.amax(dim=0)
+    highest = smooth.max(axis=0)
     envelope.fill_between(distances, smooth[0], highest, color=_COLORS[5], alpha=0.6)
     envelope.plot(distances, smooth[0], color=_COLORS[0], linewidth=0.8, label=f"{rope_bases[0]:g} alone")
     envelope.plot(distances, highest, color=_COLORS[1], linewidth=0.8, label="the highest of all")

@@ -319,7 +319,7 @@ def test_reader_reads_a_common_beginning_once():
     reader = Reader(model)
     with torch.no_grad():
         for end in ([1, 2], [3, 4, 5]):
-            reader.logits([*range(100, 140), *end], 41)
+            reader.logits([*range(100, 140), *end], 40)
     assert read == [42, 4]  # the last common token is read anew: it predicts the first that differs
 
 
@@ -377,17 +377,18 @@ class TestTasks:
         length, positions = (2000, (0.0, 0.5, 1.0)) if task.unit == "tokens" else (7, (0.0, 0.5, 1.0))
         examples = task.draw(random.Random(3), length, positions)
         assert sorted(example.position for example in examples) == list(positions)
-        for example in examples:
-            assert example.length == length
-            places = [example.prompt.index(answer) for answer in example.answers]
-            asked = places[0] / len(example.prompt)
-            assert asked == pytest.approx(0.05 + 0.8 * example.position, abs=0.2)
+        assert {example.length for example in examples} == {length}
+        places = {example.position: example.prompt.index(example.answers[0]) for example in examples}
+        assert places[0.0] < 400 and len(examples[0].prompt) - places[1.0] < 400
+        middle = (places[0.0] + places[1.0]) / 2
+        assert places[0.5] == pytest.approx(middle, abs=0.15 * (places[1.0] - places[0.0]))
 
     def test_draws_depend_on_the_seed_alone(self, tmp_path, index):
         task = tasks(tmp_path)[index]
         length = 1000 if task.unit == "tokens" else 5
-        draws = [task.draw(random.Random(seed), length, (0.0, 1.0)) for seed in (1, 1, 2)]
-        assert draws[0] == draws[1] != draws[2]
+        first, again = ([task.draw(random.Random(seed), length, (0.0, 1.0)) for seed in range(5)] for _ in "ab")
+        assert first == again
+        assert any(draw != first[0] for draw in first)
 
 
 def test_passages_that_answer_are_no_distractors(tmp_path):
@@ -538,5 +539,5 @@ def test_gates_along_a_text_are_those_of_the_routers():
         assert ((values > 0).sum(-1) == 2).all()
     first, second = gates.values()
     assert not torch.equal(first, second)
-    with pytest.raises(ValueError, match="no routers|routers of the name 'other'"):
+    with pytest.raises(ValueError, match="routers of the name 'other'"):
         gates_along(model, torch.arange(12), "other")

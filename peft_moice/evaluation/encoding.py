@@ -31,15 +31,13 @@ def encode_example(tokenizer: Any, example: Example, answer: str) -> EncodedExam
         before = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) + example.opening
     else:
         before = f"{example.prompt}\n{example.opening}"
-    if before.endswith(" "):
-        # Tokens of words begin with their space.
-        before, answer = before.rstrip(" "), f" {answer}"
     encoded = tokenizer(
         before + answer,
         add_special_tokens=not tokenizer.chat_template,
         return_offsets_mapping=True,
         verbose=False,
     )
+    # Tokens of words may begin with the space before them.
     start = next((i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(before)), None)
     if start is None or not answer.strip():
         raise ValueError(f"The answer {answer!r} has no tokens. Give answers that are not empty.")
