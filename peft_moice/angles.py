@@ -10,6 +10,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .config import MoICEConfig
+from .layer import MoICELayer
 
 GRID = tuple(1 + step / 20 for step in range(41))
 """Candidates as multiples of the model's own angle, from one to three; the range of the published choices."""
@@ -116,6 +117,42 @@ def _mean_distance(points: torch.Tensor, others: torch.Tensor) -> float:
 
 
 @dataclass(frozen=True)
+class OwnAngle:
+    """A base angle of a model, and how much of a head it rotates.
+
+    Attributes:
+        rope_theta: the base angle.
+        rotary_dim: number of rotated dimensions of a query or key vector.
+        layer_type: the layers that have it, where the model has angles per layer type, else None.
+    """
+
+    rope_theta: float
+    rotary_dim: int
+    layer_type: str | None
+
+
+def own_angles(model: nn.Module) -> list[OwnAngle]:
+    """The base angles of a model's attention layers, as probed on the layers themselves.
+
+    Args:
+        model: the base model, without adapters. Unchanged afterwards.
+
+    Returns:
+        One for each layer type that has rotary embeddings, or a single one, in the order of layers.
+
+    Raises:
+        ValueError: the model has no attention layer that MoICE can be applied to, with the reason.
+    """
+    probe = get_peft_model(model, MoICEConfig(base_multipliers=[1.0]))
+    try:
+        ropes = [layer.rope for layer in probe.modules() if isinstance(layer, MoICELayer)]
+    finally:
+        probe.unload()
+    angles = [OwnAngle(rope.rope_theta, rope.layout.size, rope.layer_type) for rope in ropes]
+    return list(dict.fromkeys(angles))
+
+
+@dataclass(frozen=True)
 class AngleScores:
     """What each candidate angle does on its own.
 
@@ -165,10 +202,8 @@ def score_angles(
     Raises:
         ValueError: a multiple that is not positive, or the model's layers have angles of different kinds.
     """
-    probe = get_peft_model(model, MoICEConfig(base_multipliers=[1.0]))
-    own = probe.peft_config["default"].rope_bases
-    probe.unload()
-    if not isinstance(own, list):
+    own = [angle.rope_theta for angle in own_angles(model)]
+    if len(own) > 1:
         raise ValueError(
             f"The model's layer types have different angles ({own}), and one scale for all of them is not what this "
             "search varies. Give `base_multipliers` by hand."

@@ -182,7 +182,9 @@ def plot_expert_load(load: torch.Tensor, *, title: str = "") -> "Figure":
     figure = figure_class(figsize=(width, height), layout="constrained")
     axes = figure.subplots(1, experts, sharey=True, squeeze=False)[0]
     for expert, axis in enumerate(axes):
-        image = axis.imshow(load[:, :, expert].cpu().numpy(), vmin=0, vmax=1, cmap="cividis", aspect="auto", origin="lower")
+        image = axis.imshow(
+            load[:, :, expert].cpu().numpy(), vmin=0, vmax=1, cmap="cividis", aspect="auto", origin="lower"
+        )
         axis.set_title(f"expert {expert}", fontsize=9)
         axis.set_xlabel("head")
     axes[0].set_ylabel("layer")
