@@ -8,9 +8,9 @@ from torch import nn
 
 from .attention import intercept, restore
 from .config import MoICEConfig, RouterSpec
-from .longrope import rope_of_pass
 from .mixture import LayerMixture, Member, MixesAngles
 from .rope import LayerRope
+from .rope.longrope import rope_of_pass
 from .router import MoICERouter
 from .standalone import build_in, take_out
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from .attention import MixtureCall
 from .config import RouterSpec
-from .positions import query_start
 from .rope import LayerRope, RotationTable
+from .rope.positions import Positions, query_start
 from .router import MoICERouter
 
 
@@ -118,8 +118,8 @@ class LayerMixture:
             picked = torch.ones_like(gates, dtype=torch.bool) if closed_gates_learn and gates.requires_grad else None
             return gates, picked
 
-        start = query_start(layer_idx, args, kwargs)
-        call = MixtureCall(gate, rotations, start, self.implementation())
+        positions = Positions(query_start(layer_idx, args, kwargs))
+        call = MixtureCall(gate, rotations, positions, self.implementation())
         return attention(*args, **call.as_keyword(), **kwargs)
 
 

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 
 from .attention import IMPLEMENTATIONS
 from .checkpoint import check_stored_routers
+from .combining import combine_routers, combined_config
 from .config import MoICEConfig
 from .layer import BASE_MODEL_NAME, MoICELayer
-from .merging import combine_routers, combined_config
 from .position_checks import unwatch_positions, watch_positions
 from .probe import LayerPlan, LayerProbe, attention_module_names, explain_no_targets
 from .stacking import base_of, other_tuner_layers

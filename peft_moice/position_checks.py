@@ -13,6 +13,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from .mixture import MixesAngles
+from .rope.positions import find_cache
 
 _NOTE = "_moice_positions"
 
@@ -61,8 +62,8 @@ def _check_prompt(model: nn.Module, args: tuple, kwargs: dict) -> None:
         return
     position_ids = position_ids[0] if position_ids.dim() == 3 else position_ids
     _check_steps(position_ids)
-    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-    if isinstance(cache, Cache):
+    cache, mask = find_cache(args, kwargs), kwargs.get("attention_mask")
+    if cache is not None:
         if isinstance(mask, torch.Tensor) and mask.dim() == 2:
             _check_padding(mask)
         _check_continuation(position_ids, cache, mask)

@@ -17,15 +17,8 @@ import torch
 from torch import nn
 
 from .attention.interface import intercept, restore, uses_attention_interface
-from .rope import (
-    LayerRope,
-    RotaryLayout,
-    inverse_frequencies,
-    original_length,
-    rope_parameters,
-    rotary_with_theta,
-    rotate,
-)
+from .rope import LayerRope, RotaryLayout, rotate
+from .rope.layer_rope import inverse_frequencies, original_length, rope_parameters, rotary_with_theta
 
 _THETA_FACTOR = 4.0
 _POSITIONS = (0, 1, 3, 8, 20, 50)

@@ -20,11 +20,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .attention import intercept
 from .config import RouterSpec
-from .longrope import rope_of_pass
 from .mixture import LayerMixture, Member, MixesAngles
 from .position_checks import watch_positions
 from .probe import LayerProbe
 from .rope import LayerRope, RotaryLayout
+from .rope.longrope import rope_of_pass
 from .router import MoICERouter
 from .training import register_hooks
 

@@ -6,8 +6,9 @@ from test_operator import LAYOUTS, attend, inputs, table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peft_moice.attention import mixed_attention
+from peft_moice.attention.call import AttentionCall
 from peft_moice.attention.native import library
-from peft_moice.attention.operator import _choose
+from peft_moice.attention.operator import choose
 
 pytestmark = pytest.mark.skipif(
     isinstance(library.load(), str), reason=f"the kernels cannot be had here: {library.load()}"
@@ -29,9 +30,11 @@ def mixed(implementation: str = "native") -> torch.Tensor:
     return mixed_attention(query, key, value, gates, implementation=implementation, **options)[0]
 
 
-def chosen(dtype: torch.dtype = torch.float32, backend: str = "sdpa", length: int = 9, **kwargs) -> str:
-    query, _, value, gates = inputs(length, length)
-    return _choose(query.to(dtype), value.to(dtype), gates, None, backend, **kwargs)
+def chosen(dtype: torch.dtype = torch.float32, backend: str = "sdpa", length: int = 9, **options) -> str:
+    query, key, value, gates = inputs(length, length)
+    tensors = (x.to(dtype) for x in (query, key, value))
+    call = AttentionCall(*tensors, gates, table(LAYOUTS["half"]), backend=backend, attend=attend, options=options)
+    return choose(call)
 
 
 def test_they_are_compiled_once(fresh):
@@ -125,10 +128,10 @@ def test_exponentials_reach_far_below_zero():
 
 
 def test_tensors_without_memory_of_their_own_are_left_to_others():
-    query, _, value, gates = inputs()
+    rotations = table(LAYOUTS["half"])
     with FakeTensorMode() as mode:
-        query, value, gates = (mode.from_tensor(x) for x in (query, value, gates))
-        assert _choose(query, value, gates, None, "sdpa") != "native"
+        tensors = (mode.from_tensor(x) for x in inputs())
+        assert choose(AttentionCall(*tensors, rotations, backend="sdpa", attend=attend)) != "native"
 
 
 @pytest.mark.parametrize("implementation", ["native", "grouped"])

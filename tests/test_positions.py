@@ -10,7 +10,7 @@ from peft import get_peft_model
 from transformers import DynamicCache, StaticCache
 
 from peft_moice import MoICEConfig
-from peft_moice.positions import query_start
+from peft_moice.rope.positions import query_start
 
 
 def adapted(family: str = "llama", **overrides):

@@ -281,9 +281,7 @@ class TestRefusals:
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         tensors, options = problem()
         tensors = [tensor.cpu() for tensor in tensors]
-        with pytest.raises(
-            ValueError, match=r"it is for CUDA, and the queries are on 'cpu'.*implementation='delegated'"
-        ):
+        with pytest.raises(ValueError, match=r"it is for CUDA, and the queries are on 'cpu'.*implementation='auto'"):
             outputs(tensors, options)
 
     @pytest.mark.skipif(INTERPRETED, reason="needs Triton without its interpreter")
@@ -315,13 +313,13 @@ class TestRefusals:
     )
     def test_says_why(self, reason, extra):
         tensors, options = problem()
-        with pytest.raises(ValueError, match=f"{reason}.*implementation='delegated'"):
+        with pytest.raises(ValueError, match=f"{reason}.*implementation='auto'"):
             outputs(tensors, {**options, **extra})
 
     @runs
     def test_says_which_dtypes_and_sizes(self):
         tensors, options = problem()
-        with pytest.raises(ValueError, match=r"not torch.float64.*implementation='delegated'"):
+        with pytest.raises(ValueError, match=r"not torch.float64.*implementation='auto'"):
             outputs([tensor.double() for tensor in tensors], options)
         with pytest.raises(ValueError, match=r"one dtype.*torch.bfloat16 and torch.float32"):
             outputs([tensors[0], tensors[1].bfloat16(), *tensors[2:]], options)
@@ -344,10 +342,13 @@ sys.modules["triton"] = None
 import torch
 import peft_moice
 from peft_moice.attention import mixed_attention
-from peft_moice.attention.triton import why_not_triton
+from peft_moice.attention.call import AttentionCall
+from peft_moice.attention.triton import why_not
+from peft_moice.rope import RotaryLayout, RotationTable
 assert not any(name.startswith("peft_moice.attention.triton.t") for name in sys.modules)
 x = torch.zeros(1, 1, 1, 8)
-print(why_not_triton(x, x, x, None, 0))
+rotations = RotationTable(torch.zeros(1, 4), RotaryLayout(0, 8, False))
+print(why_not(AttentionCall(x, x, x, torch.ones(1, 1, 1, 1), rotations)))
 """
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)

@@ -15,6 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..rope import RotationTable, rotate
+from .call import AttentionCall
 from .cpu_limits import why_not_on_cpu
 from .masks import additive
 
@@ -25,36 +26,24 @@ _ROWS_PER_TRIANGLE = 192
 _MIN_TOKENS, _MAX_TOKENS = 64, 1024
 
 
-def grouped(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    gates: torch.Tensor,
-    *,
-    rotations: RotationTable,
-    query_start: int | torch.Tensor,
-    picked: torch.Tensor | None = None,
-    attend=None,
-    attention_mask: torch.Tensor | None = None,
-    scaling: float | None = None,
-    **kwargs,
-) -> tuple[torch.Tensor, None]:
+def why_not(call: AttentionCall) -> str | None:
+    """See [`Implementation`]."""
+    return why_not_on_cpu(call)
+
+
+def run(call: AttentionCall) -> tuple[torch.Tensor, None]:
     """See [`mixed_attention`]. Causal, or under a four-dimensional mask; in the precision of fused attention."""
-    reason = why_not_on_cpu(query, attention_mask, **kwargs)
-    if reason is not None:
-        raise ValueError(f"The grouped implementation cannot be used: {reason}. Choose implementation='auto'.")
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    picked = gates != 0 if picked is None else picked
+    query, key, value, mask = call.query, call.key, call.value, call.attention_mask
     head_dim, value_dim = query.shape[-1], value.shape[-1]
     if head_dim != value_dim:
         # Fused attention wants one size for all.
         pad = torch.nn.functional.pad
         query, key = (pad(x, (0, max(0, value_dim - head_dim))) for x in (query, key))
         value = pad(value, (0, max(0, head_dim - value_dim)))
-    if attention_mask is not None:
-        attention_mask = additive(attention_mask, query.dtype)
+    if mask is not None:
+        mask = additive(mask, query.dtype)
     output = _GroupedAttention.apply(
-        query, key, value, gates.float(), picked, attention_mask, rotations, int(query_start), scaling
+        query, key, value, call.gates.float(), call.picks(), mask, call.rotations, int(call.query_start), call.scaling
     )
     return output[..., :value_dim], None
 

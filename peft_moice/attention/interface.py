@@ -9,13 +9,15 @@ import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import AttentionInterface
 
-from ..positions import packed_query_start
 from ..rope import RotationTable
+from ..rope.positions import Positions, packed_query_start, paged_cache
 from .operator import mixed_attention
 
 ATTENTION_NAME = "moice"
@@ -56,46 +58,52 @@ class MixtureCall:
     Attributes:
         gate: maps queries `[B, H, S, D]` to gates `[B, H, S, N]` and a mask of the picked experts (or None).
         rotations: further rotations of the N experts.
-        query_start: see [`positions.query_start`].
+        positions: where queries and keys stand.
         implementation: name of the operator's implementation.
     """
 
     gate: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
     rotations: RotationTable
-    query_start: int | torch.Tensor | None
+    positions: Positions
     implementation: str = "auto"
 
-    def as_keyword(self) -> dict:
+    def as_keyword(self) -> dict[str, "MixtureCall"]:
         """The keyword argument under which an attention module passes the mixture on."""
         return {_KEYWORD: self}
 
-    def attend(self, attend: Callable, query, key, value, attention_mask, backend: str | None = None, **kwargs):
+    def attend(
+        self,
+        attend: Callable,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        backend: str | None = None,
+        **options: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compute the mixture in place of `attend`, the model's own attention, which `backend` names."""
-        query_start, implementation = self.query_start, self.implementation
-        if isinstance(kwargs.get("cache"), _WrittenCache):
-            query_start = packed_query_start(kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"], query, key)
+        query_start, implementation = self.positions.query_start, self.implementation
+        if _is_packed(options):
+            query_start = packed_query_start(options["cu_seq_lens_q"], options["cu_seq_lens_k"], query, key)
             implementation = _implementation_for_packed(implementation)
         elif query_start is None:
             query_start = key.shape[-2] - query.shape[-2]
-            if query_start < 0:
-                raise ValueError(
-                    f"{query.shape[-2]} queries meet {key.shape[-2]} keys, so keys and positions do not correspond. "
-                    "MoICE needs one key per position."
-                )
         gates, picked = self.gate(query)
         return mixed_attention(
             query,
             key,
             value,
             gates,
-            picked=picked,
-            backend=backend,
             rotations=self.rotations,
             query_start=query_start,
+            query_positions=self.positions.query,
+            key_positions=self.positions.key,
             attend=attend,
             attention_mask=attention_mask,
+            picked=picked,
             implementation=implementation,
-            **kwargs,
+            backend=backend,
+            **options,
         )
 
 
@@ -116,7 +124,7 @@ def moice_attention_forward(module: nn.Module, query, key, value, attention_mask
     if kwargs.get("is_causal") is None and not getattr(module, "is_causal", True):
         # Attention functions read it from the module, the operator's implementations from the arguments.
         kwargs["is_causal"] = False
-    if kwargs.get("cache") is not None:
+    if _is_packed(kwargs):
         key, value = _write_once(module, key, value, kwargs)
     name = backend.config._attn_implementation
     return moice.attend(attend, query, key, value, attention_mask, backend=name, **kwargs)
@@ -126,6 +134,11 @@ def _implementation_for_packed(name: str) -> str:
     if name not in ("auto", "delegated", "reference"):
         raise ValueError(f"`implementation` is {name!r}, which does not run in continuous batching; choose 'auto'.")
     return "delegated" if name == "auto" else name
+
+
+def _is_packed(kwargs: dict) -> bool:
+    """Whether an attention function is called by continuous batching, which alone says where to write the cache."""
+    return "write_index" in kwargs
 
 
 class _WrittenCache:
@@ -138,16 +151,23 @@ class _WrittenCache:
 def _write_once(module: nn.Module, key, value, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """Let continuous batching's cache take up keys and values, and return all keys and values of its sequences.
 
-    In continuous batching it is the attention function that writes the cache, so a mixture, which may call the
-    function once per expert, has to write it before.
+    Up to transformers 5.23 it is the attention function that writes this cache, so a mixture, which may call the
+    function once per expert, has to write it before. Later the attention module does, and no cache arrives here.
     """
     if kwargs.get("block_table") is not None:
         raise ValueError(
             "MoICE has to see the keys of continuous batching, which stay in the cache when decoding uses block "
             "tables. Pass `ContinuousBatchingConfig(max_blocks_per_request=0)` as `continuous_batching_config`."
         )
-    key, value = kwargs["cache"].update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
-    kwargs["cache"] = _WrittenCache()
+    cache = paged_cache((), kwargs)
+    if cache is not None:
+        if "kwargs" not in inspect.signature(cache.update).parameters:
+            raise ValueError(
+                f"MoICE cannot write the cache of continuous batching in transformers {transformers.__version__}. "
+                "Upgrade it to 5.19 or later, or use `generate`."
+            )
+        key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+        kwargs["cache"] = _WrittenCache()
     return key, value
 
 

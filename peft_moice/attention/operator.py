@@ -1,23 +1,31 @@
-"""`mixed_attention` and the choice between its implementations."""
+"""`mixed_attention`, the table of its implementations, and the choice between them."""
 
-from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 
 from ..rope import RotationTable
-from .cpu_limits import why_not_on_cpu
-from .delegated import delegated
-from .grouped import grouped
-from .native import native, why_not_native
-from .reference import reference
-from .triton import triton_attention
+from . import delegated, folded, grouped, native, reference, triton
+from .call import Attend, AttentionCall
 
-IMPLEMENTATIONS: dict[str, Callable] = {
+
+class Implementation(Protocol):
+    """What a module of an implementation offers."""
+
+    def why_not(self, call: AttentionCall) -> str | None:
+        """The reason why [`run`] cannot compute `call`, or None."""
+
+    def run(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The output `[B, S, H, Dv]` and the mixed probabilities `[B, H, S, T]`, or None where it has none."""
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": reference,
     "delegated": delegated,
+    "folded": folded,
     "grouped": grouped,
     "native": native,
-    "triton": triton_attention,
+    "triton": triton,
 }
 
 
@@ -28,13 +36,15 @@ def mixed_attention(
     gates: torch.Tensor,
     *,
     rotations: RotationTable,
-    query_start: int | torch.Tensor,
-    attend: Callable,
-    attention_mask=None,
+    query_start: int | torch.Tensor = 0,
+    query_positions: torch.Tensor | None = None,
+    key_positions: torch.Tensor | None = None,
+    attend: Attend | None = None,
+    attention_mask: Any = None,
     picked: torch.Tensor | None = None,
     implementation: str = "auto",
     backend: str | None = None,
-    **kwargs,
+    **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention under N base angles at once, mixed per head and token: `Σ_j p_j softmax(R_j(q) R_j(k)ᵀ) v`.
 
@@ -46,57 +56,65 @@ def mixed_attention(
         value: `[B, G, T, Dv]`.
         gates: `[B, H, S, N]`, weights of the experts, summing to one.
         rotations: further rotations of the N experts.
-        query_start: index of the first query among the keys, see [`positions.query_start`].
-        attend: the model's own attention, `attend(query, key, value, attention_mask, **kwargs)`, returning the output
-            `[B, S, H, Dv]` and the attention probabilities `[B, H, S, T]` or None.
+        query_start: index of the first query among the keys, see [`positions.query_start`]. Default: 0.
+        query_positions: `[B or 1, S]`, positions of the queries where they are not in the order of the keys. Default:
+            None, query s stands at `query_start + s`.
+        key_positions: `[B or 1, T]`, likewise; given together with `query_positions`.
+        attend: the model's own attention, `attend(query, key, value, attention_mask, **options)`, returning the output
+            `[B, S, H, Dv]` and the attention probabilities `[B, H, S, T]` or None. Needed by `"delegated"`.
         attention_mask: mask in the form that `attend` takes; None for causal attention without padding.
         picked: `[B, H, S, N]`, true where an expert is computed and its gate gets a gradient. Default: where the gate
             is not zero. Implementations whose cost does not follow K compute all.
         implementation: `"reference"` (float32, returns probabilities), `"delegated"` (`attend` once per expert),
-            `"grouped"` (CPU; cost follows K), `"native"` (CPU, float32; cost follows K; compiled on first use),
-            `"triton"` (CUDA; cost follows K; never run on a GPU yet, so "auto" does not choose it) or `"auto"`
-            (default).
+            `"folded"` (`attend` once, with the experts as further heads; memory follows N), `"grouped"` (CPU; cost
+            follows K), `"native"` (CPU; cost follows K; compiled on first use), `"triton"` (CUDA; cost follows K) or
+            `"auto"` (default), which chooses neither "folded" nor "triton".
         backend: name of the attention implementation behind `attend`, by which "auto" chooses.
-        kwargs: further arguments of `attend`, such as `scaling` and `dropout`.
+        options: further arguments of `attend`, such as `scaling` and `dropout`.
 
     Returns:
         Output `[B, S, H, Dv]` in the dtype of `query`, and the mixed attention probabilities `[B, H, S, T]`, or None
         where the implementation does not compute them.
 
     Raises:
-        ValueError: unknown implementation, gates that do not fit, or a mask that the implementation cannot read.
+        ValueError: unknown implementation, or one that cannot compute this call; tensors that do not fit each other.
     """
-    if gates.shape != (*query.shape[:3], rotations.num_experts):
-        raise ValueError(
-            f"gates have shape {tuple(gates.shape)}, but queries of shape {tuple(query.shape)} under "
-            f"{rotations.num_experts} angles need {(*query.shape[:3], rotations.num_experts)}."
-        )
-    if implementation == "auto":
-        implementation = _choose(query, value, gates, attention_mask, backend, **kwargs)
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"Unknown implementation {implementation!r}; choose 'auto' or one of {sorted(IMPLEMENTATIONS)}."
-        )
-    return IMPLEMENTATIONS[implementation](
+    call = AttentionCall(
         query,
         key,
         value,
         gates,
-        rotations=rotations,
-        query_start=query_start,
-        attend=attend,
-        attention_mask=attention_mask,
-        picked=picked,
-        **kwargs,
+        rotations,
+        query_start,
+        query_positions,
+        key_positions,
+        attend,
+        attention_mask,
+        picked,
+        backend,
+        options,
     )
+    if implementation == "auto":
+        return IMPLEMENTATIONS[choose(call)].run(call)
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"Unknown implementation {implementation!r}; choose 'auto' or one of {sorted(IMPLEMENTATIONS)}."
+        )
+    reason = IMPLEMENTATIONS[implementation].why_not(call)
+    if reason is not None:
+        raise ValueError(
+            f"The {implementation} implementation cannot be used: {reason}. Choose implementation='auto', which takes "
+            "one that can."
+        )
+    return IMPLEMENTATIONS[implementation].run(call)
 
 
-def _choose(query, value, gates: torch.Tensor, attention_mask, backend: str | None, **kwargs) -> str:
-    """The fastest implementation that computes what the backend would, in the same precision."""
-    in_place_of_sdpa = backend == "sdpa" and query.dtype == value.dtype == torch.float32
-    if not in_place_of_sdpa or gates.shape[-1] == 1 or torch.compiler.is_compiling():
+def choose(call: AttentionCall) -> str:
+    """The name of the fastest implementation that computes what the backend would, in the same precision."""
+    in_place_of_sdpa = call.backend == "sdpa" and call.query.dtype == call.value.dtype == torch.float32
+    if not in_place_of_sdpa or call.num_experts == 1 or torch.compiler.is_compiling():
         return "delegated"
-    if why_not_native(query, value, attention_mask, **kwargs) is None:
+    if native.why_not(call) is None:
         return "native"
-    mixes_a_sequence = query.shape[-2] > 1 and why_not_on_cpu(query, attention_mask, **kwargs) is None
+    mixes_a_sequence = call.query.shape[-2] > 1 and grouped.why_not(call) is None
     return "grouped" if mixes_a_sequence else "delegated"

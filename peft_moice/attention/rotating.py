@@ -4,36 +4,42 @@ from collections.abc import Iterator
 
 import torch
 
-from ..rope import RotationTable, rotate
+from ..rope import rotate
+from .call import AttentionCall
 
 
-def rotated_pairs(
-    query: torch.Tensor, key: torch.Tensor, rotations: RotationTable, query_start: int | torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield `query` `[B, H, S, D]` and `key` `[B, G, T, D]` under each expert in turn; unchanged at the own angle.
-
-    Raises:
-        ValueError: there are fewer keys than positions, so keys and positions cannot correspond one to one.
-    """
-    num_queries, num_keys = query.shape[-2], key.shape[-2]
-    if isinstance(query_start, int):
-        if query_start + num_queries > num_keys:
-            raise ValueError(
-                f"{num_queries} queries starting at position {query_start} do not fit {num_keys} keys: the cache "
-                "keeps keys in a layout whose positions cannot be told. Use one of transformers' own caches."
-            )
-        query_index = slice(query_start, query_start + num_queries)
-    else:
-        query_index = query_start + torch.arange(num_queries, device=query.device)
+def rotated_pairs(call: AttentionCall) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield queries `[B, H, S, D]` and keys `[B, G, T, D]` under each expert in turn; unchanged at the own angle."""
+    rotations = call.rotations
     if all(rotations.is_identity):
-        cos = sin = None
-    else:
-        cos, sin = rotations.cos_sin(num_keys, query.device)
+        for _ in rotations.is_identity:
+            yield call.query, call.key
+        return
+    (query_cos, query_sin), (key_cos, key_sin) = _cos_sin(call)
     for expert, is_identity in enumerate(rotations.is_identity):
         if is_identity:
-            yield query, key
+            yield call.query, call.key
         else:
             yield (
-                rotate(query, cos[expert, query_index], sin[expert, query_index], rotations.layout),
-                rotate(key, cos[expert], sin[expert], rotations.layout),
+                rotate(call.query, query_cos[expert], query_sin[expert], rotations.layout),
+                rotate(call.key, key_cos[expert], key_sin[expert], rotations.layout),
             )
+
+
+_Table = tuple[torch.Tensor, torch.Tensor]
+
+
+def _cos_sin(call: AttentionCall) -> tuple[_Table, _Table]:
+    """Cosines and sines of the queries' positions, and of the keys', each `[N, ..., S or T, P]`."""
+    device, num_queries = call.query.device, call.query.shape[-2]
+    if call.query_positions is not None and call.key_positions is not None:
+        # One row of positions holds for all heads.
+        of_queries, of_keys = call.query_positions[:, None], call.key_positions[:, None]
+        return call.rotations.cos_sin_at(of_queries.to(device)), call.rotations.cos_sin_at(of_keys.to(device))
+    cos, sin = call.rotations.cos_sin(call.key.shape[-2], device)
+    index: slice | torch.Tensor
+    if isinstance(call.query_start, int):
+        index = slice(call.query_start, call.query_start + num_queries)
+    else:
+        index = call.query_start + torch.arange(num_queries, device=device)
+    return (cos[:, index], sin[:, index]), (cos, sin)

@@ -7,6 +7,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ...rope import RotaryLayout, RotationTable
+from ..call import AttentionCall
 from ..cpu_limits import why_not_on_cpu
 from ..masks import additive
 from .library import Problem, load
@@ -17,54 +18,31 @@ _SCORES_IN_CACHE = 1 << 16
 _TILE_STEP, _MAX_TILE = 6, 48
 
 
-def native(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    gates: torch.Tensor,
-    *,
-    rotations: RotationTable,
-    query_start: int | torch.Tensor,
-    picked: torch.Tensor | None = None,
-    attend=None,
-    attention_mask: torch.Tensor | None = None,
-    scaling: float | None = None,
-    **kwargs,
-) -> tuple[torch.Tensor, None]:
+def why_not(call: AttentionCall) -> str | None:
+    """See [`Implementation`]."""
+    reason = why_not_on_cpu(call)
+    if reason is not None:
+        return reason
+    if max(call.query.shape[-1], call.value.shape[-1]) > _MAX_HEAD_DIM:
+        return f"it knows head sizes up to {_MAX_HEAD_DIM}"
+    if torch.compiler.is_compiling():
+        return "it cannot be traced by torch.compile"
+    if type(call.query) is not torch.Tensor:
+        return f"it reads the memory of plain tensors, and the queries are a {type(call.query).__name__}"
+    library = load()
+    return library if isinstance(library, str) else None
+
+
+def run(call: AttentionCall) -> tuple[torch.Tensor, None]:
     """See [`mixed_attention`]. Causal, or under a four-dimensional mask; works in float32.
 
     For the backward pass the inputs are kept and nothing else. The pass itself needs `threads · N · T · D` floats for
     the gradients of one key-value head's keys.
     """
-    reason = why_not_native(query, value, attention_mask, **kwargs)
-    if reason is not None:
-        raise ValueError(f"The native implementation cannot be used: {reason}. Choose implementation='auto'.")
-    query_start, length, num_keys = int(query_start), query.shape[-2], key.shape[-2]
-    if not 0 <= query_start <= num_keys - length:
-        raise ValueError(f"{length} queries starting at position {query_start} do not fit {num_keys} keys.")
-    picked = gates != 0 if picked is None else picked
-    mask = None if attention_mask is None else additive(attention_mask, torch.float32)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    tensors = (query.float(), key.float(), value.float(), gates.float())
-    output = _NativeAttention.apply(*tensors, picked, mask, rotations, query_start, scaling)
-    return output.to(query.dtype), None
-
-
-def why_not_native(
-    query: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
-) -> str | None:
-    """The reason why [`native`] cannot compute a call with these arguments, or None."""
-    reason = why_not_on_cpu(query, attention_mask, **kwargs)
-    if reason is not None:
-        return reason
-    if max(query.shape[-1], value.shape[-1]) > _MAX_HEAD_DIM:
-        return f"it knows head sizes up to {_MAX_HEAD_DIM}"
-    if torch.compiler.is_compiling():
-        return "it cannot be traced by torch.compile"
-    if type(query) is not torch.Tensor:
-        return f"it reads the memory of plain tensors, and the queries are a {type(query).__name__}"
-    library = load()
-    return library if isinstance(library, str) else None
+    mask = None if call.attention_mask is None else additive(call.attention_mask, torch.float32)
+    tensors = (call.query.float(), call.key.float(), call.value.float(), call.gates.float())
+    output = _NativeAttention.apply(*tensors, call.picks(), mask, call.rotations, int(call.query_start), call.scaling)
+    return output.to(call.query.dtype), None
 
 
 class _NativeAttention(torch.autograd.Function):

@@ -1,5 +1,5 @@
 """Triton kernels for CUDA. Nothing here imports Triton until the operator runs."""
 
-from .interface import triton_attention, why_not_triton
+from .interface import run, why_not
 
-__all__ = ["triton_attention", "why_not_triton"]
+__all__ = ["run", "why_not"]

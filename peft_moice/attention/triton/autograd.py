@@ -3,7 +3,7 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from ...rope import RotationTable
+from ..call import AttentionCall
 from .backward import gradients
 from .decoding import decode, fits
 from .picks import list_picks
@@ -11,35 +11,25 @@ from .prefill import prefill
 from .problem import Problem
 
 
-def run(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    gates: torch.Tensor,
-    picked: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    rotations: RotationTable,
-    query_start: int | torch.Tensor,
-    scaling: float,
-) -> torch.Tensor:
-    """The operator's output `[B, S, H, Dv]` in the dtype of `query`, whose dtype key and value share."""
-    gates = gates.float().contiguous()
+def attend(call: AttentionCall) -> torch.Tensor:
+    """The operator's output `[B, S, H, Dv]` in the dtype of the query, whose dtype key and value share."""
     # Triton launches on the current device.
-    with torch.cuda.device_of(query):
-        return _run(query, key, value, gates, picked, mask, rotations, query_start, scaling)
+    with torch.cuda.device_of(call.query):
+        return _attend(call, call.gates.float().contiguous())
 
 
-def _run(query, key, value, gates, picked, mask, rotations, query_start, scaling) -> torch.Tensor:
-    with_gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, gates))
-    if not with_gradients:
-        if picked is not None:
-            gates = gates * picked
-        problem = Problem(query, key, value, gates, mask, rotations, query_start, scaling)
-        if fits(problem):
-            return decode(problem)
-        return prefill(problem, list_picks(gates != 0, key.shape[1]), keep=False)[0].to(query.dtype)
-    picked = gates != 0 if picked is None else picked
-    return _MixedAttention.apply(query, key, value, gates, picked, mask, rotations, query_start, scaling)
+def _attend(call: AttentionCall, gates: torch.Tensor) -> torch.Tensor:
+    query, key, value, mask = call.query, call.key, call.value, call.attention_mask
+    options = (call.rotations, call.query_start, call.scaling)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, gates)):
+        output: torch.Tensor = _MixedAttention.apply(query, key, value, gates, call.picks(), mask, *options)
+        return output
+    if call.picked is not None:
+        gates = gates * call.picked
+    problem = Problem(query, key, value, gates, mask, *options)
+    if fits(problem):
+        return decode(problem)
+    return prefill(problem, list_picks(gates != 0, call.key.shape[1]), keep=False)[0].to(call.query.dtype)
 
 
 class _MixedAttention(torch.autograd.Function):
@@ -63,5 +53,5 @@ class _MixedAttention(torch.autograd.Function):
         with torch.cuda.device_of(query):
             grads = gradients(problem, picks, output, row_max, row_sum, grad_output, ctx.needs_input_grad[:4])
         dtypes = (query.dtype, key.dtype, value.dtype, gates.dtype)
-        grads = [None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
-        return (*grads, None, None, None, None, None)
+        cast = (None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True))
+        return (*cast, None, None, None, None, None)

@@ -1,17 +1,40 @@
 """Where queries stand among the keys, in the coordinates of the key-value cache."""
 
+from dataclasses import dataclass
+
 import torch
 from transformers.cache_utils import Cache, EncoderDecoderCache, StaticLayer
+from transformers.generation.continuous_batching import PagedAttentionCache
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where the queries and keys of one pass stand.
+
+    Attributes:
+        query_start: see [`query_start`].
+        query: `[B or 1, S]`, positions of queries that do not stand in the order of the keys, else None.
+        key: `[B or 1, T]`, likewise for keys.
+    """
+
+    query_start: int | torch.Tensor | None = None
+    query: torch.Tensor | None = None
+    key: torch.Tensor | None = None
 
 
 def find_cache(args: tuple, kwargs: dict) -> Cache | None:
-    """The cache among an attention module's arguments, whatever the family calls it."""
+    """The key-value cache among the arguments of a model or an attention module, whatever they call it."""
     for value in (*kwargs.values(), *args):
         if isinstance(value, EncoderDecoderCache):
             return value.self_attention_cache
         if isinstance(value, Cache):
             return value
     return None
+
+
+def paged_cache(args: tuple, kwargs: dict) -> PagedAttentionCache | None:
+    """The cache of continuous batching among the arguments of a module or an attention function."""
+    return next((value for value in (*kwargs.values(), *args) if isinstance(value, PagedAttentionCache)), None)
 
 
 def query_start(layer_idx: int, args: tuple, kwargs: dict) -> int | torch.Tensor | None:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import Cache
 
-from .positions import find_cache
-from .rope import LayerRope
+from .layer_rope import LayerRope
+from .positions import find_cache, paged_cache
 
 _NOTES = "_moice_longrope"
 
@@ -58,7 +58,7 @@ def rope_of_pass(rope: LayerRope, layer_idx: int, args: tuple, kwargs: dict, mix
             "The model does not give `position_ids` to its attention layers, so MoICE cannot tell which factors of "
             "the rope type 'longrope' it uses. Remove the adapter, or choose a rope type with fixed angles."
         )
-    if mixes and kwargs.get("cache") is not None:
+    if mixes and paged_cache(args, kwargs) is not None:
         raise ValueError(
             "With the rope type 'longrope', continuous batching turns the keys of all sequences by the factors that "
             "suit the longest one, and MoICE cannot tell which keys in the cache carry which. Use `generate`."

@@ -1,0 +1,150 @@
+"""`AttentionCall`: one call of the operator, built and checked once for whichever implementation computes it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..rope import RotationTable
+
+Attend = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+"""A model's own attention: maps `(query, key, value, attention_mask, **options)` to output and probabilities."""
+
+
+@dataclass
+class AttentionCall:
+    """What an implementation is asked to compute; see [`mixed_attention`] for the arguments.
+
+    Attributes:
+        query: `[B, H, S, D]`, carrying the model's own rotation.
+        key: `[B, G, T, D]`, likewise; G divides H.
+        value: `[B, G, T, Dv]`.
+        gates: `[B, H, S, N]`.
+        rotations: further rotations of the N experts.
+        query_start: index of the first query among the keys: an int, a scalar tensor, or `[S]` such that query s
+            stands at `query_start[s] + s`.
+        query_positions: `[B or 1, S]`, where tokens do not stand in the order of the keys; else None.
+        key_positions: `[B or 1, T]`; given together with `query_positions`.
+        attend: the model's own attention, `attend(query, key, value, attention_mask, **options)`.
+        attention_mask: mask in the form that `attend` takes, or None for causal attention without padding.
+        picked: `[B, H, S, N]` of booleans, or None for the experts whose gate is not zero.
+        backend: name of the attention implementation behind `attend`.
+        options: further keyword arguments of `attend`.
+
+    Raises:
+        ValueError: shapes that do not belong together, or queries that do not fit the keys.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    gates: torch.Tensor
+    rotations: RotationTable
+    query_start: int | torch.Tensor = 0
+    query_positions: torch.Tensor | None = None
+    key_positions: torch.Tensor | None = None
+    attend: Attend | None = None
+    attention_mask: Any = None
+    picked: torch.Tensor | None = None
+    backend: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        batch, heads, length, head_dim = self.query.shape
+        num_keys, expected = self.key.shape[2], (batch, heads, length, self.rotations.num_experts)
+        if tuple(self.gates.shape) != expected or (self.picked is not None and tuple(self.picked.shape) != expected):
+            raise ValueError(
+                f"gates have shape {tuple(self.gates.shape)} and picks "
+                f"{None if self.picked is None else tuple(self.picked.shape)}, but queries of shape "
+                f"{tuple(self.query.shape)} under {self.rotations.num_experts} base angles need {expected}."
+            )
+        if (
+            self.key.shape[:3] != self.value.shape[:3]
+            or self.key.shape[0] != batch
+            or self.key.shape[3] != head_dim
+            or heads % self.key.shape[1]
+        ):
+            raise ValueError(
+                f"keys of shape {tuple(self.key.shape)} and values of shape {tuple(self.value.shape)} do not belong "
+                f"to queries of shape {tuple(self.query.shape)}: batch, number of keys and head size have to agree, "
+                "and the number of key-value heads has to divide that of query heads."
+            )
+        if (self.query_positions is None) != (self.key_positions is None):
+            raise ValueError("`query_positions` and `key_positions` have to be given together.")
+        if self.query_positions is not None and self.key_positions is not None:
+            for name, positions, size in (
+                ("query", self.query_positions, length),
+                ("key", self.key_positions, num_keys),
+            ):
+                if positions.dim() != 2 or positions.shape[0] not in (1, batch) or positions.shape[1] != size:
+                    raise ValueError(
+                        f"`{name}_positions` have shape {tuple(positions.shape)}, but need ({batch} or 1, {size})."
+                    )
+        elif isinstance(self.query_start, int) and not 0 <= self.query_start <= num_keys - length:
+            raise ValueError(
+                f"{length} queries starting at position {self.query_start} do not fit {num_keys} keys: the cache "
+                "keeps keys in a layout whose positions cannot be told. Use one of transformers' own caches."
+            )
+
+    @property
+    def num_experts(self) -> int:
+        return self.rotations.num_experts
+
+    @property
+    def scaling(self) -> float:
+        """Factor of the scores. Default: `D ** -0.5`."""
+        scaling = self.options.get("scaling")
+        return float(self.query.shape[-1] ** -0.5 if scaling is None else scaling)
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a query sees its own key and those before it, and no mask says what else."""
+        return self.attention_mask is None and self.options.get("is_causal") is not False
+
+    def picks(self) -> torch.Tensor:
+        """`[B, H, S, N]`, true where an expert is computed and its gate gets a gradient."""
+        return self.gates != 0 if self.picked is None else self.picked
+
+    def run_attend(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The model's own attention for rotated `query` and `key`."""
+        assert self.attend is not None
+        output, probs = self.attend(query, key, self.value, self.attention_mask, **self.options)
+        return output, probs
+
+    def why_not_plain(self) -> str | None:
+        """Why an implementation of our own that knows plain attention only cannot compute this, or None.
+
+        Plain: causal or under a four-dimensional mask, positions in the order of the keys, nothing but the scores'
+        scaling between queries, keys and softmax.
+        """
+        options = self.options
+        if options.get("dropout") or any(
+            options.get(name) is not None for name in ("softcap", "s_aux", "position_bias")
+        ):
+            return "it knows no dropout, softcap, attention sinks or position bias"
+        if options.get("output_attentions"):
+            return "it does not give attention probabilities"
+        if self.query_positions is not None:
+            return "it reads positions in the order of the keys, and these tokens stand elsewhere"
+        if isinstance(self.query_start, torch.Tensor) and self.query_start.dim() > 0:
+            return "it reads one position for the first query, and packed sequences have one for each"
+        if self.attention_mask is not None:
+            return self._why_not_mask()
+        window = options.get("sliding_window")
+        if window is not None and self.key.shape[2] > window:
+            return "it reads a sliding window from the mask, and there is none; load the model with 'sdpa' or 'eager'"
+        return None
+
+    def _why_not_mask(self) -> str | None:
+        mask = self.attention_mask
+        if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
+            return "it reads masks of four dimensions only"
+        if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+            return f"it reads boolean and additive masks, not {mask.dtype}"
+        shape = (*self.query.shape[:3], self.key.shape[2])
+        if any(size not in (1, full) for size, full in zip(mask.shape, shape, strict=True)):
+            return f"the mask has shape {tuple(mask.shape)}, which does not broadcast to {shape}"
+        if mask.requires_grad:
+            return "it has no gradient for the mask"
+        return None
