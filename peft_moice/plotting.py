@@ -4,6 +4,7 @@ Every function returns a matplotlib figure that is not registered with pyplot, s
 ImportError where matplotlib is not installed and ValueError where there is nothing to draw or too much to tell apart.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ _MARKERS = "osD^vPX"
 _PANEL = (4.2, 3.6)
 """Width and height of a panel in inches: two of them are readable side by side at the width of a page."""
 
-_POINTS = 400
+_BUCKETS = 240
 
 Curve = tuple[Sequence[float], Sequence[tuple[float, float]]]
 """Values by position, and their intervals."""
@@ -267,10 +268,11 @@ def plot_waveforms(head_dim: int, rope_bases: Sequence[float], context_length: i
     if not 1 <= len(rope_bases) <= len(_COLORS):
         raise ValueError(f"`rope_bases` holds {len(rope_bases)} angles; draw 1 to {len(_COLORS)} in a picture.")
     waveforms = torch.stack([attention_waveform(head_dim, base, context_length) for base in rope_bases])
-    # As many points as can be seen; finer waves would hide each other in solid bands.
-    width = max(1, context_length // _POINTS)
-    smooth = waveforms[:, : context_length // width * width].unflatten(1, (-1, width)).mean(dim=-1).numpy()
-    distances = [(index + 0.5) * width - 0.5 for index in range(smooth.shape[1])]
+    # Means over buckets of equal width on the axis: finer waves would hide each other in solid bands.
+    edges = torch.logspace(0, math.log10(context_length), _BUCKETS + 1).round().long().unique()
+    sizes = edges.diff().tolist()
+    smooth = torch.stack([part.mean(dim=-1) for part in waveforms[:, 1:].split(sizes, dim=-1)], dim=-1).numpy()
+    distances = ((edges[:-1] + edges[1:] - 1) / 2).tolist()
     figure = figure_class(figsize=(9, 6), layout="constrained")
     single, envelope = figure.subplots(2, 1, sharex=True, sharey=True)
     for base, waveform, color in zip(rope_bases, smooth, _COLORS, strict=False):
@@ -282,8 +284,8 @@ def plot_waveforms(head_dim: int, rope_bases: Sequence[float], context_length: i
     single.legend(title="base angle", ncols=2, loc="upper right")
     envelope.legend(loc="upper right")
     envelope.set_xscale("log")
-    envelope.set_xlim(max(1, distances[0]), context_length)
-    envelope.set_xlabel("distance in tokens" + (f", means over {width}" if width > 1 else ""))
+    envelope.set_xlim(1, context_length)
+    envelope.set_xlabel("distance in tokens")
     for axis in (single, envelope):
         axis.set_ylabel("bound on attention")
         axis.grid(alpha=0.3)

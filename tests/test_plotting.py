@@ -71,21 +71,20 @@ def test_waveforms_and_their_envelope():
     figure = plot_waveforms(16, [1e4, 2e4, 3e4], 50)
     single, envelope = figure.axes
     drawn = [torch.as_tensor(line.get_ydata()) for line in single.lines]
-    assert all(
-        torch.equal(line, attention_waveform(16, base, 50)) for line, base in zip(drawn, (1e4, 2e4, 3e4), strict=True)
-    )
+    for line, base in zip(drawn, (1e4, 2e4, 3e4), strict=True):
+        torch.testing.assert_close(line, attention_waveform(16, base, 50)[1:], rtol=0, atol=1e-12)
     assert torch.equal(torch.as_tensor(envelope.lines[1].get_ydata()), torch.stack(drawn).amax(dim=0))
+    assert single.lines[0].get_xdata().tolist() == list(range(1, 50))
 
 
 def test_long_waveforms_are_drawn_as_means():
     """8,192 points in a picture of 900 pixels would be solid bands."""
-    figure = plot_waveforms(16, [1e4, 2e4], 8192)
-    line = figure.axes[0].lines[0]
-    waveform = attention_waveform(16, 1e4, 8192)
-    assert torch.as_tensor(line.get_ydata()[:2]).tolist() == pytest.approx(
-        [waveform[:20].mean().item(), waveform[20:40].mean().item()]
-    )
-    assert line.get_xdata()[:2].tolist() == [9.5, 29.5]
+    line = plot_waveforms(16, [1e4, 2e4], 8192).axes[0].lines[0]
+    distances, values = line.get_xdata(), line.get_ydata()
+    assert len(distances) <= 240
+    start = int(2 * distances[-1]) + 1 - 8192  # the last bucket goes from here to the end
+    assert values[-1] == pytest.approx(attention_waveform(16, 1e4, 8192)[start:].mean().item())
+    assert 8192 - start > 100
 
 
 def test_too_many_waveforms_are_refused():
