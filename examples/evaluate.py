@@ -12,12 +12,7 @@ training whether there is something to repair, and at which lengths.
 documents (lengths in tokens): `needles` (one number), `keys` (a number among those of other keys), `values` (all
 numbers of a key), `variables` (a chain of assignments), by the definitions of RULER. Tasks without documents:
 `key_values` and `facts` (`--items`). With the files of "Lost in the Middle" and L-Eval: `--key_value_file`,
-`--question_file` (`nq-open-oracle.jsonl.gz`), `--exam_files`. RULER itself runs on an adapted model as on any other:
-
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    simple_evaluate(HFLM(pretrained=model, tokenizer=tokenizer), tasks=["niah_single_1", "ruler_vt"],
-                    metadata={"max_seq_lengths": [4096], "pretrained": model_id}, limit=50)
+`--question_file` (`nq-open-oracle.jsonl.gz`), `--exam_files`.
 """
 
 import json

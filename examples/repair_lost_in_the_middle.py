@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from keeping import distance_from_base
 from loading import load_model
 from peft import PeftModel, get_peft_model
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
@@ -213,12 +214,7 @@ class KeepingTrainer(Trainer):
         loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         if self.keep_weight == 0 or not model.training:
             return loss
-        start = random.randrange(len(self.text_ids) - self.keep_tokens)
-        text = self.text_ids[None, start : start + self.keep_tokens].to(loss.device)
-        with torch.no_grad(), model.disable_adapter():
-            base = model(input_ids=text, use_cache=False).logits[0].log_softmax(-1)
-        adapted = model(input_ids=text, use_cache=False).logits[0].log_softmax(-1)
-        distance = torch.nn.functional.kl_div(adapted, base, log_target=True, reduction="batchmean")
+        distance = distance_from_base(model, model, self.text_ids, self.keep_tokens)
         return loss + self.keep_weight * distance
 
 

@@ -23,13 +23,13 @@ How data becomes sequences is in `router_data.py`.
 
 import argparse
 import logging
-import random
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from keeping import distance_from_base
 from loading import read_text
 from peft import get_peft_model
 from router_data import Collator, DataArguments, load_examples
@@ -212,13 +212,8 @@ class RouterTrainer(Trainer):
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.arguments.keep_weight == 0 or not model.training:
             return result
-        length = self.arguments.keep_tokens
-        start = random.randrange(len(self.keep_ids) - length)
-        text = self.keep_ids[None, start : start + length].to(self.args.device)
-        with torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():
-            base = model(input_ids=text, use_cache=False).logits[0].float().log_softmax(-1)
-        adapted = model(input_ids=text, use_cache=False).logits[0].float().log_softmax(-1)
-        distance = torch.nn.functional.kl_div(adapted, base, log_target=True, reduction="batchmean")
+        adapted = self.accelerator.unwrap_model(model)
+        distance = distance_from_base(model, adapted, self.keep_ids, self.arguments.keep_tokens)
         if num_items_in_batch is not None:  # then Trainer adds the losses of micro-batches up as they are
             distance = distance / self.current_gradient_accumulation_steps
         loss = (result[0] if return_outputs else result) + self.arguments.keep_weight * distance

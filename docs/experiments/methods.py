@@ -95,7 +95,7 @@ def mixture(model: nn.Module, options: dict) -> nn.Module:
             static = StaticRouter(layer.num_heads, len(experts))
             router.forward = static.forward
             for name in ("gate_proj", "up_proj", "down_proj"):
-                delattr(router, name)
+                getattr(router, name).requires_grad_(False)
             router.static = static
     return adapted
 
