@@ -20,12 +20,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .attention import intercept
 from .config import RouterSpec
-from .mixture import LayerMixture, Member, MixesAngles
-from .position_checks import watch_positions
-from .probe import LayerProbe
+from .mixture import LayerMixture, Member, MixesAngles, watch_positions
+from .probing import LayerProbe
 from .rope import LayerRope, RotaryLayout
-from .rope.longrope import rope_of_pass
 from .router import MoICERouter
+from .self_check import watch_first_pass
 from .training import register_hooks
 
 MODEL_TYPE = "moice"
@@ -53,8 +52,8 @@ class MoICEAttention(MixesAngles):
         return [Member(str(index), router, spec, spec.weight) for index, (router, spec) in enumerate(routers)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        mixture = LayerMixture(self.members(), rope_of_pass(self.rope, self.layer_idx, args, kwargs))
-        return mixture.run(super().forward, self.layer_idx, args, kwargs, self)
+        mixture = LayerMixture(self.members(), self.rope)
+        return mixture.run(super().forward, getattr(self, "layer_idx", None), args, kwargs, self)
 
     def __reduce__(self):
         # Generated classes cannot be imported by name; their originals can.
@@ -79,6 +78,7 @@ def build_in(attention: nn.Module, rope: LayerRope, num_heads: int, members: lis
 
 def take_out(attention: nn.Module) -> None:
     """Remove built-in routers from an attention module. Its attention function stays intercepted."""
+    attention.rope.release(LayerMixture(attention.members(), attention.rope).rope_bases())
     attention.__class__ = attention.original_class
     for name in ("rope", "num_query_heads", "router_specs", ROUTERS_NAME):
         delattr(attention, name)
@@ -219,6 +219,7 @@ def _model_class(original: type[PreTrainedModel], standalone_config: type[PreTra
             install_described(self, config.moice)
             register_hooks(self)
             watch_positions(self)
+            watch_first_pass(self)
 
         @classmethod
         def is_custom_code(cls) -> bool:

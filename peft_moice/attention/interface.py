@@ -82,12 +82,15 @@ class MixtureCall:
         **options: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compute the mixture in place of `attend`, the model's own attention, which `backend` names."""
-        query_start, implementation = self.positions.query_start, self.implementation
+        implementation = self.implementation
+        query_positions = key_positions = None
         if _is_packed(options):
             query_start = packed_query_start(options["cu_seq_lens_q"], options["cu_seq_lens_k"], query, key)
             implementation = _implementation_for_packed(implementation)
-        elif query_start is None:
-            query_start = key.shape[-2] - query.shape[-2]
+        else:
+            query_start, query_positions, key_positions = self.positions.resolve(
+                query.shape[0], query.shape[-2], key.shape[-2], attention_mask
+            )
         gates, picked = self.gate(query)
         return mixed_attention(
             query,
@@ -96,8 +99,8 @@ class MixtureCall:
             gates,
             rotations=self.rotations,
             query_start=query_start,
-            query_positions=self.positions.query,
-            key_positions=self.positions.key,
+            query_positions=query_positions,
+            key_positions=key_positions,
             attend=attend,
             attention_mask=attention_mask,
             picked=picked,
@@ -197,6 +200,15 @@ def intercept(module: nn.Module) -> None:
     backend = _Backend(module.config, names["ALL_ATTENTION_FUNCTIONS"], names.get("eager_attention_forward"))
     setattr(config, _BACKEND_ATTRIBUTE, backend)
     module.config = config
+
+
+def bypassed(what: str) -> RuntimeError:
+    """The error for a pass that would silently have been the base model's; `what` says where."""
+    return RuntimeError(
+        f"{what}, so the result would silently be the base model's. The code that computes attention was exchanged "
+        f"after the adapter was added, or transformers {transformers.__version__} does it in a way that peft_moice "
+        "does not know: install a version that docs/versions.md names, or use `disable_adapter()`."
+    )
 
 
 def restore(module: nn.Module) -> None:
