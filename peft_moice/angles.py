@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from peft import get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from tqdm.auto import tqdm
 
 from .config import MoICEConfig
-from .layer import MoICELayer
 
 GRID = tuple(1 + step / 20 for step in range(41))
 """Candidates as multiples of the model's own angle, from one to three; the range of the published choices."""
@@ -145,7 +145,7 @@ def own_angles(model: nn.Module) -> list[OwnAngle]:
     """
     probe = get_peft_model(model, MoICEConfig(base_multipliers=[1.0]))
     try:
-        ropes = [layer.rope for layer in probe.modules() if isinstance(layer, MoICELayer)]
+        ropes = [layer.rope for layer in probe.modules() if isinstance(layer, BaseTunerLayer)]
     finally:
         probe.unload()
     angles = [OwnAngle(rope.rope_theta, rope.layout.size, rope.layer_type) for rope in ropes]

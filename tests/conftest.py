@@ -1,7 +1,6 @@
 """Options and fixtures of the test-suite."""
 
 import pytest
-
 from hypothesis import settings
 
 # Property tests draw the same examples in every run, so that a failure can be had again.

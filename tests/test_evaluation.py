@@ -404,6 +404,14 @@ def test_passages_that_answer_are_no_distractors(tmp_path):
         task.draw(random.Random(0), 11, (0.0,))
 
 
+def test_haystacks_have_their_length_even_without_sentences():
+    text, tokenizer = " | ".join(f"cell {index}" for index in range(2000)), byte_tokenizer()
+    (example,) = Needles(text, tokenizer).draw(random.Random(0), 2000, (0.5,))
+    assert 2000 < len(tokenizer(example.prompt)["input_ids"]) < 2800  # with the instruction, up to 40 words more
+    with pytest.raises(ValueError, match="fewer than the haystack's 99999"):
+        Needles(text, tokenizer).draw(random.Random(0), 99_999, (0.5,))
+
+
 def test_variables_form_one_chain_in_order():
     (example,) = Needles(HAYSTACK, byte_tokenizer(), "variables").draw(random.Random(0), 3000, (0.3,))
     (value,) = re.findall(r"assigned the value (\d+)", example.prompt)

@@ -20,6 +20,7 @@ _KEYS = """
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _OTHERS = 3
 _HOPS = 4
+_MAX_WORDS = 40
 
 
 class Needles:
@@ -55,15 +56,16 @@ class Needles:
         self.kind = kind
         self.name = f"needles: {kind}"
         self.scoring: Scoring = "all" if kind in ("values", "variables") else "exact"
-        self.sentences = [" ".join(part.split()) for part in re.split(r"(?<=[.!?])\s+|\n\s*\n", text) if part.strip()]
+        self.sentences = _pieces(text)
         if not self.sentences:
             raise ValueError("The text is empty. Give a text that needles can be hidden in.")
         encoded = tokenizer(self.sentences, add_special_tokens=False, verbose=False)["input_ids"]
         self.tokens = [len(ids) for ids in encoded]
 
     def draw(self, rng: random.Random, length: int, positions: Sequence[float]) -> list[Example]:
-        """See [`Task.draw`]. `length` counts the haystack's tokens, up to the end of a sentence. Latest positions
-        first, because prompts begin alike up to the first needle.
+        """See [`Task.draw`]. `length` counts the haystack's tokens, up to the end of a sentence or line.
+
+        Latest positions come first, because prompts begin alike up to the first needle.
         """
         haystack = self._haystack(rng, length)
         if self.kind == "variables":
@@ -101,6 +103,14 @@ class Needles:
             tokens += self.tokens[index]
             index = (index + 1) % len(self.sentences)
         return chosen
+
+
+def _pieces(text: str) -> list[str]:
+    """Sentences or lines of a text, in pieces of at most `_MAX_WORDS` words (a table may have no sentence)."""
+    parts = (part.split() for part in re.split(r"(?<=[.!?])\s+|\n", text))
+    return [
+        " ".join(words[start : start + _MAX_WORDS]) for words in parts for start in range(0, len(words), _MAX_WORDS)
+    ]
 
 
 def _numbers(rng: random.Random, kind: Kind) -> tuple[list[str], str, str, tuple[str, ...]]:
