@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import get_peft_model
@@ -11,6 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .config import MoICEConfig
+from .rope import LayerRope
 
 GRID = tuple(1 + step / 20 for step in range(41))
 """Candidates as multiples of the model's own angle, from one to three; the range of the published choices."""
@@ -99,10 +101,10 @@ def search_angles(
             for base in pool
             if base not in chosen
         }
-        best = min(distances, key=distances.get)
+        best = min(distances, key=lambda base: distances[base])
         chosen.append(best)
-        peaks = torch.cat((peaks, candidate_extrema[best][0])).unique()
-        troughs = torch.cat((troughs, candidate_extrema[best][1])).unique()
+        peaks = torch.unique(torch.cat((peaks, candidate_extrema[best][0])))
+        troughs = torch.unique(torch.cat((troughs, candidate_extrema[best][1])))
     return chosen
 
 
@@ -145,9 +147,10 @@ def own_angles(model: nn.Module) -> list[OwnAngle]:
     """
     probe = get_peft_model(model, MoICEConfig(base_multipliers=[1.0]))
     try:
-        ropes = [layer.rope for layer in probe.modules() if isinstance(layer, BaseTunerLayer)]
+        layers: list[Any] = [layer for layer in probe.modules() if isinstance(layer, BaseTunerLayer)]
     finally:
         probe.unload()
+    ropes: list[LayerRope] = [layer.rope for layer in layers]
     angles = [OwnAngle(rope.rope_theta, rope.layout.size, rope.layer_type) for rope in ropes]
     return list(dict.fromkeys(angles))
 

@@ -13,6 +13,7 @@ import torch
 from .angles import attention_waveform
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -269,9 +270,9 @@ def plot_waveforms(head_dim: int, rope_bases: Sequence[float], context_length: i
         raise ValueError(f"`rope_bases` holds {len(rope_bases)} angles; draw 1 to {len(_COLORS)} in a picture.")
     waveforms = torch.stack([attention_waveform(head_dim, base, context_length) for base in rope_bases])
     # Means over buckets of equal width on the axis: finer waves would hide each other in solid bands.
-    edges = torch.logspace(0, math.log10(context_length), _BUCKETS + 1).round().long().unique()
+    edges = torch.unique(torch.logspace(0, math.log10(context_length), _BUCKETS + 1).round().long())
     sizes = edges.diff().tolist()
-    smooth = torch.stack([part.mean(dim=-1) for part in waveforms[:, 1:].split(sizes, dim=-1)], dim=-1).numpy()
+    smooth = torch.stack([part.mean(dim=-1) for part in torch.split(waveforms[:, 1:], sizes, dim=-1)], dim=-1).numpy()
     distances = ((edges[:-1] + edges[1:] - 1) / 2).tolist()
     figure = figure_class(figsize=(9, 6), layout="constrained")
     single, envelope = figure.subplots(2, 1, sharex=True, sharey=True)
@@ -302,10 +303,10 @@ def _distinct(names: Iterable[str]) -> list[str]:
 
 def _legend_below(figure: "Figure", axes: "Sequence[Axes]") -> None:
     """One legend for all panels, where it hides no data."""
-    entries: dict[str, object] = {}
+    entries: dict[str, Artist] = {}
     for axis in axes:
         entries |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(4, len(entries)))
+    figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=min(4, len(entries)))
 
 
 def _figure_class() -> type["Figure"]:

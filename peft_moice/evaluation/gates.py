@@ -1,13 +1,14 @@
 """Which experts the routers choose along a text."""
 
+from typing import Any
+
 import torch
-from torch import nn
 
 from ..mixture import MixesAngles
 from .mode import evaluating
 
 
-def gates_along(model: nn.Module, input_ids: torch.Tensor, adapter_name: str = "default") -> dict[str, torch.Tensor]:
+def gates_along(model: Any, input_ids: torch.Tensor, adapter_name: str = "default") -> dict[str, torch.Tensor]:
     """Gates `[H, S, N]` of each adapted layer, by the layer's name, in the order of layers.
 
     Args:
@@ -20,13 +21,13 @@ def gates_along(model: nn.Module, input_ids: torch.Tensor, adapter_name: str = "
     """
     gates: dict[str, torch.Tensor] = {}
 
-    def begin(layer: MixesAngles, args: tuple) -> None:
+    def begin(layer: MixesAngles, args: Any) -> None:
         layer.router_gates = {}
 
     def collect(name: str, layer: MixesAngles) -> None:
-        if adapter_name in layer.router_gates:
-            gates[name] = layer.router_gates[adapter_name][0].float().cpu()
-        layer.router_gates = None
+        noted, layer.router_gates = layer.router_gates, None
+        if noted is not None and adapter_name in noted:
+            gates[name] = noted[adapter_name][0].float().cpu()
 
     handles = []
     for name, layer in model.named_modules():

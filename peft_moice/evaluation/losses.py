@@ -52,7 +52,7 @@ def chunks_of(tokenizer: Any, text: str, length: int, max_chunks: int | None = N
     return chunks
 
 
-def token_losses(model: nn.Module, chunk: torch.Tensor) -> torch.Tensor:
+def token_losses(model: Any, chunk: torch.Tensor) -> torch.Tensor:
     """Losses `[length - 1]` in float32 of the tokens of `chunk` `[length]` but the first."""
     chunk = chunk.to(model.device)
     logits = model(input_ids=chunk[None], use_cache=False).logits[0, :-1].float()
@@ -86,5 +86,5 @@ def losses_by_position(
             total += token_losses(model, chunk).double().cpu()
     edges = [min(2**power, chunk_length) for power in range(1, (chunk_length - 1).bit_length() + 1)]
     sizes = [end - start for start, end in zip([1, *edges], edges, strict=False)]
-    losses = [part.mean().item() / len(chunks) for part in total.split(sizes)]
+    losses = [part.mean().item() / len(chunks) for part in torch.split(total, sizes)]
     return PositionLosses(tuple(edges), tuple(losses), len(chunks))

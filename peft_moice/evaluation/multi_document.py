@@ -39,7 +39,8 @@ class MultiDocument:
         if length > len(self.records):
             raise ValueError(f"`length` is {length}, but the file has {len(self.records)} passages. Lower it.")
         asked = rng.choice(self.records)
-        gold, others = asked["ctxs"][0], []
+        gold = asked["ctxs"][0]
+        others: list[dict[str, str]] = []
         answers = [answer.lower() for answer in asked["answers"]]
         for record in rng.sample(self.records, len(self.records)):
             passage = record["ctxs"][0]

@@ -4,7 +4,6 @@ import inspect
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -19,7 +18,7 @@ class Reader:
         model: a causal language model of transformers.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         self.model = model
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         keywords = inspect.signature(base.forward).parameters
@@ -45,7 +44,8 @@ class Reader:
             input_ids=inputs, use_cache=self._goes_back, logits_to_keep=len(ids) - first + 1, **keywords
         )
         self._ids = list(ids)
-        return output.logits[0, first - len(ids) - 1 :].float()
+        logits: torch.Tensor = output.logits[0, first - len(ids) - 1 :]
+        return logits.float()
 
     def write(self, ids: list[int], max_new_tokens: int, end: set[int]) -> list[int]:
         """Tokens that greedy decoding writes after `ids`, up to one of `end` (left out) or `max_new_tokens`."""

@@ -63,6 +63,11 @@ class Result:
         """The positions that were asked at, ascending; empty if they are not known."""
         return sorted({score.position for score in self.scores if score.position is not None})
 
+    @property
+    def _columns(self) -> list[float | None]:
+        """The positions, or None (all questions) where they are not known."""
+        return [*self.positions] or [None]
+
     def select(self, length: int | None = None, position: float | None = None) -> list[Score]:
         """The questions at a length and a position; None stands for all.
 
@@ -108,9 +113,7 @@ class Result:
 
     def table(self, field: str = "score") -> list[list[float]]:
         """Means by length (rows) and position (columns)."""
-        return [
-            [self.mean(field, length, position) for position in self.positions or [None]] for length in self.lengths
-        ]
+        return [[self.mean(field, length, position) for position in self._columns] for length in self.lengths]
 
     def plot(self, others: Sequence["Result"] = ()) -> "Figure":
         """Draw this result: by position, beside `others` of the same task; or alone over position and length.
@@ -145,7 +148,7 @@ class Result:
                 "tokens": self.mean("tokens", length, position),
             }
             for length in self.lengths
-            for position in self.positions or [None]
+            for position in self._columns
         ]
         return {**asdict(self), "cells": cells}
 
