@@ -504,10 +504,10 @@ class TestEvaluateExample:
         return evaluate_example.Arguments(model=model, **options)
 
     def test_table_scores_and_pictures(self, model, adapter_folder, tmp_path, capsys):
-        args = self.options(model, tmp_path, adapter=adapter_folder, tasks=["needles", "values", "key_values"])
+        args = self.options(model, tmp_path, adapter=adapter_folder, tasks=["needles", "key_values"])
         evaluate_example.main(args)
         printed = capsys.readouterr().out
-        for title in ("needles: single", "needles: values", "key-value retrieval", "120 tokens", "3 pairs"):
+        for title in ("needles: single", "key-value retrieval", "120 tokens", "3 pairs"):
             assert title in printed
         assert printed.count("perplexity of your documents") == 2
         for name in ("needles__single_0", "needles__single_1", "needles__single", "key_value_retrieval", "losses"):
