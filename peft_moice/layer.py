@@ -6,12 +6,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
-from .attention import intercept, restore
+from .attention import intercept, own_config, restore
+from .built_in import build_in, take_out
 from .config import MoICEConfig, RouterSpec
 from .mixture import LayerMixture, Member, MixesAngles
 from .rope import LayerRope
 from .router import MoICERouter
-from .standalone import build_in, take_out
 
 BASE_MODEL_NAME = "__base__"
 """Name under which rows of a mixed batch ask for the base model, as in PEFT's LoRA."""
@@ -21,7 +21,8 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
     """Wraps an attention module so that it mixes several rotary base angles.
 
     Args:
-        base_layer: the model's attention module. Its `config` is exchanged for a copy until the layer is unloaded.
+        base_layer: the model's attention module. Its `config` is exchanged for a stand-in until the layer is unloaded.
+            What is read from the wrapper and assigned to it, other than its own attributes, goes to this module.
         rope: its rotary embedding.
         num_heads: H, its number of query heads.
         head_dim: D, the size of its query vectors.
@@ -36,7 +37,6 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module, rope: LayerRope, num_heads: int, head_dim: int):
         super().__init__()
-        self.base_layer = base_layer
         self.rope = rope
         self.num_heads = num_heads
         self.head_dim = head_dim
@@ -47,7 +47,19 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter = []
         self.merged_adapters = []
+        # Comes last: from here on, assignments to what the attention module has go to the attention module.
+        self.base_layer = base_layer
         intercept(base_layer)
+
+    @property
+    def config(self) -> Any:
+        """The model's own config, as it is without the wrapper."""
+        return own_config(self.base_layer)
+
+    @config.setter
+    def config(self, config: Any) -> None:
+        self.base_layer.config = config
+        intercept(self.base_layer)
 
     def update_layer(self, adapter_name: str, config: MoICEConfig) -> None:
         """Add the routers of `adapter_name`, or replace them."""
@@ -180,12 +192,13 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
         self, base_layer: nn.Module
     ) -> tuple[torch.device | None, torch.dtype | None]:
         # An attention module has no weight of its own; PEFT's version would leave the routers where they were made.
-        device = getattr(getattr(base_layer, "_hf_hook", None), "execution_device", None)
         parameters = list(base_layer.parameters())
         weight = next((p for p in parameters if p.is_floating_point()), None)
-        if device is None and parameters:
-            device = parameters[0].device
-        return (None if device is None else torch.device(device)), (None if weight is None else weight.dtype)
+        # Offloaded weights lie elsewhere, or nowhere, until a hook of accelerate's brings them.
+        hooks = [getattr(module, "_hf_hook", None) for module in base_layer.modules()]
+        devices = [device for hook in hooks if (device := getattr(hook, "execution_device", None)) is not None]
+        devices += [parameter.device for parameter in parameters]
+        return (torch.device(devices[0]) if devices else None), (None if weight is None else weight.dtype)
 
     def __getattr__(self, name: str) -> Any:
         # Decoder layers read attributes of their attention module.
@@ -195,6 +208,26 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
             if name.startswith("_") or name == "base_layer":
                 raise
             return getattr(super().__getattr__("base_layer"), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._is_of_base_layer(name):
+            setattr(self.base_layer, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if self._is_of_base_layer(name):
+            delattr(self.base_layer, name)
+        else:
+            super().__delattr__(name)
+
+    def _is_of_base_layer(self, name: str) -> bool:
+        """Whether an attribute is the attention module's and not the wrapper's, as for reading it."""
+        own = (vars(self), self._modules, self._parameters, self._buffers)
+        if name.startswith("_") or hasattr(type(self), name) or any(name in names for names in own):
+            return False
+        base_layer = self._modules.get("base_layer")
+        return base_layer is not None and hasattr(base_layer, name)
 
     def __repr__(self) -> str:
         return "moice." + super().__repr__()

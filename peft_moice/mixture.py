@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .attention import MixtureCall, bypassed
+from .attention import MixtureCall
 from .config import RouterSpec
 from .rope import LayerRope, RotationTable
 from .rope.longrope import rope_of_pass
@@ -112,7 +112,7 @@ class LayerMixture:
         Without members it computes what it always does; the pass is noted on its cache all the same.
 
         Args:
-            attention: the module, or its forward; its attention function has to be intercepted.
+            attention: the module; its attention function has to be intercepted.
             layer_idx: the layer's index in the cache.
             args: positional arguments of the call.
             kwargs: keyword arguments of the call.
@@ -121,29 +121,33 @@ class LayerMixture:
         Raises:
             RuntimeError: the module computed attention without the mixture.
         """
+        call = self.call_of_pass(layer_idx, args, kwargs, layer)
+        if call is None:
+            return attention(*args, **kwargs)
+        output = attention(*args, **call.as_keyword(), **kwargs)
+        call.check_was_asked(layer_idx)
+        return output
+
+    def call_of_pass(
+        self, layer_idx: int | None, args: tuple, kwargs: dict[str, Any], layer: "MixesAngles | None" = None
+    ) -> MixtureCall | None:
+        """What makes an attention module compute this mixture, or None without members; arguments as for [`run`]."""
         mixes = bool(self.members)
         positions = positions_of_pass(layer_idx, args, kwargs, mixes)
         rope = rope_of_pass(self.rope, positions, mixes)
         if not mixes:
-            return attention(*args, **kwargs)
+            return None
         rope_bases = self.rope_bases()
         rotations: RotationTable = rope.table(rope_bases)
-        was_asked = False
 
         def gate(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-            nonlocal was_asked
-            was_asked = True
             gates = self.gates(query, rope_bases, layer)
             # An identity scale of zero closes gates that have a gradient all the same.
             closed_gates_learn = any(member.router.identity_scale is not None for member in self.members)
             picked = torch.ones_like(gates, dtype=torch.bool) if closed_gates_learn and gates.requires_grad else None
             return gates, picked
 
-        call = MixtureCall(gate, rotations, positions, self.implementation())
-        output = attention(*args, **call.as_keyword(), **kwargs)
-        if not was_asked:
-            raise bypassed(f"The attention module of layer {layer_idx} did not ask for its mixture")
-        return output
+        return MixtureCall(gate, rotations, positions, self.implementation())
 
 
 class MixesAngles(nn.Module):

@@ -92,10 +92,19 @@ class MoICERouter(nn.Module):
         return hidden @ self.down_proj.mT
 
     def gates(self, logits: torch.Tensor, top_k: int) -> torch.Tensor:
-        """Gates `[B, H, S, N]` in float32 from `logits` `[B, H, S, N]`, with the identity scale applied."""
+        """Gates `[B, H, S, N]` in float32 from `logits` `[B, H, S, N]`, with the identity scale applied.
+
+        Raises:
+            ValueError: the identity scale is offloaded.
+        """
         gates = select_experts(logits, top_k)
         if self.identity_scale is None:
             return gates
+        if self.identity_scale.is_meta and not gates.is_meta:
+            raise ValueError(
+                "The weights of a router are offloaded, and accelerate brings them back for its `forward` alone, "
+                "without the identity scale. Offload the base model first, and add or load the adapter afterwards."
+            )
         scale = self.identity_scale.float()[:, None, None]
         own_angle = gates.new_zeros(gates.shape[-1])
         own_angle[0] = 1.0

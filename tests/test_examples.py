@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_moice import MoICEConfig
 from peft_moice.angles import search_angles
+from peft_moice.built_in import BuiltInRouters
 from peft_moice.config import RELEASED_MULTIPLIERS
 from peft_moice.evaluation import Result
 from peft_moice.pretraining import add_routers
-from peft_moice.standalone import MoICEAttention
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -425,7 +425,7 @@ def test_from_scratch_compares_like_with_like(tmp_path):
     mean = sum(runs["with", s]["loss_within_length"] - runs["without", s]["loss_within_length"] for s in (0, 1)) / 2
     assert results["difference"]["within_length"][0] == pytest.approx(mean, abs=1e-6)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "with_routers")
-    routers = [module.moice_routers for module in loaded.modules() if isinstance(module, MoICEAttention)]
+    routers = [module for module in loaded.modules() if isinstance(module, BuiltInRouters)]
     assert len(routers) == 2
     assert loaded.config.moice["routers"][0]["router_aux_loss_coef"] == 0.01
 
