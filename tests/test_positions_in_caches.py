@@ -148,6 +148,22 @@ def test_a_cache_that_was_cropped_forgets_the_jump(family):
     logits(mixture(family, implementation="reference"))
 
 
+@torch.no_grad()
+def test_one_buffer_for_the_positions_of_all_passes():
+    """Drafts of two tokens that are taken back, with positions written in place."""
+
+    def logits(model) -> torch.Tensor:
+        cache, buffer, found = dynamic_cache(model), torch.empty(1, 2, dtype=torch.long), []
+        fill(model, cache, [span(*range(5))])
+        for seed, places in ((1, [9, 10]), (2, [30, 31]), (3, [5, 6])):
+            buffer.copy_(torch.tensor([places]))
+            found.append(run(model, cache, tokens(length=2, seed=seed), buffer))
+            cache.crop(-2)
+        return torch.cat(found, dim=1)
+
+    assert_close(logits(one_angle("gemma3_text")), logits(rotated("gemma3_text")))
+
+
 class TestPaddedRows:
     @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
     @pytest.mark.parametrize("parts", [(6, 6), (2, 2, 8), (1,) * 12, (4, 1, 1, 4, 2)])

@@ -39,6 +39,7 @@ class CacheNote:
         self._rows_are_known = True
         self._token: object = None
         self._ids: torch.Tensor | None = None
+        self._version: int | None = None
         self._first_of_pass = True
         self._past = 0
 
@@ -69,13 +70,14 @@ class CacheNote:
 
     def num_past(self, cache: Cache, layer_idx: int, num_queries: int, told: ToldPositions | None) -> int:
         """Number of keys in `cache` before this pass."""
-        if told is not None and (self._is_noted(told) or (layer_idx >= len(cache.layers) and self._ids is told.ids)):
+        if told is not None and (
+            self._is_noted(told) or (layer_idx >= len(cache.layers) and self._has_same_ids(told))
+        ):
             # Some layers borrow the keys of others, or come more than once in a pass.
             return self._past
         past = cache.get_seq_length(layer_idx)
         if isinstance(past, torch.Tensor) and past.device.type != "cpu" and num_queries == 1 and self.num_keys:
-            same_pass = told is not None and self._ids is told.ids
-            return self._past if same_pass else self.num_keys
+            return self._past if told is not None and self._has_same_ids(told) else self.num_keys
         return int(past)
 
     def add(self, ids: torch.Tensor, past: int, batch: int, told: ToldPositions) -> None:
@@ -89,13 +91,13 @@ class CacheNote:
         """
         end = past + ids.shape[-1]
         # A model with several rotary embeddings gives the same tensor to all of them.
-        if self._is_noted(told) or (self._ids is told.ids and end == self.num_keys):
+        if self._is_noted(told) or (self._has_same_ids(told) and end == self.num_keys):
             return
         self._begin_at(past, batch)
         in_order = self.in_order
         self._write(ids, past)
-        self._token, self._ids, self._past, self.num_keys = told.token, told.ids, past, end
-        self._first_of_pass = True
+        self._token, self._past, self.num_keys, self._first_of_pass = told.token, past, end, True
+        self._ids, self._version = told.ids, _version(told.ids)
         self.continues = in_order is True and past > 0 and self._goes_on(ids)
         if not self.continues and in_order is not False:
             self.in_order = None
@@ -163,6 +165,9 @@ class CacheNote:
     def _is_noted(self, told: ToldPositions) -> bool:
         return told.token is not None and self._token is told.token
 
+    def _has_same_ids(self, told: ToldPositions) -> bool:
+        return self._ids is told.ids and self._version == _version(told.ids)
+
     def _begin_at(self, past: int, batch: int) -> None:
         """Make the note one of `past` keys of `batch` rows."""
         if past == 0:
@@ -226,3 +231,8 @@ class CacheNote:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_token": None, "_ids": None}
+
+
+def _version(ids: torch.Tensor) -> int | None:
+    """Changes where a tensor is written in place, as by loops that keep one buffer for positions."""
+    return None if ids.is_inference() else ids._version
