@@ -36,7 +36,6 @@ class CacheNote:
         self._num_looked_at = 0  # leading keys whose positions are known to count up, where `in_order` holds
         self._num_untold = 0  # leading keys that nobody told about
         self._num_blank = 0  # leading keys without an entry in the positions
-        self._rows_are_known = True
         self._token: object = None
         self._ids: torch.Tensor | None = None
         self._version: int | None = None
@@ -131,7 +130,7 @@ class CacheNote:
     def positions_of_keys(self, offset: int, num_keys: int, mask: Any) -> torch.Tensor:
         """Positions `[rows, T]` of the keys from `offset` on. Unused places behind them count up.
 
-        Keys that nobody told about are numbered from 0, without those that `mask` hides.
+        Keys that nobody told about are numbered from 0, without those that `mask` hides, as `generate` does.
         """
         assert self._positions is not None
         end = offset + num_keys
@@ -142,7 +141,10 @@ class CacheNote:
         blank = self._num_blank - offset
         if blank > 0:
             counted = torch.arange(offset, self._num_blank, device=positions.device)[None]
-            if isinstance(mask, torch.Tensor) and mask.shape[-1] == num_keys and offset == 0:
+            if offset > 0:
+                # No mask goes back to the beginning, so these are taken to lead up to those that were told.
+                counted = positions[:, blank : blank + 1] + counted - self._num_blank
+            elif isinstance(mask, torch.Tensor) and mask.shape[-1] == num_keys:
                 real = mask.bool() if mask.dim() == 2 else visible_keys(mask).any(dim=-2)
                 counted = real[:, :blank].to(positions.device).long().cumsum(dim=-1) - 1
             rows = max(counted.shape[0], positions.shape[0])
@@ -152,7 +154,7 @@ class CacheNote:
 
     def is_guess(self, ids: torch.Tensor) -> bool:
         """Whether the keys before the pass at `ids` may stand elsewhere than noted."""
-        if self._num_untold > 0 or not self._rows_are_known:
+        if self._num_untold > 0:
             return True
         last = self._last(self._past)
         if last is None or not can_look(ids) or last.shape[0] == 1 or bool((last == last[0]).all()):
@@ -171,7 +173,7 @@ class CacheNote:
     def _begin_at(self, past: int, batch: int) -> None:
         """Make the note one of `past` keys of `batch` rows."""
         if past == 0:
-            self._positions, self.in_order, self._rows_are_known = None, True, True
+            self._positions, self.in_order = None, True
         elif past > self.num_keys:
             # Keys came that nobody told about, in compiled passes for one, which count up.
             last = self._last(self.num_keys)
@@ -195,8 +197,10 @@ class CacheNote:
         elif batch % rows == 0:
             self._positions = self._positions.repeat_interleave(batch // rows, dim=0)
         else:
-            self._positions = self._positions[:1].expand(batch, -1).clone()
-            self._rows_are_known = False
+            # Rows were selected, and nobody told which.
+            self._positions = None
+            self._num_untold = self._num_blank = self.num_keys
+            self.in_order = None
 
     def _last(self, past: int) -> torch.Tensor | None:
         """Positions `[rows, 1]` of the last of `past` keys."""
