@@ -204,6 +204,14 @@ def own_config(module: nn.Module) -> object:
     return getattr(config, _BACKEND_ATTRIBUTE).config if isinstance(config, _InterceptedConfig) else config
 
 
+def exchange_config(module: nn.Module, config: object) -> None:
+    """Give a module another config of its own, whether it is intercepted or not."""
+    if isinstance(module.config, _InterceptedConfig):
+        getattr(module.config, _BACKEND_ATTRIBUTE).config = config
+    else:
+        module.config = config
+
+
 def restore(module: nn.Module) -> None:
     """Give the module its own config object back."""
     module.config = own_config(module)
