@@ -88,6 +88,8 @@ class MoICEModel(BaseTuner):
         for parent, child_name, layer in self._kept_out:
             setattr(parent, child_name, layer)
         del self._kept_out
+        register_hooks(model)
+        watch_positions(model)
 
     def _check_new_adapter_config(self, config: MoICEConfig) -> None:
         super()._check_new_adapter_config(config)
@@ -222,10 +224,6 @@ class MoICEModel(BaseTuner):
         for layer, (parent, child_name) in layer_places(model).items():
             setattr(parent, child_name, layer.base_layer)
             self._kept_out.append((parent, child_name, layer))
-
-    def _post_injection_hook(self, model: nn.Module, config: MoICEConfig, adapter_name: str) -> None:
-        register_hooks(model)
-        watch_positions(model)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -5,6 +5,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from tiny_models import decide, layers_of, load, logits_of, save_tiny_model, token_ids, wide_config
 from transformers import AutoModelForCausalLM
+from versions import needs_transformers
 
 from peft_moice import MoICELayer
 
@@ -36,12 +37,19 @@ def test_modules_inside_of_attention(qwen3, tmp_path):
     for loaded in (
         PeftModel.from_pretrained(load(qwen3), tmp_path),
         PeftModel.from_pretrained(load(qwen3), tmp_path, low_cpu_mem_usage=True),
-        AutoModelForCausalLM.from_pretrained(tmp_path),
     ):
         assert torch.equal(logits_of(loaded), expected)
     merged = model.merge_and_unload()
     torch.testing.assert_close(logits_of(merged), expected, rtol=0, atol=1e-6)
     assert not any("original_module" in name for name, _ in merged.named_parameters())
+
+
+@needs_transformers("5.18", "loses `modules_to_save` in its own loader of adapters")
+def test_transformers_loads_modules_inside_of_attention(qwen3, tmp_path):
+    model = get_peft_model(load(qwen3), wide_config(modules_to_save=["norm"]))
+    train(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path)), logits_of(model))
 
 
 def test_modules_inside_of_attention_come_back_when_unloading(qwen3):
