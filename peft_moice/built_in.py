@@ -6,11 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .attention import intercept
+from .attention import MixtureCall, intercept
 from .config import RouterSpec
 from .mixture import LayerMixture, Member, MixesAngles
 from .rope import LayerRope
-from .rope.longrope import rope_of_pass
 from .router import MoICERouter
 
 ROUTERS_NAME = "moice_routers"
@@ -45,16 +44,25 @@ class BuiltInRouters(MixesAngles, nn.ModuleList):
         """Make `attention` apply the routers. Undone by [`remove`][BuiltInRouters.remove]."""
         intercept(attention)
         setattr(attention, ROUTERS_NAME, self)
-        self._handle = attention.register_forward_pre_hook(self._add_mixture, with_kwargs=True)
+        self._handles = (
+            attention.register_forward_pre_hook(self._add_mixture, with_kwargs=True),
+            attention.register_forward_hook(_check_mixture, with_kwargs=True),
+        )
 
     def remove(self, attention: nn.Module) -> None:
         """Undo [`install`], but leave the attention function intercepted."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         delattr(attention, ROUTERS_NAME)
 
     def _add_mixture(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        mixture = LayerMixture(self.members(), rope_of_pass(self.rope, attention.layer_idx, args, kwargs))
-        return args, {**kwargs, **mixture.keyword(attention.layer_idx, args, kwargs, self)}
+        layer_idx = getattr(attention, "layer_idx", None)
+        call = LayerMixture(self.members(), self.rope).call_of_pass(layer_idx, args, kwargs, self)
+        return args, kwargs if call is None else {**kwargs, **call.as_keyword()}
+
+
+def _check_mixture(attention: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    MixtureCall.among(kwargs).check_was_asked(getattr(attention, "layer_idx", None))
 
 
 def build_in(attention: nn.Module, rope: LayerRope, num_heads: int, members: list[Member]) -> None:

@@ -11,7 +11,6 @@ from .built_in import build_in, take_out
 from .config import MoICEConfig, RouterSpec
 from .mixture import LayerMixture, Member, MixesAngles
 from .rope import LayerRope
-from .rope.longrope import rope_of_pass
 from .router import MoICERouter
 
 BASE_MODEL_NAME = "__base__"
@@ -66,13 +65,25 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
         """Add the routers of `adapter_name`, or replace them."""
         specs = config.router_specs()
         routers = [MoICERouter.from_spec(spec, self.rope.layer_type, self.num_heads, self.head_dim) for spec in specs]
+        self._release_rotations(adapter_name)
         self.router_specs[adapter_name] = specs
-        for spec in specs:
-            self.rope.prepare(spec.bases_of(self.rope.layer_type))
         self.moice_router[adapter_name] = nn.ModuleList(routers) if config.members is not None else routers[0]
+        self.rope.prepare(self._rope_bases_of(adapter_name))
         self.reset_moice_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """See PEFT. Tables of rotations that no other adapter uses are freed."""
+        self._release_rotations(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def _release_rotations(self, adapter_name: str) -> None:
+        if adapter_name in self.moice_router:
+            self.rope.release(self._rope_bases_of(adapter_name))
+
+    def _rope_bases_of(self, adapter_name: str) -> tuple[float, ...]:
+        return LayerMixture(self._members_of([adapter_name]), self.rope).rope_bases()
 
     def reset_moice_parameters(self, adapter_name: str, init_weights: bool | str = True) -> None:
         """Draw the routers' weights anew, see [`MoICERouter.reset_parameters`]."""
@@ -103,13 +114,10 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
             mixture = self._mixture_of_rows(adapter_names)
         else:
             mixture = LayerMixture(self.members(), self.rope)
-        # Routers built into the attention module look at the pass themselves.
-        if not self.merged:
-            mixes = bool(mixture.members)
-            mixture.rope = rope_of_pass(self.rope, self.base_layer.layer_idx, args, kwargs, mixes)
-        if not mixture.members:
+        if self.merged:
+            # Routers built into the attention module look at the pass themselves.
             return self.base_layer(*args, **kwargs)
-        return mixture.run(self.base_layer, self.base_layer.layer_idx, args, kwargs, self)
+        return mixture.run(self.base_layer, getattr(self.base_layer, "layer_idx", None), args, kwargs, self)
 
     def _members_of(self, adapter_names: list[str]) -> list[Member]:
         """The routers of those adapters that this layer has, in equal shares per adapter."""

@@ -10,7 +10,9 @@ from torch import nn
 from .attention import MixtureCall
 from .config import RouterSpec
 from .rope import LayerRope, RotationTable
-from .rope.positions import Positions, query_start
+from .rope.longrope import rope_of_pass
+from .rope.positions import positions_of_pass
+from .rope.rotary_hooks import attach_rotary_hooks
 from .router import MoICERouter
 
 
@@ -47,11 +49,17 @@ class LayerMixture:
     own_weight: float | torch.Tensor = 0.0
 
     def rope_bases(self) -> tuple[float, ...]:
-        """The distinct angles `[N]` of all members."""
-        bases = [base for member in self.members for base in member.spec.bases_of(self.rope.layer_type)]
-        if isinstance(self.own_weight, torch.Tensor) or self.own_weight:
-            bases.insert(0, self.rope.rope_theta)
-        return tuple(dict.fromkeys(bases))
+        """The distinct base angles `[N]`: in the order of a single member, else the smallest first.
+
+        So combinations of the same adapters in another order have the same tables of rotations.
+        """
+        of_members = [tuple(member.spec.bases_of(self.rope.layer_type)) for member in self.members]
+        has_own = isinstance(self.own_weight, torch.Tensor) or bool(self.own_weight)
+        if len(of_members) == 1 and not has_own:
+            return tuple(dict.fromkeys(of_members[0]))
+        return tuple(
+            sorted({*((self.rope.rope_theta,) if has_own else ()), *(b for bases in of_members for b in bases)})
+        )
 
     def gates(
         self, query: torch.Tensor, rope_bases: tuple[float, ...], layer: "MixesAngles | None" = None
@@ -94,12 +102,14 @@ class LayerMixture:
     def run(
         self,
         attention: Callable,
-        layer_idx: int,
+        layer_idx: int | None,
         args: tuple,
         kwargs: dict[str, Any],
         layer: "MixesAngles | None" = None,
     ) -> Any:
         """Call an attention module so that its attention function computes this mixture.
+
+        Without members it computes what it always does; the pass is noted on its cache all the same.
 
         Args:
             attention: the module; its attention function has to be intercepted.
@@ -107,15 +117,28 @@ class LayerMixture:
             args: positional arguments of the call.
             kwargs: keyword arguments of the call.
             layer: is told the router logits and gates of this pass.
-        """
-        return attention(*args, **self.keyword(layer_idx, args, kwargs, layer), **kwargs)
 
-    def keyword(
-        self, layer_idx: int, args: tuple, kwargs: dict[str, Any], layer: "MixesAngles | None" = None
-    ) -> dict[str, MixtureCall]:
-        """The keyword argument that makes an attention module compute this mixture; arguments as for [`run`]."""
+        Raises:
+            RuntimeError: the module computed attention without the mixture.
+        """
+        call = self.call_of_pass(layer_idx, args, kwargs, layer)
+        if call is None:
+            return attention(*args, **kwargs)
+        output = attention(*args, **call.as_keyword(), **kwargs)
+        call.check_was_asked(layer_idx)
+        return output
+
+    def call_of_pass(
+        self, layer_idx: int | None, args: tuple, kwargs: dict[str, Any], layer: "MixesAngles | None" = None
+    ) -> MixtureCall | None:
+        """What makes an attention module compute this mixture, or None without members; arguments as for [`run`]."""
+        mixes = bool(self.members)
+        positions = positions_of_pass(layer_idx, args, kwargs, mixes)
+        rope = rope_of_pass(self.rope, positions, mixes)
+        if not mixes:
+            return None
         rope_bases = self.rope_bases()
-        rotations: RotationTable = self.rope.table(rope_bases)
+        rotations: RotationTable = rope.table(rope_bases)
 
         def gate(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
             gates = self.gates(query, rope_bases, layer)
@@ -124,8 +147,7 @@ class LayerMixture:
             picked = torch.ones_like(gates, dtype=torch.bool) if closed_gates_learn and gates.requires_grad else None
             return gates, picked
 
-        positions = Positions(query_start(layer_idx, args, kwargs))
-        return MixtureCall(gate, rotations, positions, self.implementation()).as_keyword()
+        return MixtureCall(gate, rotations, positions, self.implementation())
 
 
 class MixesAngles(nn.Module):
@@ -136,11 +158,13 @@ class MixesAngles(nn.Module):
         router_gates: likewise for their gates, without gradient.
         late_gradients: gradients of the balance loss that wait for reentrant checkpointing to run the layer again,
             by router, oldest first; None where none are due.
+        was_called: whether a pass has called the module; noted until [`watch_first_pass`] has seen all of them.
     """
 
     router_logits: dict[str, torch.Tensor] | None = None
     router_gates: dict[str, torch.Tensor] | None = None
     late_gradients: dict[str, list[torch.Tensor]] | None = None
+    was_called: bool = False
 
     def members(self) -> list[Member]:
         """The routers that take part in a forward pass."""
@@ -167,6 +191,17 @@ class _AddGradient(torch.autograd.Function):
     def backward(ctx, grad_output: torch.Tensor):
         (gradient,) = ctx.saved_tensors
         return grad_output + gradient.to(grad_output.dtype), None
+
+
+def mixes_angles(model: nn.Module) -> bool:
+    """Whether some layer of `model` mixes angles in its next pass."""
+    return any(isinstance(module, MixesAngles) and module.members() for module in model.modules())
+
+
+def watch_positions(model: nn.Module) -> None:
+    """Let the layers of `model` that mix angles learn what its rotary embeddings are given. May be called again."""
+    ropes = [module.rope for module in model.modules() if isinstance(module, MixesAngles)]
+    attach_rotary_hooks(model, ropes, mixes_angles)
 
 
 def _weighted(gates: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:

@@ -21,10 +21,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from .attention import exchange_config, own_config
 from .built_in import ROUTERS_NAME, BuiltInRouters
 from .config import RouterSpec
-from .position_checks import watch_positions
-from .probe import LayerProbe
+from .mixture import watch_positions
+from .probing import LayerProbe
 from .rope import LayerRope, RotaryLayout
 from .router import MoICERouter
+from .self_check import watch_first_pass
 from .training import register_hooks, remove_hooks
 
 MODEL_TYPE = "moice"
@@ -167,6 +168,7 @@ def _model_class(original: type[PreTrainedModel], standalone_config: type[PreTra
                 remove_hooks(module)
             register_hooks(self)
             watch_positions(self)
+            watch_first_pass(self)
 
         @classmethod
         def is_custom_code(cls) -> bool:

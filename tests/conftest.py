@@ -1,4 +1,6 @@
-"""Options of the test-suite."""
+"""Options and fixtures of the test-suite."""
+
+import pytest
 
 
 def pytest_addoption(parser):
@@ -7,3 +9,12 @@ def pytest_addoption(parser):
         action="store_true",
         help="check every feature on every family that transformers knows, for docs/make_support_matrix.py",
     )
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Positions of single tokens are not looked at, as on a device that Python would have to wait for."""
+    from peft_moice.rope import cache_note, positions, told
+
+    for module in (told, cache_note, positions):
+        monkeypatch.setattr(module, "can_look", lambda ids: ids.shape[-1] > 1)

@@ -281,9 +281,7 @@ class TestRefusals:
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         tensors, options = problem()
         tensors = [tensor.cpu() for tensor in tensors]
-        with pytest.raises(
-            ValueError, match=r"it is for CUDA, and the queries are on 'cpu'.*implementation='auto'"
-        ):
+        with pytest.raises(ValueError, match=r"it is for CUDA, and the queries are on 'cpu'.*implementation='auto'"):
             outputs(tensors, options)
 
     @pytest.mark.skipif(INTERPRETED, reason="needs Triton without its interpreter")

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import AttentionInterface
 
 from ..rope import RotationTable
-from ..rope.positions import Positions, packed_query_start
+from ..rope.positions import Positions, packed_query_start, paged_cache
 from .operator import mixed_attention
 
 ATTENTION_NAME = "moice"
@@ -79,16 +80,29 @@ class MixtureCall:
         rotations: further rotations of the N experts.
         positions: where queries and keys stand.
         implementation: name of the operator's implementation.
+        was_asked: whether the attention function has asked for the mixture.
     """
 
     gate: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
     rotations: RotationTable
     positions: Positions
     implementation: str = "auto"
+    was_asked: bool = False
 
     def as_keyword(self) -> dict[str, "MixtureCall"]:
         """The keyword argument under which an attention module passes the mixture on."""
         return {_KEYWORD: self}
+
+    @staticmethod
+    def among(kwargs: dict[str, Any]) -> "MixtureCall":
+        """The call among the keyword arguments of an attention module."""
+        call: MixtureCall = kwargs[_KEYWORD]
+        return call
+
+    def check_was_asked(self, layer_idx: int | None) -> None:
+        """Raise a RuntimeError unless the attention function has asked for the mixture."""
+        if not self.was_asked:
+            raise bypassed(f"The attention module of layer {layer_idx} did not ask for its mixture")
 
     def attend(
         self,
@@ -101,12 +115,16 @@ class MixtureCall:
         **options: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compute the mixture in place of `attend`, the model's own attention, which `backend` names."""
-        query_start, implementation = self.positions.query_start, self.implementation
-        if isinstance(options.get("cache"), _WrittenCache):
+        self.was_asked = True
+        implementation = self.implementation
+        query_positions = key_positions = None
+        if _is_packed(options):
             query_start = packed_query_start(options["cu_seq_lens_q"], options["cu_seq_lens_k"], query, key)
             implementation = _implementation_for_packed(implementation)
-        elif query_start is None:
-            query_start = key.shape[-2] - query.shape[-2]
+        else:
+            query_start, query_positions, key_positions = self.positions.resolve(
+                query.shape[0], query.shape[-2], key.shape[-2], attention_mask
+            )
         gates, picked = self.gate(query)
         return mixed_attention(
             query,
@@ -115,8 +133,8 @@ class MixtureCall:
             gates,
             rotations=self.rotations,
             query_start=query_start,
-            query_positions=self.positions.query,
-            key_positions=self.positions.key,
+            query_positions=query_positions,
+            key_positions=key_positions,
             attend=attend,
             attention_mask=attention_mask,
             picked=picked,
@@ -143,7 +161,7 @@ def moice_attention_forward(module: nn.Module, query, key, value, attention_mask
     if kwargs.get("is_causal") is None and not getattr(module, "is_causal", True):
         # Attention functions read it from the module, the operator's implementations from the arguments.
         kwargs["is_causal"] = False
-    if kwargs.get("cache") is not None:
+    if _is_packed(kwargs):
         key, value = _write_once(module, key, value, kwargs)
     name = backend.config._attn_implementation
     return moice.attend(attend, query, key, value, attention_mask, backend=name, **kwargs)
@@ -153,6 +171,11 @@ def _implementation_for_packed(name: str) -> str:
     if name not in ("auto", "delegated", "reference"):
         raise ValueError(f"`implementation` is {name!r}, which does not run in continuous batching; choose 'auto'.")
     return "delegated" if name == "auto" else name
+
+
+def _is_packed(kwargs: dict) -> bool:
+    """Whether an attention function is called by continuous batching, which alone says where to write the cache."""
+    return "write_index" in kwargs
 
 
 class _WrittenCache:
@@ -165,16 +188,23 @@ class _WrittenCache:
 def _write_once(module: nn.Module, key, value, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """Let continuous batching's cache take up keys and values, and return all keys and values of its sequences.
 
-    In continuous batching it is the attention function that writes the cache, so a mixture, which may call the
-    function once per expert, has to write it before.
+    Up to transformers 5.23 it is the attention function that writes this cache, so a mixture, which may call the
+    function once per expert, has to write it before. Later the attention module does, and no cache arrives here.
     """
     if kwargs.get("block_table") is not None:
         raise ValueError(
             "MoICE has to see the keys of continuous batching, which stay in the cache when decoding uses block "
             "tables. Pass `ContinuousBatchingConfig(max_blocks_per_request=0)` as `continuous_batching_config`."
         )
-    key, value = kwargs["cache"].update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
-    kwargs["cache"] = _WrittenCache()
+    cache = paged_cache((), kwargs)
+    if cache is not None:
+        if "kwargs" not in inspect.signature(cache.update).parameters:
+            raise ValueError(
+                f"MoICE cannot write the cache of continuous batching in transformers {transformers.__version__}. "
+                "Upgrade it to 5.19 or later, or use `generate`."
+            )
+        key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+        kwargs["cache"] = _WrittenCache()
     return key, value
 
 
@@ -210,6 +240,15 @@ def exchange_config(module: nn.Module, config: object) -> None:
         getattr(module.config, _BACKEND_ATTRIBUTE).config = config
     else:
         module.config = config
+
+
+def bypassed(what: str) -> RuntimeError:
+    """The error for a pass that would silently have been the base model's; `what` says where."""
+    return RuntimeError(
+        f"{what}, so the result would silently be the base model's. The code that computes attention was exchanged "
+        f"after the adapter was added, or transformers {transformers.__version__} does it in a way that peft_moice "
+        "does not know: install a version that docs/versions.md names, or use `disable_adapter()`."
+    )
 
 
 def restore(module: nn.Module) -> None:
