@@ -5,16 +5,11 @@ import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
-from tiny_models import decide, load, logits_of, save_tiny_model, token_ids, wide_config
+from tiny_models import decide, load, logits_of, token_ids, wide_config
 
 from peft_moice import unwrapped
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> str:
-    return save_tiny_model(tmp_path_factory.mktemp("llama"))
 
 
 def lora_config() -> LoraConfig:

@@ -39,11 +39,6 @@ FAMILIES = {
 PYTHON = [sys.executable, "-W", "ignore", "-c"]
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> str:
-    return save_tiny_model(tmp_path_factory.mktemp("llama"))
-
-
 def base_folder(family: str, folder) -> str:
     if family not in FAMILIES:
         return save_tiny_model(folder, family)
