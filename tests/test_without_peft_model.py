@@ -7,6 +7,7 @@ from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model,
 from safetensors.torch import load_file
 from tiny_models import decide, layers_of, load, logits_of, router_state, token_ids, wide_config
 from transformers import pipeline
+from versions import needs_adapter_verbs_of_transformers
 
 
 def test_inject_adapter_in_model(llama, adapted, adapter):
@@ -30,6 +31,7 @@ def test_inject_adapter_in_model_on_the_meta_device(llama, adapted, adapter):
     assert torch.equal(logits_of(model), logits_of(adapted))
 
 
+@needs_adapter_verbs_of_transformers
 def test_verbs_of_transformers(llama, adapter, adapted, tmp_path):
     model = load(llama)
     base = logits_of(model)
@@ -59,6 +61,7 @@ def test_verbs_of_transformers(llama, adapter, adapted, tmp_path):
     assert torch.equal(logits_of(model), logits_of(adapted))
 
 
+@needs_adapter_verbs_of_transformers
 def test_add_adapter_of_transformers_trains_with_the_balance_loss(llama):
     model = load(llama).train()
     model.add_adapter(wide_config())
