@@ -72,12 +72,12 @@ def check(model: nn.Module, **inputs: Any) -> None:
 
 
 def _adapted(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that the model calls for attention: wrappers, and those with routers built in."""
+    """The modules that the model calls for attention: wrappers, and those with routers built in and no wrapper."""
     return {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, MixesAngles) or hasattr(module, ROUTERS_NAME)
-        if not isinstance(module, BuiltInRouters)
+        if not isinstance(module, BuiltInRouters) and not name.endswith(".base_layer")
     }
 
 

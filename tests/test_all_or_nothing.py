@@ -5,15 +5,10 @@ import copy
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tiny_models import decide, layers_of, load, logits_of, router_state, save_tiny_model, token_ids, wide_config
+from tiny_models import decide, layers_of, load, logits_of, router_state, token_ids, wide_config
 
 from peft_moice import MoICEConfig, MoICELayer, load_official_checkpoint
 from peft_moice.rollback import restored_on_error
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> str:
-    return save_tiny_model(tmp_path_factory.mktemp("llama"))
 
 
 def state_of(model: torch.nn.Module) -> dict:

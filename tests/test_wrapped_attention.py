@@ -7,19 +7,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from peft import get_peft_model
-from tiny_models import decide, layers_of, load, logits_of, router_state, save_tiny_model, token_ids, wide_config
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> str:
-    return save_tiny_model(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture
-def adapted(llama):
-    model = get_peft_model(load(llama), wide_config()).eval()
-    decide(model)
-    return model
+from tiny_models import decide, layers_of, load, logits_of, router_state, token_ids, wide_config
 
 
 def test_a_projection_can_be_exchanged(adapted, llama):

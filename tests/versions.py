@@ -22,6 +22,12 @@ def needs_transformers(version: str, lack: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(too_old, reason=f"transformers before {version} {lack}")
 
 
+needs_adapter_verbs_of_transformers = pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION),
+    reason=f"transformers {transformers.__version__} asks for peft {MIN_PEFT_VERSION} in its own verbs of adapters",
+)
+
+
 def family(model_type: str, *values: object, marks: object = ()) -> object:
     """The parameters `model_type, *values` of a test, skipped where transformers does not have the family."""
     known = {**MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}

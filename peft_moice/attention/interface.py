@@ -231,6 +231,14 @@ def own_config(module: nn.Module) -> object:
     return getattr(config, _BACKEND_ATTRIBUTE).config if isinstance(config, _InterceptedConfig) else config
 
 
+def exchange_config(module: nn.Module, config: object) -> None:
+    """Give a module another config of its own, whether it is intercepted or not."""
+    if isinstance(module.config, _InterceptedConfig):
+        getattr(module.config, _BACKEND_ATTRIBUTE).config = config
+    else:
+        module.config = config
+
+
 def bypassed(what: str) -> RuntimeError:
     """The error for a pass that would silently have been the base model's; `what` says where."""
     return RuntimeError(
