@@ -250,7 +250,7 @@ def test_training_an_adapter_that_was_loaded_frozen_is_said(llama, tmp_path):
     with pytest.warns(UserWarning, match=r"routers of \['default'\].*is_trainable=True"):
         frozen.train()(input_ids=ids, labels=ids)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("error", message="The model is in training mode")
         with torch.no_grad():
             frozen(input_ids=ids, labels=ids)
         with frozen.disable_adapter():
