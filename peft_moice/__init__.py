@@ -29,4 +29,4 @@ __all__ = [
     "write_model_card",
 ]
 
-register(MoICEConfig, MoICEModel)
+register()

@@ -6,13 +6,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
-from .attention import intercept, restore
+from .attention import intercept, own_config, restore
+from .built_in import build_in, take_out
 from .config import MoICEConfig, RouterSpec
 from .mixture import LayerMixture, MixesAngles, RouterShare
 from .rope import LayerRope
-from .rope.longrope import rope_of_pass
 from .router import MoICERouter
-from .standalone import build_in, take_out
 
 BASE_MODEL_NAME = "__base__"
 """Name under which rows of a mixed batch ask for the base model, as in PEFT's LoRA."""
@@ -22,7 +21,8 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
     """Wraps an attention module so that it mixes several rotary base angles.
 
     Args:
-        base_layer: the model's attention module. Its `config` is exchanged for a copy until the layer is unloaded.
+        base_layer: the model's attention module. Its `config` is exchanged for a stand-in until the layer is unloaded.
+            What is read from the wrapper and assigned to it, other than its own attributes, goes to this module.
         rope: its rotary embedding.
         num_heads: H, its number of query heads.
         head_dim: D, the size of its query vectors.
@@ -37,7 +37,6 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module, rope: LayerRope, num_heads: int, head_dim: int):
         super().__init__()
-        self.base_layer = base_layer
         self.rope = rope
         self.num_heads = num_heads
         self.head_dim = head_dim
@@ -48,19 +47,43 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter = []
         self.merged_adapters = []
+        # Comes last: from here on, assignments to what the attention module has go to the attention module.
+        self.base_layer = base_layer
         intercept(base_layer)
+
+    @property
+    def config(self) -> Any:
+        """The model's own config, as it is without the wrapper."""
+        return own_config(self.base_layer)
+
+    @config.setter
+    def config(self, config: Any) -> None:
+        self.base_layer.config = config
+        intercept(self.base_layer)
 
     def update_layer(self, adapter_name: str, config: MoICEConfig) -> None:
         """Add the routers of `adapter_name`, or replace them."""
         specs = config.router_specs()
         routers = [MoICERouter.from_spec(spec, self.rope.layer_type, self.num_heads, self.head_dim) for spec in specs]
+        self._release_rotations(adapter_name)
         self.router_specs[adapter_name] = specs
-        for spec in specs:
-            self.rope.prepare(spec.bases_of(self.rope.layer_type))
         self.moice_router[adapter_name] = nn.ModuleList(routers) if config.members is not None else routers[0]
+        self.rope.prepare(self._rope_bases_of(adapter_name))
         self.reset_moice_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """See PEFT. Tables of rotations that no other adapter uses are freed."""
+        self._release_rotations(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def _release_rotations(self, adapter_name: str) -> None:
+        if adapter_name in self.moice_router:
+            self.rope.release(self._rope_bases_of(adapter_name))
+
+    def _rope_bases_of(self, adapter_name: str) -> tuple[float, ...]:
+        return LayerMixture(self._shares_of([adapter_name]), self.rope).rope_bases()
 
     def reset_moice_parameters(self, adapter_name: str, init_weights: bool | str = True) -> None:
         """Draw the routers' weights anew, see [`MoICERouter.reset_parameters`]."""
@@ -91,13 +114,11 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
             shares, own_weight = self._shares_of_rows(adapter_names)
         else:
             shares, own_weight = self.shares(), 0.0
-        layer_idx, rope = self.base_layer.layer_idx, self.rope
-        # Routers built into the attention module look at the pass themselves.
-        if not self.merged:
-            rope = rope_of_pass(rope, layer_idx, args, kwargs, mixes=len(shares) > 0)
-        if not shares:
+        if self.merged:
+            # Routers built into the attention module look at the pass themselves.
             return self.base_layer(*args, **kwargs)
-        return self.mix(LayerMixture(shares, rope, own_weight), self.base_layer, layer_idx, args, kwargs)
+        mixture = LayerMixture(shares, self.rope, own_weight)
+        return self.mix(mixture, self.base_layer, getattr(self.base_layer, "layer_idx", None), args, kwargs)
 
     def _shares_of(self, adapter_names: list[str]) -> list[RouterShare]:
         """The routers of those adapters that this layer has, in equal shares per adapter."""
@@ -171,12 +192,13 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
         self, base_layer: nn.Module
     ) -> tuple[torch.device | None, torch.dtype | None]:
         # An attention module has no weight of its own; PEFT's version would leave the routers where they were made.
-        device = getattr(getattr(base_layer, "_hf_hook", None), "execution_device", None)
         parameters = list(base_layer.parameters())
         weight = next((p for p in parameters if p.is_floating_point()), None)
-        if device is None and parameters:
-            device = parameters[0].device
-        return (None if device is None else torch.device(device)), (None if weight is None else weight.dtype)
+        # Offloaded weights lie elsewhere, or nowhere, until a hook of accelerate's brings them.
+        hooks = [getattr(module, "_hf_hook", None) for module in base_layer.modules()]
+        devices = [device for hook in hooks if (device := getattr(hook, "execution_device", None)) is not None]
+        devices += [parameter.device for parameter in parameters]
+        return (torch.device(devices[0]) if devices else None), (None if weight is None else weight.dtype)
 
     def __getattr__(self, name: str) -> Any:
         # Decoder layers read attributes of their attention module.
@@ -186,6 +208,26 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
             if name.startswith("_") or name == "base_layer":
                 raise
             return getattr(super().__getattr__("base_layer"), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._is_of_base_layer(name):
+            setattr(self.base_layer, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if self._is_of_base_layer(name):
+            delattr(self.base_layer, name)
+        else:
+            super().__delattr__(name)
+
+    def _is_of_base_layer(self, name: str) -> bool:
+        """Whether an attribute is the attention module's and not the wrapper's, as for reading it."""
+        own = (vars(self), self._modules, self._parameters, self._buffers)
+        if name.startswith("_") or hasattr(type(self), name) or any(name in names for names in own):
+            return False
+        base_layer = self._modules.get("base_layer")
+        return base_layer is not None and hasattr(base_layer, name)
 
     def __repr__(self) -> str:
         return "moice." + super().__repr__()

@@ -10,7 +10,9 @@ from torch import nn
 from .attention import MixtureCall, bypassed
 from .config import RouterSpec
 from .rope import LayerRope, RotationTable
-from .rope.positions import Positions, query_start
+from .rope.longrope import rope_of_pass
+from .rope.positions import positions_of_pass
+from .rope.rotary_hooks import attach_rotary_hooks
 from .router import MoICERouter
 
 
@@ -82,11 +84,17 @@ class LayerMixture:
     own_weight: float | torch.Tensor = 0.0
 
     def rope_bases(self) -> tuple[float, ...]:
-        """The distinct angles `[N]` of all routers."""
-        bases = [base for share in self.shares for base in share.spec.bases_of(self.rope.layer_type)]
-        if isinstance(self.own_weight, torch.Tensor) or self.own_weight:
-            bases.insert(0, self.rope.rope_theta)
-        return tuple(dict.fromkeys(bases))
+        """The distinct base angles `[N]`: in the order of a single router, else the smallest first.
+
+        So combinations of the same adapters in another order have the same tables of rotations.
+        """
+        of_shares = [tuple(share.spec.bases_of(self.rope.layer_type)) for share in self.shares]
+        has_own = isinstance(self.own_weight, torch.Tensor) or bool(self.own_weight)
+        if len(of_shares) == 1 and not has_own:
+            return tuple(dict.fromkeys(of_shares[0]))
+        return tuple(
+            sorted({*((self.rope.rope_theta,) if has_own else ()), *(b for bases in of_shares for b in bases)})
+        )
 
     def gate(self, query: torch.Tensor, rope_bases: tuple[float, ...]) -> Gating:
         """The gates over `rope_bases` for queries `[B, H, S, D]`."""
@@ -121,25 +129,23 @@ class LayerMixture:
             )
         return forced.pop() if forced else "auto"
 
-    def run(
-        self, attention: Callable[..., Any], layer_idx: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, list[RouterRecord]]:
-        """Call an attention module so that its attention function computes this mixture.
+    def call_of_pass(self, layer_idx: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> MixtureCall | None:
+        """What makes an attention module compute this mixture, or None without routers: its own attention is meant.
+
+        The pass is noted on its cache in either case. Has to be called before the module runs.
 
         Args:
-            attention: the module, or its forward; its attention function has to be intercepted.
-            layer_idx: the layer's index in the cache.
-            args: positional arguments of the call.
-            kwargs: keyword arguments of the call.
-
-        Returns:
-            What the module returned, and the records of the pass.
-
-        Raises:
-            RuntimeError: the module computed attention without the mixture.
+            layer_idx: the layer's index in the cache; None where it has no place in one.
+            args: positional arguments of the attention module.
+            kwargs: its keyword arguments.
         """
+        mixes = bool(self.shares)
+        positions = positions_of_pass(layer_idx, args, kwargs, mixes)
+        rope = rope_of_pass(self.rope, positions, mixes)
+        if not mixes:
+            return None
         rope_bases = self.rope_bases()
-        rotations: RotationTable = self.rope.table(rope_bases)
+        rotations: RotationTable = rope.table(rope_bases)
         records: list[RouterRecord] = []
 
         def gate(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -147,12 +153,8 @@ class LayerMixture:
             records.extend(gating.records)
             return gating.gates, gating.picked
 
-        positions = Positions(query_start(layer_idx, args, kwargs))
-        call = MixtureCall(gate, rotations, positions, self.implementation())
-        output = attention(*args, **call.as_keyword(), **kwargs)
-        if not records:
-            raise bypassed(f"The attention module of layer {layer_idx} did not ask for its mixture")
-        return output, records
+        top_k = sum(share.spec.top_k for share in self.shares) + isinstance(self.own_weight, torch.Tensor)
+        return MixtureCall(gate, rotations, positions, records, min(top_k, len(rope_bases)), self.implementation())
 
 
 class MixesAngles(nn.Module):
@@ -164,7 +166,7 @@ class MixesAngles(nn.Module):
         was_called: whether a pass has called the module; noted until [`watch_first_pass`] has seen all of them.
     """
 
-    layer_idx: int
+    layer_idx: int | None
     recorder: Recorder | None = None
     was_called: bool = False
 
@@ -176,15 +178,28 @@ class MixesAngles(nn.Module):
         self,
         mixture: LayerMixture,
         attention: Callable[..., Any],
-        layer_idx: int,
+        layer_idx: int | None,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Call `attention` under `mixture`, see [`LayerMixture.run`], and hand the records over."""
-        output, records = mixture.run(attention, layer_idx, args, kwargs)
-        if self.recorder is not None:
-            self.recorder.take(self, records)
+        """Call `attention` so that it computes `mixture`, see [`LayerMixture.call_of_pass`].
+
+        Raises:
+            RuntimeError: it computed attention without the mixture.
+        """
+        call = mixture.call_of_pass(layer_idx, args, kwargs)
+        if call is None:
+            return attention(*args, **kwargs)
+        output = attention(*args, **call.as_keyword(), **kwargs)
+        self.finish(call, layer_idx)
         return output
+
+    def finish(self, call: MixtureCall, layer_idx: int | None) -> None:
+        """Make sure that `call` was computed, and hand its records over."""
+        if not call.records:
+            raise bypassed(f"The attention module of layer {layer_idx} did not ask for its mixture")
+        if self.recorder is not None:
+            self.recorder.take(self, call.records)
 
 
 def _in_columns(values: torch.Tensor, columns: list[int], size: int) -> torch.Tensor:
@@ -193,6 +208,17 @@ def _in_columns(values: torch.Tensor, columns: list[int], size: int) -> torch.Te
         return values
     index = torch.tensor(columns, device=values.device)
     return values.new_zeros(*values.shape[:-1], size).index_add(-1, index, values)
+
+
+def mixes_angles(model: nn.Module) -> bool:
+    """Whether some layer of `model` mixes angles in its next pass."""
+    return any(isinstance(module, MixesAngles) and module.shares() for module in model.modules())
+
+
+def watch_positions(model: nn.Module) -> None:
+    """Let the layers of `model` that mix angles learn what its rotary embeddings are given. May be called again."""
+    ropes = [module.rope for module in model.modules() if isinstance(module, MixesAngles)]
+    attach_rotary_hooks(model, ropes, mixes_angles)
 
 
 def _weighted(gates: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:

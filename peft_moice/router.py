@@ -102,10 +102,18 @@ class MoICERouter(nn.Module):
 
         Second, `[B, H, S, N]`, true where a gate has a gradient: an identity scale of zero closes gates by which it
         learns all the same. None where no scale learns, and gates have a gradient where they are not zero.
+
+        Raises:
+            ValueError: the identity scale is offloaded.
         """
         gates = select_experts(logits, top_k)
         if self.identity_scale is None:
             return gates, None
+        if self.identity_scale.is_meta and not gates.is_meta:
+            raise ValueError(
+                "The weights of a router are offloaded, and accelerate brings them back for its `forward` alone, "
+                "without the identity scale. Offload the base model first, and add or load the adapter afterwards."
+            )
         scale = self.identity_scale.float()[:, None, None]
         own = gates.new_zeros(gates.shape[-1])
         own[0] = 1.0

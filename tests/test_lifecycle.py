@@ -341,12 +341,12 @@ def test_gates_of_active_adapters_are_the_mean_of_gates_on_the_union(llama):
     mixture = LayerMixture(layer.shares(), layer.rope)
     own = layer.rope.rope_theta
     # The angles 1 and 0.25 occur in both adapters, and are computed once.
-    assert mixture.rope_bases() == tuple(own * multiple for multiple in (1.0, 0.25, 0.5, 4.0, 8.0))
+    assert mixture.rope_bases() == tuple(own * multiple for multiple in (0.25, 0.5, 1.0, 4.0, 8.0))
     query = torch.randn(2, 4, 5, 16, generator=torch.Generator().manual_seed(3))
     one, two = (layer.moice_router[name](query) for name in ("one", "two"))
     expected = torch.zeros(2, 4, 5, 5)
-    expected[..., [0, 1, 2, 3]] += select_experts(one, 2) / 2
-    expected[..., [0, 1, 4]] += select_experts(two, 2) / 2
+    expected[..., [2, 0, 1, 3]] += select_experts(one, 2) / 2
+    expected[..., [2, 0, 4]] += select_experts(two, 2) / 2
     torch.testing.assert_close(mixture.gate(query, mixture.rope_bases()).gates, expected)
 
 

@@ -172,5 +172,5 @@ def test_prompt_learning_over_moice(llama, config_class):
 
         mask[1, :2] = 0
         if config_class is PrefixTuningConfig:
-            with pytest.raises(ValueError, match="row 1 do not go up by one"):
+            with pytest.raises(ValueError, match="do not count up from the keys in the cache"):
                 model.generate(input_ids=ids, attention_mask=mask, **options)
