@@ -130,7 +130,7 @@ class MoICECallback(TrainerCallback):
 
     def _start_path(self, args: TrainingArguments, state: TrainerState) -> Path:
         """Where a checkpoint keeps the mean gates of the first step."""
-        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / _START_FILE
+        return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / _START_FILE
 
 
 def _is_logged(args: TrainingArguments, state: TrainerState, step: int) -> bool:
@@ -211,7 +211,9 @@ class RouterStatistics:
             if name in self.sums:
                 self.sums[name].values += values
             else:
-                self.sums[name] = LayerSums(values, num_experts, [layer.layer_idx for layer, _ in records])
+                # Layers that do not know their index are counted.
+                indices = [i if layer.layer_idx is None else layer.layer_idx for i, (layer, _) in enumerate(records)]
+                self.sums[name] = LayerSums(values, num_experts, indices)
 
 
 def _sums_of_layer(record: RouterRecord, mask: torch.Tensor | None) -> torch.Tensor:

@@ -153,7 +153,9 @@ class LayerMixture:
             records.extend(gating.records)
             return gating.gates, gating.picked
 
-        top_k = sum(share.spec.top_k for share in self.shares) + isinstance(self.own_weight, torch.Tensor)
+        # An identity scale adds the model's own angle to what its router picks.
+        top_k = sum(share.spec.top_k + share.spec.identity for share in self.shares)
+        top_k += isinstance(self.own_weight, torch.Tensor)
         return MixtureCall(gate, rotations, positions, records, min(top_k, len(rope_bases)), self.implementation())
 
 

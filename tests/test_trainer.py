@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from tiny_models import decide, layers_of, load, router_state, save_tiny_model, token_ids, wide_config
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
 from peft_moice import BalanceLossMixin
@@ -116,6 +116,32 @@ def test_the_balance_loss_shows_in_these_steps(llama, tmp_path, expected):
 def test_steps_do_not_depend_on_accumulation(llama, tmp_path, expected, size, accumulation):
     arguments = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
     assert_equal(trained(llama, tmp_path, **arguments), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_balance_loss_of_a_classifier_does_not_depend_on_accumulation(llama, tmp_path):
+    """Sequences of several lengths, each with one label. (transformers' own loss of classifiers does depend on it.)"""
+
+    def classified(sequences: list[dict]) -> dict[str, torch.Tensor]:
+        return {**padded(sequences), "labels": torch.stack([row["input_ids"][0] % 3 for row in sequences])}
+
+    def step(coef: float, **sizes: int) -> torch.Tensor:
+        torch.manual_seed(0)
+        base = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=3)
+        model = get_peft_model(base, wide_config(task_type="SEQ_CLS", router_aux_loss_coef=coef))
+        decide(model)
+        arguments = arguments_of(tmp_path, max_steps=1, **SGD, **sizes)
+        Trainer(model, arguments, classified, train_dataset=rows()).train()
+        return torch.cat([value.flatten() for value in router_state(model).values()])
+
+    whole, cut = (
+        step(0.5, **sizes) - step(0.0, **sizes)
+        for sizes in (
+            {"per_device_train_batch_size": 8},
+            {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+        )
+    )
+    assert whole.abs().max() > 1e-2
+    torch.testing.assert_close(cut, whole, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

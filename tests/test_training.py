@@ -250,7 +250,7 @@ def test_training_an_adapter_that_was_loaded_frozen_is_said(llama, tmp_path):
     with pytest.warns(UserWarning, match=r"routers of \['default'\].*is_trainable=True"):
         frozen.train()(input_ids=ids, labels=ids)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("error", message="The model is in training mode")
         with torch.no_grad():
             frozen(input_ids=ids, labels=ids)
         with frozen.disable_adapter():
@@ -569,6 +569,7 @@ def test_an_identity_scale_that_learns_picks_the_chosen_experts_and_the_own_angl
     expected = select_experts(layer.moice_router["default"](query), 2) > 0
     expected[..., WIDE.index(1.0)] = True
     assert torch.equal(gating.picked, expected)
+    assert expected.sum(-1).max() == 3 == mixture.call_of_pass(0, (), {}).top_k
     layer.moice_router.requires_grad_(False)
     assert mixture.gate(query, mixture.rope_bases()).picked is None
 
