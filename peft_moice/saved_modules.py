@@ -7,15 +7,16 @@ full, by names that PEFT does not find behind the wrapper, and such modules are 
 
 from collections.abc import Iterable
 
-from peft import PeftConfig
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
+
+from .config import MoICEConfig
 
 _WRAPPED = ".base_layer"
 
 
 def resolve_modules_to_save(
-    config: PeftConfig, model: nn.Module, attention_names: Iterable[str], adapter_name: str
+    config: MoICEConfig, model: nn.Module, attention_names: Iterable[str], adapter_name: str
 ) -> None:
     """Name in full what `config.modules_to_save` means where it reaches into adapted attention modules.
 
@@ -49,7 +50,7 @@ def resolve_modules_to_save(
         config.modules_to_save = list(dict.fromkeys(resolved))
 
 
-def save_inside_attention(model: nn.Module, config: PeftConfig, adapter_name: str, is_active: bool) -> None:
+def save_inside_attention(model: nn.Module, config: MoICEConfig, adapter_name: str, is_active: bool) -> None:
     """Wrap those of the adapter's `modules_to_save` that lie inside wrapped attention modules.
 
     Args:
