@@ -9,6 +9,7 @@ from .layer import MoICELayer
 from .model import MoICEModel
 from .official import load_official_checkpoint
 from .registration import register
+from .self_check import check
 from .stacking import unwrapped
 from .training import BalanceLossMixin, collect_balance_loss
 
@@ -20,6 +21,7 @@ __all__ = [
     "MoICELayer",
     "MoICEModel",
     "__version__",
+    "check",
     "collect_balance_loss",
     "load_official_checkpoint",
     "push_to_hub",
@@ -27,4 +29,4 @@ __all__ = [
     "write_model_card",
 ]
 
-register(MoICEConfig, MoICEModel)
+register()

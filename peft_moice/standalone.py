@@ -1,4 +1,4 @@
-"""Models with routers built in: what merging leaves, and what `save_pretrained` writes and `from_pretrained` reads.
+"""Whole models with routers built in: their classes and configs, and how they are written and read.
 
 A standalone model is an instance of a subclass of its own class, made on demand: `LlamaForCausalLM` becomes
 `MoICELlamaForCausalLM`, its config `MoICELlamaConfig` with the model type "moice" and the family's own in
@@ -6,91 +6,27 @@ A standalone model is an instance of a subclass of its own class, made on demand
 the base model.
 """
 
-import copy
 import dataclasses
 import functools
 from typing import Any, ClassVar
 
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .attention import intercept
+from .built_in import ROUTERS_NAME, BuiltInRouters
 from .config import RouterSpec
-from .mixture import LayerMixture, Member, MixesAngles, watch_positions
-from .probe import LayerProbe
+from .mixture import watch_positions
+from .probing import LayerProbe
 from .rope import LayerRope, RotaryLayout
 from .router import MoICERouter
+from .self_check import watch_first_pass
 from .training import register_hooks
 
 MODEL_TYPE = "moice"
-ROUTERS_NAME = "moice_routers"
-
-
-class MoICEAttention(MixesAngles):
-    """Mixed into an attention module's class: the module with its routers built in.
-
-    Attributes:
-        rope: its rotary embedding.
-        num_query_heads: H.
-        router_specs: what each of its routers is; `weight` is its share in this layer.
-        moice_routers: the routers.
-    """
-
-    original_class: type[nn.Module]
-    rope: LayerRope
-    num_query_heads: int
-    router_specs: list[RouterSpec]
-    moice_routers: nn.ModuleList
-
-    def members(self) -> list[Member]:
-        routers = zip(self.moice_routers, self.router_specs, strict=True)
-        return [Member(str(index), router, spec, spec.weight) for index, (router, spec) in enumerate(routers)]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return LayerMixture(self.members(), self.rope).run(super().forward, self.layer_idx, args, kwargs, self)
-
-    def __reduce__(self):
-        # Generated classes cannot be imported by name; their originals can.
-        return _new_instance, (attention_class, self.original_class), self.__dict__
-
-
-@functools.cache
-def attention_class(original: type[nn.Module]) -> type[nn.Module]:
-    """The class of `original` attention modules with built-in routers."""
-    return type(f"MoICE{original.__name__}", (MoICEAttention, original), {"original_class": original})
-
-
-def build_in(attention: nn.Module, rope: LayerRope, num_heads: int, members: list[Member]) -> None:
-    """Build copies of the members' routers into an attention module, in place. Undone by [`take_out`]."""
-    intercept(attention)
-    # Built-in routers are frozen, so training has no balance loss for them.
-    specs = [dataclasses.replace(m.spec, weight=m.weight, router_aux_loss_coef=0.0) for m in members]
-    # In float32 whatever the model's dtype, as PEFT keeps adapters, so that a reloaded model chooses the same experts.
-    routers = [copy.deepcopy(member.router).float().requires_grad_(False) for member in members]
-    _install(attention, rope, num_heads, specs, routers)
-
-
-def take_out(attention: nn.Module) -> None:
-    """Remove built-in routers from an attention module. Its attention function stays intercepted."""
-    attention.rope.release(LayerMixture(attention.members(), attention.rope).rope_bases())
-    attention.__class__ = attention.original_class
-    for name in ("rope", "num_query_heads", "router_specs", ROUTERS_NAME):
-        delattr(attention, name)
-
-
-def _install(
-    attention: nn.Module, rope: LayerRope, num_heads: int, specs: list[RouterSpec], routers: list[MoICERouter]
-) -> None:
-    attention.__class__ = attention_class(type(attention))
-    attention.rope = rope
-    attention.num_query_heads = num_heads
-    attention.router_specs = specs
-    setattr(attention, ROUTERS_NAME, nn.ModuleList(routers))
-    rope.prepare(LayerMixture(attention.members(), rope).rope_bases())
 
 
 def make_standalone(model: PreTrainedModel) -> PreTrainedModel:
@@ -114,7 +50,7 @@ def describe_routers(model: nn.Module) -> dict[str, Any]:
     routers: list[dict] = []
     layers: dict[str, dict] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, MoICEAttention):
+        if not isinstance(module, BuiltInRouters):
             continue
         shares = []
         for spec in module.router_specs:
@@ -123,10 +59,10 @@ def describe_routers(model: nn.Module) -> dict[str, Any]:
             if fields not in routers:
                 routers.append(fields)
             shares.append([routers.index(fields), weight])
-        layers[name] = {
+        layers[name.removesuffix(f".{ROUTERS_NAME}")] = {
             "routers": shares,
-            "num_heads": module.num_query_heads,
-            "head_dim": module.moice_routers[0].head_dim,
+            "num_heads": module.num_heads,
+            "head_dim": module[0].head_dim,
             "layer_type": module.rope.layer_type,
             "rope_theta": module.rope.rope_theta,
             "layout": dataclasses.asdict(module.rope.layout),
@@ -141,7 +77,7 @@ def install_described(model: PreTrainedModel, description: dict[str, Any]) -> No
     ropes: dict[tuple, LayerRope] = {}
     for name, layer in description["layers"].items():
         attention = _submodule(model, name)
-        if isinstance(attention, MoICEAttention):
+        if hasattr(attention, ROUTERS_NAME):
             # A model that builds its decoder through an auto class, which gave it a standalone one.
             continue
         rotary = LayerProbe(model).find_rotary(_name_of(model, attention), layer.get("rope_theta")).module
@@ -152,8 +88,7 @@ def install_described(model: PreTrainedModel, description: dict[str, Any]) -> No
         routers = [MoICERouter.from_spec(spec, layer_type, layer["num_heads"], layer["head_dim"]) for spec in specs]
         for router in routers:
             router.reset_parameters()
-        intercept(attention)
-        _install(attention, rope, layer["num_heads"], specs, routers)
+        BuiltInRouters(routers, specs, rope, layer["num_heads"]).install(attention)
 
 
 def _submodule(model: PreTrainedModel, name: str) -> nn.Module:
@@ -217,6 +152,7 @@ def _model_class(original: type[PreTrainedModel], standalone_config: type[PreTra
             install_described(self, config.moice)
             register_hooks(self)
             watch_positions(self)
+            watch_first_pass(self)
 
         @classmethod
         def is_custom_code(cls) -> bool:
@@ -263,5 +199,3 @@ _AUTO_CLASSES = [
     for value in vars(modeling_auto).values()
     if isinstance(value, type) and issubclass(value, _BaseAutoModelClass) and value._model_mapping is not None
 ]
-
-AutoConfig.register(MODEL_TYPE, MoICEAutoConfig, exist_ok=True)

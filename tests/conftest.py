@@ -1,6 +1,11 @@
 """Options and fixtures of the test-suite."""
 
 import pytest
+from hypothesis import settings
+
+# Property tests draw the same examples in every run, so that a failure can be had again.
+settings.register_profile("seeded", derandomize=True)
+settings.load_profile("seeded")
 
 
 def pytest_addoption(parser):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from versions import needs_transformers
 
 from peft_moice import MoICEConfig
-from peft_moice.probe import LayerProbe, attention_module_names
+from peft_moice.probing import LayerProbe, attention_module_names
 
 ORIGINAL_LENGTH = 32
 SHORT, EXACTLY, LONG = 20, ORIGINAL_LENGTH, 50

@@ -1,6 +1,6 @@
 """The operator: attention under several rotary base angles, mixed by gates."""
 
-from .interface import MixtureCall, intercept, restore
+from .interface import MixtureCall, bypassed, intercept, own_config, restore
 from .operator import IMPLEMENTATIONS, mixed_attention
 
-__all__ = ["IMPLEMENTATIONS", "MixtureCall", "intercept", "mixed_attention", "restore"]
+__all__ = ["IMPLEMENTATIONS", "MixtureCall", "bypassed", "intercept", "mixed_attention", "own_config", "restore"]

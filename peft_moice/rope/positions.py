@@ -127,7 +127,7 @@ class Positions:
             )
 
 
-def positions_of_pass(layer_idx: int, args: tuple, kwargs: dict, mixes: bool = True) -> Positions:
+def positions_of_pass(layer_idx: int | None, args: tuple, kwargs: dict, mixes: bool = True) -> Positions:
     """Where the tokens of this pass stand; notes it on the cache, if there is one.
 
     Has to be called before the attention module runs (a static cache moves its length in place), and in passes that

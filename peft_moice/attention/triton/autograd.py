@@ -19,15 +19,14 @@ def attend(call: AttentionCall) -> torch.Tensor:
 
 
 def _attend(call: AttentionCall, gates: torch.Tensor) -> torch.Tensor:
-    tensors, rest = (
-        (call.query, call.key, call.value),
-        (call.attention_mask, call.rotations, call.query_start, call.scaling),
-    )
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, gates)):
-        return _MixedAttention.apply(*tensors, gates, call.picks(), *rest)
+    query, key, value, mask = call.query, call.key, call.value, call.attention_mask
+    options = (call.rotations, call.query_start, call.scaling)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, gates)):
+        output: torch.Tensor = _MixedAttention.apply(query, key, value, gates, call.picks(), mask, *options)
+        return output
     if call.picked is not None:
         gates = gates * call.picked
-    problem = Problem(*tensors, gates, *rest)
+    problem = Problem(query, key, value, gates, mask, *options)
     if fits(problem):
         return decode(problem)
     return prefill(problem, list_picks(gates != 0, call.key.shape[1]), keep=False)[0].to(call.query.dtype)
@@ -54,5 +53,5 @@ class _MixedAttention(torch.autograd.Function):
         with torch.cuda.device_of(query):
             grads = gradients(problem, picks, output, row_max, row_sum, grad_output, ctx.needs_input_grad[:4])
         dtypes = (query.dtype, key.dtype, value.dtype, gates.dtype)
-        grads = [None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
-        return (*grads, None, None, None, None, None)
+        cast = (None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True))
+        return (*cast, None, None, None, None, None)

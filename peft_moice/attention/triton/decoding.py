@@ -89,7 +89,7 @@ def _span(problem: Problem, tile: int) -> int:
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
     splits = min(max(1, _WAVES * processors // problem.lists), _MAX_SPLITS)
-    return triton.cdiv(triton.cdiv(problem.key.shape[2], splits), tile) * tile
+    return int(triton.cdiv(triton.cdiv(problem.key.shape[2], splits), tile) * tile)
 
 
 @triton.jit(do_not_specialize=["query_start", "T"])

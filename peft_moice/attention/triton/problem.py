@@ -1,6 +1,7 @@
 """A call of the operator in the form in which kernels take it."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -14,7 +15,7 @@ MIN_BLOCK = 16
 
 def padded(size: int) -> int:
     """The block that `size` elements are padded to."""
-    return max(MIN_BLOCK, triton.next_power_of_2(size))
+    return max(MIN_BLOCK, int(triton.next_power_of_2(size)))
 
 
 _LARGE = (9, 10)
@@ -44,10 +45,11 @@ class Problem:
         self.num_rows = self.query.shape[2] * self.groups
         self.lists = self.key.shape[0] * self.key.shape[1]
 
-    def arguments(self) -> dict:
+    def arguments(self) -> dict[str, Any]:
         """Keyword arguments that all kernels take."""
         query, key, value, layout = self.query, self.key, self.value, self.rotations.layout
-        mask, kind, mask_strides = query, NO_MASK, (0, 0, 0, 0)
+        mask, kind = query, NO_MASK
+        mask_strides: tuple[int, ...] = (0, 0, 0, 0)
         if self.mask is not None:
             mask = self.mask.expand(*query.shape[:3], key.shape[2])
             kind, mask_strides = ADDITIVE_MASK, mask.stride()
@@ -84,7 +86,7 @@ class Problem:
             "BV": padded(value.shape[-1]),
         }
 
-    def of_expert(self, expert: int) -> dict:
+    def of_expert(self, expert: int) -> dict[str, Any]:
         """Keyword arguments of kernels that run once per expert."""
         return {
             "expert": expert,
@@ -102,11 +104,11 @@ class Blocks:
     keys: int
     warps: int
 
-    def arguments(self) -> dict:
+    def arguments(self) -> dict[str, Any]:
         return {"BM": self.rows, "BN": self.keys, "num_warps": self.warps, "num_stages": 2}
 
 
-def choose_blocks(problem: Problem, hopper: Blocks, ampere: Blocks) -> dict:
+def choose_blocks(problem: Problem, hopper: Blocks, ampere: Blocks) -> dict[str, Any]:
     """Block sizes and launch options: those given suit half precision and heads of up to 128 dimensions.
 
     Chosen so that the compiler spills next to no registers, and that tiles fit the shared memory of smaller cards.
