@@ -60,12 +60,12 @@ static void differentiate_block(const struct problem *p, const struct sizes *n, 
     }
     if (p->grad_value)
         for (int64_t t = 0; t < keys; t += STEP)
-            for (int64_t d = 0; d < n->value_dim; d += ROWS)
+            for (int64_t d = 0; d < p->value_dim; d += ROWS)
                 multiply(w->scores + t * ROWS, ROWS, 1, x->grads + d, n->value_dim, x->count,
                          w->grad_values + t * n->value_dim + d, n->value_dim, 1);
     if (p->grad_key)
         for (int64_t t = 0; t < keys; t += STEP)
-            for (int64_t d = 0; d < n->key_dim; d += ROWS)
+            for (int64_t d = 0; d < p->head_dim; d += ROWS)
                 multiply(w->grad_probs + t * ROWS, ROWS, 1, x->queries + d, n->key_dim, x->count,
                          w->grad_keys + t * n->key_dim + d, n->key_dim, 1);
     if (p->grad_query)

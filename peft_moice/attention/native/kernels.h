@@ -14,7 +14,7 @@
 #define STEP 8 /* rows that one inner product keeps in registers, two vectors each */
 #elif defined(__AVX__)
 #define LANES 8
-#define STEP 4
+#define STEP 6
 #elif defined(__aarch64__)
 #define LANES 4
 #define STEP 8

@@ -11,7 +11,7 @@
 #include "kernels.h"
 
 #define ROWS (2 * LANES)  /* of a panel */
-#define BLOCK 128         /* keys; a multiple of STEP */
+#define BLOCK 120         /* keys; a multiple of STEP, whichever it is */
 #define MOST_ROWS 4096    /* of a round */
 #define FEWEST_QUERIES 64 /* of a share of the work */
 
@@ -62,8 +62,8 @@ static inline int64_t wanted_shares(const struct problem *p, int64_t threads) {
 static inline struct sizes sizes_of(const struct problem *p, int64_t threads) {
     struct sizes n;
     int64_t shares = wanted_shares(p, threads);
-    n.key_dim = round_up(p->head_dim, ROWS);
-    n.value_dim = round_up(p->value_dim, ROWS);
+    n.key_dim = round_up(round_up(p->head_dim, STEP), ROWS);
+    n.value_dim = round_up(round_up(p->value_dim, STEP), ROWS);
     n.sum_dim = n.key_dim > n.value_dim ? n.key_dim : n.value_dim;
     n.queries = (p->queries + shares - 1) / shares;
     n.queries = n.queries * p->group < MOST_ROWS ? n.queries : (MOST_ROWS + p->group - 1) / p->group;
