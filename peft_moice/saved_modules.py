@@ -64,11 +64,11 @@ def save_inside_attention(model: nn.Module, config: MoICEConfig, adapter_name: s
     for name in inside:
         module = model.get_submodule(name)
         if isinstance(module, ModulesToSaveWrapper):
-            module.update(adapter_name)
+            module.update(adapter_name)  # type: ignore[no-untyped-call]
             active = module.active_adapter
         else:
             parent, _, child = name.rpartition(".")
-            module = ModulesToSaveWrapper(module, adapter_name)
+            module = ModulesToSaveWrapper(module, adapter_name)  # type: ignore[no-untyped-call]
             setattr(model.get_submodule(parent), child, module)
             active = adapter_name if is_active else []
         module.set_adapter(active, inference_mode=config.inference_mode)
