@@ -77,9 +77,10 @@ class MoICEConfig(PeftConfig):
         target_modules: attention modules to adapt, as names, suffixes or one regular expression. Default: every
             attention module of the decoder that has a rotary embedding.
         exclude_modules: modules to leave out, likewise.
-        layers_to_transform: indices of the layers to adapt. Default: all.
+        layers_to_transform: indices of the layers to adapt, whatever the targets. Default: all.
         layers_pattern: name of the list of layers, if it is not a common one. Used with `layers_to_transform`.
-        modules_to_save: further modules to train and save with the adapter.
+        modules_to_save: further modules to train and save with the adapter, by the ends of their names. Those that
+            reach into adapted attention modules, as "norm" reaches `q_norm`, are resolved to names in full.
         trainable_token_indices: token indices whose embeddings are trained, see PEFT's `LoraConfig`.
         implementation: "auto" (default), or the name of the attention implementation to force, see
             [`attention.mixed_attention`]. "triton" (kernels for CUDA) is never chosen by "auto".
