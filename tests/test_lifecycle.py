@@ -32,7 +32,7 @@ from tiny_models import (
     wide_config,
 )
 from transformers import AutoModelForCausalLM, LlamaConfig, pipeline
-from versions import needs_transformers
+from versions import NEEDS_PEFT_FOR_TRANSFORMERS, needs_transformers
 
 from peft_moice import MoICEConfig, MoICELayer, MoICEModel
 from peft_moice.mixture import LayerMixture
@@ -211,6 +211,7 @@ def test_inject_adapter_in_model_on_the_meta_device(llama, adapted, adapter):
     assert torch.equal(logits_of(model), logits_of(adapted))
 
 
+@NEEDS_PEFT_FOR_TRANSFORMERS
 def test_verbs_of_transformers(llama, adapter, adapted, tmp_path):
     model = load(llama)
     base = logits_of(model)
@@ -240,6 +241,7 @@ def test_verbs_of_transformers(llama, adapter, adapted, tmp_path):
     assert torch.equal(logits_of(model), logits_of(adapted))
 
 
+@NEEDS_PEFT_FOR_TRANSFORMERS
 def test_add_adapter_of_transformers_trains_with_the_balance_loss(llama):
     model = load(llama).train()
     model.add_adapter(wide_config())

@@ -1,11 +1,13 @@
 """MoICE over LoRA."""
 
+import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny_models import decide, load, logits_of, save_tiny_model, token_ids, wide_config
+from versions import PEFT_IS_TOO_OLD
 
 from peft_moice import unwrapped
 
@@ -162,6 +164,8 @@ def test_prompt_learning_over_moice(llama, config_class):
             own = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         assert (own - logits).abs().max() > 1e-3
 
+        if PEFT_IS_TOO_OLD:
+            pytest.skip(f"PEFT {peft.__version__} generates other text with virtual tokens in this transformers")
         mask = torch.ones_like(ids)
         options = {"do_sample": False, "max_new_tokens": 3, "pad_token_id": 0, "eos_token_id": None}
         generated = model.generate(input_ids=ids, attention_mask=mask, **options)

@@ -6,6 +6,7 @@ one forward pass travels to it as a keyword argument: no forward is copied and n
 """
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -88,6 +89,9 @@ class MixtureCall:
             implementation = _implementation_for_packed(implementation)
         elif query_start is None:
             query_start = key.shape[-2] - query.shape[-2]
+        # Under autocast, rotated queries and keys may be in float32 and values in half precision.
+        dtype = functools.reduce(torch.promote_types, (query.dtype, key.dtype, value.dtype))
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         gates, picked = self.gate(query)
         return mixed_attention(
             query,
