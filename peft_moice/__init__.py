@@ -31,4 +31,4 @@ __all__ = [
 ]
 
 warn_of_untested_versions()
-register(MoICEConfig, MoICEModel)
+register()

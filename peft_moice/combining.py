@@ -2,12 +2,14 @@
 
 import copy
 import dataclasses
+import functools
 import math
+from typing import Any
 
 import torch
 from peft.utils import merge_utils
 
-from .config import MoICEConfig
+from .config import Bases, MoICEConfig, RouterSpec
 from .layer import MoICELayer
 
 PRUNING_TYPES = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -15,6 +17,7 @@ COMBINATION_TYPES = ("cat", "linear", *PRUNING_TYPES)
 
 # What has to agree between adapters whose router weights are combined.
 _SHAPE_FIELDS = ("rope_bases", "top_k", "router_dim", "router_scope", "hidden_act", "identity")
+_TARGET_FIELDS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 
 def combined_config(
@@ -39,23 +42,16 @@ def combined_config(
         raise ValueError(
             f"`density` is {density}, but {combination_type!r} needs the share of values to keep, in (0, 1]."
         )
-    first = configs[0]
-    config = copy.deepcopy(first)
-    config.target_modules = _common_targets(adapters, configs)
+    _check_same_modules(adapters, configs)
+    config = copy.deepcopy(configs[0])
+    config.task_type = _common(configs, "task_type")
     if combination_type == "cat":
         if min(weights) <= 0 or not math.isclose(sum(weights), 1.0, abs_tol=1e-6):
             raise ValueError(
                 f"`weights` are {weights}; 'cat' mixes adapters in these shares, so they have to be positive and sum "
                 "to one. Divide them by their sum, or choose combination_type='linear'."
             )
-        config.members = [
-            dataclasses.asdict(dataclasses.replace(spec, weight=spec.weight * weight))
-            for member, weight in zip(configs, weights, strict=True)
-            for spec in member.router_specs()
-        ]
-        if all(isinstance(member.rope_bases, list) for member in configs):
-            config.rope_bases = list(dict.fromkeys(base for member in configs for base in member.rope_bases))
-        config.top_k = min(sum(member.top_k for member in configs), config.num_experts)
+        _fill_mean(config, configs, weights)
         return config
     shapes = [
         [[getattr(spec, name) for name in _SHAPE_FIELDS] for spec in member.router_specs()] for member in configs
@@ -69,17 +65,60 @@ def combined_config(
     return config
 
 
-def _common_targets(adapters: list[str], configs: list[MoICEConfig]) -> set[str] | str | None:
-    targets = configs[0].target_modules
-    for name, config in zip(adapters[1:], configs[1:], strict=True):
-        same_layers = config.layers_to_transform == configs[0].layers_to_transform
-        if config.target_modules != targets or not same_layers:
+def _fill_mean(config: MoICEConfig, configs: list[MoICEConfig], weights: list[float]) -> None:
+    """Make `config` that of the weighted mean of the adapters that have `configs`."""
+    specs = [
+        dataclasses.replace(spec, weight=spec.weight * weight)
+        for member, weight in zip(configs, weights, strict=True)
+        for spec in member.router_specs()
+    ]
+    forced = {spec.implementation for spec in specs} - {"auto"}
+    if len(forced) > 1:
+        raise ValueError(
+            f"The adapters force different implementations {sorted(forced)}. Set `implementation` to the same value, "
+            "or to 'auto', in their configs."
+        )
+    config.members = [dataclasses.asdict(spec) for spec in specs]
+    config.implementation = forced.pop() if forced else "auto"
+    config.rope_bases = _all_bases(specs)
+    config.top_k = min(sum(spec.top_k for spec in specs), config.num_experts)
+    for name in ("router_dim", "router_scope", "hidden_act", "router_aux_loss_coef"):
+        setattr(config, name, _common(specs, name))
+    config.init_weights = "identity" if all(spec.identity for spec in specs) else True
+
+
+def _all_bases(specs: list[RouterSpec]) -> Bases:
+    """The distinct angles of all routers, in an order that does not depend on theirs, the model's own first."""
+    layer_types = {kind for spec in specs if isinstance(spec.rope_bases, dict) for kind in spec.rope_bases}
+
+    def union(layer_type: str | None) -> list[float]:
+        lists = [spec.bases_of(layer_type) for spec in specs]
+        own = {bases[0] for bases in lists if len(bases) > 1}
+        return sorted({base for bases in lists for base in bases}, key=lambda base: (base not in own, base))
+
+    return {layer_type: union(layer_type) for layer_type in sorted(layer_types)} if layer_types else union(None)
+
+
+def _common(items: list[MoICEConfig] | list[RouterSpec], name: str) -> Any:
+    """The attribute that all items share, or None if they differ."""
+    values = [getattr(item, name) for item in items]
+    return values[0] if all(value == values[0] for value in values) else None
+
+
+def _check_same_modules(adapters: list[str], configs: list[MoICEConfig]) -> None:
+    for name, config in zip(adapters, configs, strict=True):
+        if any(getattr(config, field) != getattr(configs[0], field) for field in _TARGET_FIELDS):
             raise ValueError(
-                f"Adapters {adapters[0]!r} and {name!r} adapt different modules ({targets} and "
+                f"Adapters {adapters[0]!r} and {name!r} adapt different modules ({configs[0].target_modules} and "
                 f"{config.target_modules}). Combine adapters over the same modules, or activate both with "
                 "`set_adapter`."
             )
-    return targets
+        if config.modules_to_save or config.trainable_token_indices:
+            raise ValueError(
+                f"Adapter {name!r} has trained more than its routers (`modules_to_save` or "
+                "`trainable_token_indices`), which cannot be combined. Combine adapters of routers alone, or activate "
+                "the adapters together with `set_adapter`."
+            )
 
 
 @torch.no_grad()
@@ -94,6 +133,9 @@ def combine_routers(
 ) -> None:
     """Fill the routers of `adapter_name` in one layer from those of `adapters`."""
     sources = [layer.routers(name) for name in adapters]
+    # PEFT keeps trained adapters in float32 over a base of half precision, but gives new ones its dtype.
+    dtypes = [router.gate_proj.dtype for routers in sources for router in routers]
+    layer.moice_router[adapter_name].to(functools.reduce(torch.promote_types, dtypes))
     targets = layer.routers(adapter_name)
     if combination_type == "cat":
         for target, source in zip(targets, (router for routers in sources for router in routers), strict=True):

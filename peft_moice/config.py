@@ -4,9 +4,11 @@ import math
 from dataclasses import dataclass, field
 
 from peft.config import PeftConfig
+from peft.utils import PeftType
 from transformers.activations import ACT2FN
 
-from .registration import PEFT_TYPE_NAME, add_peft_type
+PEFT_TYPE_NAME = "MOICE"
+"""Name of the `PeftType` member that `registration.py` adds."""
 
 RELEASED_MULTIPLIERS = (1.0, 1.75, 1.8, 1.9, 2.0, 2.25, 2.5)
 """Base angles of the official release for Llama-2-7B-chat, as multiples of the model's own `rope_theta`."""
@@ -66,7 +68,8 @@ class MoICEConfig(PeftConfig):
             every head its own, as in the paper's text.
         hidden_act: activation of the routers, a name in transformers' `ACT2FN`. Default: the model's own.
         router_aux_loss_coef: weight of the balance loss that training adds to `outputs.loss`. With K = N that loss is
-            constant. Default: 0.3, as in the official release.
+            a constant, which is reported in `outputs.aux_loss` but not added. Default: 0.3, as in the official
+            release.
         init_weights: True (default) draws router weights from normal(0, 0.02) as the official code does, which starts
             near the equal mixture of all angles. "identity" adds a scale per head, zero at first, on the distance from
             the model's own angle: a fresh adapter then computes what the base model computes. False draws weights
@@ -81,7 +84,9 @@ class MoICEConfig(PeftConfig):
         implementation: "auto" (default), or the name of the attention implementation to force, see
             [`attention.mixed_attention`]. "triton" (kernels for CUDA) is never chosen by "auto".
         members: routers of an adapter that is a mean of others, written by
-            `add_weighted_adapter(..., combination_type="cat")`, as the fields of [`RouterSpec`].
+            `add_weighted_adapter(..., combination_type="cat")`, as the fields of [`RouterSpec`]. `rope_bases` then
+            holds all of their angles and `top_k` the most that a token can pick; `router_dim`, `router_scope`,
+            `hidden_act` and `router_aux_loss_coef` are None where the routers differ.
 
     Raises:
         ValueError: a value out of its range, or values that contradict each other.
@@ -92,9 +97,9 @@ class MoICEConfig(PeftConfig):
     base_multipliers: list[float] | None = field(default=None)
     top_k: int | None = field(default=None)
     router_dim: int | None = field(default=None)
-    router_scope: str = field(default="layer")
+    router_scope: str | None = field(default="layer")
     hidden_act: str | None = field(default=None)
-    router_aux_loss_coef: float = field(default=0.3)
+    router_aux_loss_coef: float | None = field(default=0.3)
     init_weights: bool | str = field(default=True)
     target_modules: list[str] | str | None = field(default=None)
     exclude_modules: list[str] | str | None = field(default=None)
@@ -107,7 +112,7 @@ class MoICEConfig(PeftConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = add_peft_type(PEFT_TYPE_NAME)
+        self.peft_type = PeftType[PEFT_TYPE_NAME]
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
@@ -117,10 +122,10 @@ class MoICEConfig(PeftConfig):
 
     @property
     def num_experts(self) -> int:
-        """Number N of experts."""
+        """Number N of experts, in a mean of adapters that of its distinct angles."""
         bases = self.rope_bases if self.rope_bases is not None else self.base_multipliers
         if isinstance(bases, dict):
-            bases = next(iter(bases.values()))
+            bases = max(bases.values(), key=len)
         return len(bases) if bases is not None else len(RELEASED_MULTIPLIERS)
 
     def router_specs(self) -> list[RouterSpec]:
@@ -141,7 +146,7 @@ class MoICEConfig(PeftConfig):
         ]
 
     def resolve_bases(self, own_thetas: dict[str | None, float]) -> None:
-        """Fill `rope_bases` for a model, or check that they fit it.
+        """Fill `rope_bases` for a model, or check that they fit it, those of every router in a mean of adapters.
 
         Args:
             own_thetas: the model's own `rope_theta` by layer type; the key None stands for all layers.
@@ -155,20 +160,8 @@ class MoICEConfig(PeftConfig):
             self.rope_bases = bases.get(None, bases)
             self.base_multipliers = None
             return
-        if isinstance(self.rope_bases, dict) and not own_thetas.keys() <= self.rope_bases.keys():
-            raise ValueError(
-                f"`rope_bases` names the layer types {sorted(self.rope_bases)}, but the adapted layers of this model "
-                f"have {sorted(map(str, own_thetas))}. Give one list per layer type, or use `base_multipliers`."
-            )
-        for layer_type, own in own_thetas.items():
-            bases = self.rope_bases[layer_type] if isinstance(self.rope_bases, dict) else self.rope_bases
-            if len(bases) > 1 and not math.isclose(bases[0], own, rel_tol=1e-6):
-                where = "" if layer_type is None else f" in layers of type {layer_type!r}"
-                raise ValueError(
-                    f"The first of `rope_bases` is {bases[0]}, but the model's own rope_theta is {own}{where}. Put "
-                    "the model's own angle first, or use `base_multipliers`. (Angles are resolved and stored when an "
-                    "adapter is injected, so a config made for another model does not fit this one.)"
-                )
+        for spec in self.router_specs():
+            _check_own_base(spec.rope_bases, own_thetas)
 
     def _check_targets(self) -> None:
         for name in ("target_modules", "exclude_modules"):
@@ -212,7 +205,7 @@ class MoICEConfig(PeftConfig):
                 layer_type: _checked_angles(bases, f"rope_bases[{layer_type!r}]")
                 for layer_type, bases in self.rope_bases.items()
             }
-            if len({len(bases) for bases in self.rope_bases.values()}) > 1:
+            if self.members is None and len({len(bases) for bases in self.rope_bases.values()}) > 1:
                 raise ValueError("`rope_bases` needs the same number of angles for every layer type.")
         elif self.rope_bases is not None:
             self.rope_bases = _checked_angles(self.rope_bases, "rope_bases")
@@ -236,7 +229,7 @@ class MoICEConfig(PeftConfig):
             )
         if self.router_dim is not None and self.router_dim < 1:
             raise ValueError(f"`router_dim` is {self.router_dim}, but has to be at least 1.")
-        if self.router_scope not in ("layer", "head"):
+        if self.router_scope not in ("layer", "head") and not (self.members and self.router_scope is None):
             raise ValueError(
                 f"`router_scope` is {self.router_scope!r}; choose 'layer' (a router shared by a layer's heads) or "
                 "'head' (a router per head)."
@@ -245,12 +238,31 @@ class MoICEConfig(PeftConfig):
             raise ValueError(f"`init_weights` is {self.init_weights!r}; choose True, False or 'identity'.")
         if self.hidden_act is not None and (not isinstance(self.hidden_act, str) or self.hidden_act not in ACT2FN):
             raise ValueError(f"`hidden_act` is {self.hidden_act!r}; choose one of {sorted(ACT2FN)}.")
+        if self.members and self.router_aux_loss_coef is None:
+            return
         if isinstance(self.router_aux_loss_coef, bool) or not isinstance(self.router_aux_loss_coef, (int, float)):
             raise TypeError(f"`router_aux_loss_coef` has to be a number, not {self.router_aux_loss_coef!r}.")
         if not math.isfinite(self.router_aux_loss_coef) or self.router_aux_loss_coef < 0:
             raise ValueError(
                 f"`router_aux_loss_coef` is {self.router_aux_loss_coef}, but has to be a finite number of at least 0; "
                 "0 switches the balance loss off."
+            )
+
+
+def _check_own_base(rope_bases: Bases, own_thetas: dict[str | None, float]) -> None:
+    if isinstance(rope_bases, dict) and not own_thetas.keys() <= rope_bases.keys():
+        raise ValueError(
+            f"`rope_bases` names the layer types {sorted(rope_bases)}, but the adapted layers of this model "
+            f"have {sorted(map(str, own_thetas))}. Give one list per layer type, or use `base_multipliers`."
+        )
+    for layer_type, own in own_thetas.items():
+        bases = rope_bases[layer_type] if isinstance(rope_bases, dict) else rope_bases
+        if len(bases) > 1 and not math.isclose(bases[0], own, rel_tol=1e-6):
+            where = "" if layer_type is None else f" in layers of type {layer_type!r}"
+            raise ValueError(
+                f"The first of `rope_bases` is {bases[0]}, but the model's own rope_theta is {own}{where}. Put "
+                "the model's own angle first, or use `base_multipliers`. (Angles are resolved and stored when an "
+                "adapter is injected, so a config made for another model does not fit this one.)"
             )
 
 

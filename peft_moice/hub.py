@@ -53,7 +53,7 @@ def push_to_hub(
         evaluation: what was measured, as rows with equal keys or as Markdown; a table in the card.
         private: whether a new repository is private. Default: the organization's setting.
         token: access token, see `huggingface_hub.HfApi`.
-        revision: branch to push to. Default: main.
+        revision: branch to push to, created if it does not exist. Default: main.
         create_pr: open a pull request instead of committing to the branch. Default: False.
         commit_message: message of the commit.
 
@@ -67,6 +67,8 @@ def push_to_hub(
     adapter_name = _adapter_of(model, adapter_name)
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, selected_adapters=[adapter_name])
         # PEFT puts every adapter but "default" into a folder of its own; in a repository it stands at the top.

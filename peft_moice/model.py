@@ -10,22 +10,25 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists, onload_layer
+from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .attention import IMPLEMENTATIONS
+from .built_in import BuiltInRouters
 from .checkpoint import check_stored_routers
 from .combining import combine_routers, combined_config
 from .config import MoICEConfig
 from .layer import BASE_MODEL_NAME, MoICELayer
-from .position_checks import unwatch_positions, watch_positions
-from .probe import LayerPlan, LayerProbe, attention_module_names, explain_no_targets
+from .mixture import watch_positions
+from .probing import LayerPlan, LayerProbe, attention_module_names, explain_no_targets, is_target
+from .rollback import all_or_nothing, restored_on_error
+from .rope.rotary_hooks import detach_rotary_hooks
 from .self_check import unwatch_first_pass, watch_first_pass
-from .stacking import base_of, other_tuner_layers
-from .standalone import MoICEAttention, make_standalone
+from .stacking import base_of, layer_places, other_tuner_layers
+from .standalone import make_standalone
 from .training import register_hooks, remove_hooks
 
 logger = logging.getLogger(__name__)
@@ -65,16 +68,32 @@ class MoICEModel(BaseTuner):
                 "The model has MoICE adapters already. Add another with `model.add_adapter(name, config)`."
             )
         model = base_of(model)
+        configs = peft_config.values() if isinstance(peft_config, dict) else [peft_config]
+        with restored_on_error(model, *configs):
+            if hasattr(model, "peft_config") and not getattr(model, "_hf_peft_config_loaded", False):
+                # Another tuner's record, which PEFT would extend in place; an equal adapter name would replace its
+                # config. (transformers' own `add_adapter` keeps the adapters of all tuners in one record, under
+                # distinct names.)
+                del model.peft_config
+            super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+
+    @all_or_nothing
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add the routers of `adapter_name` to the targeted modules. Called by PEFT, see its `BaseTuner`."""
         if hasattr(getattr(model, "config", None), "moice"):
             raise ValueError(
                 f"{type(model).__name__} has routers built in already. Put an adapter on the base model that it was "
                 "merged from."
             )
-        if hasattr(model, "peft_config") and not getattr(model, "_hf_peft_config_loaded", False):
-            # Another tuner's record, which PEFT would extend in place; an equal adapter name would replace its config.
-            # (transformers' own `add_adapter` keeps the adapters of all tuners in one record, under distinct names.)
-            del model.peft_config
-        super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+        self._kept_out: list[tuple[nn.Module, str, nn.Module]] = []
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        for parent, child_name, layer in self._kept_out:
+            setattr(parent, child_name, layer)
+        del self._kept_out
+        # Not in `_post_injection_hook`, which PEFT does not call for later adapters.
+        register_hooks(model)
+        watch_positions(model)
+        watch_first_pass(model)
 
     def _check_new_adapter_config(self, config: MoICEConfig) -> None:
         super()._check_new_adapter_config(config)
@@ -92,6 +111,8 @@ class MoICEModel(BaseTuner):
                 f"`implementation` is {peft_config.implementation!r}; choose 'auto' or one of "
                 f"{sorted(IMPLEMENTATIONS)}."
             )
+        if peft_config.members is not None:
+            return peft_config
         if peft_config.hidden_act is None:
             names = [model_config.get(name) for name in _OWN_ACTIVATION_FIELDS]
             names += [(model_config.get("text_config") or {}).get(name) for name in _OWN_ACTIVATION_FIELDS]
@@ -102,7 +123,8 @@ class MoICEModel(BaseTuner):
             peft_config.router_dim = peft_config.num_experts
         if peft_config.top_k == peft_config.num_experts > 1 and peft_config.router_aux_loss_coef > 0:
             logger.info(
-                "top_k equals the number of angles (%d), so the balance loss is a constant without gradient.",
+                "top_k equals the number of angles (%d), so the balance loss is a constant without gradient: it is "
+                "reported, but not added to the loss.",
                 peft_config.num_experts,
             )
         return peft_config
@@ -114,11 +136,7 @@ class MoICEModel(BaseTuner):
         self._probe = LayerProbe(model)
         if peft_config.target_modules is None:
             self._choose_targets(peft_config, model)
-        names = [
-            name
-            for name, _ in model.named_modules()
-            if "base_layer" not in name.split(".") and check_target_module_exists(peft_config, name)
-        ]
+        names = _targeted(peft_config, model)
         self._check_layers_to_transform(peft_config, names)
         for name in names:
             _check_not_on_disk(model, name)
@@ -140,17 +158,35 @@ class MoICEModel(BaseTuner):
                 )
         if thetas:
             peft_config.resolve_bases(thetas)
+        for entry in peft_config.modules_to_save or ():
+            for name in names:
+                if name.endswith(entry):
+                    raise ValueError(
+                        f"`modules_to_save` holds {entry!r}, which means the adapted attention module {name!r} too, "
+                        "because PEFT takes every module whose name ends so. Write more of the name, or leave the "
+                        "attention module out with `exclude_modules`."
+                    )
 
     def _choose_targets(self, peft_config: MoICEConfig, model: nn.Module) -> None:
-        """Target every attention module of the decoder that has a rotary embedding."""
+        """Target every attention module of the decoder that has a rotary embedding, as far as the config lets it."""
+        config = copy.copy(peft_config)
         # An attention module that an earlier adapter has wrapped goes by its wrapper's name.
-        names = [name.removesuffix(".base_layer") for name in attention_module_names(model)]
-        names = [name for name in names if self._plan_of(model, name).rope is not None]
+        every = [name.removesuffix(".base_layer") for name in attention_module_names(model)]
+        config.target_modules = set(every)
+        names = [name for name in every if is_target(config, name)]
+        if every and not names:
+            fields = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+            given = {name: getattr(config, name) for name in fields if getattr(config, name) is not None}
+            raise ValueError(
+                f"The config leaves out all of the model's attention modules ({every[0]!r} and so on): {given}. "
+                "Indices of layers start at 0; leave out what excludes the modules that you want to adapt."
+            )
+        plans = {name: self._plan_of(model, name) for name in names}
+        names = [name for name in names if plans[name].rope is not None]
         if not names:
-            raise ValueError(explain_no_targets(model))
-        suffixes = {name.rpartition(".")[2] for name in names}
-        matched = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in suffixes]
-        peft_config.target_modules = suffixes if matched == names else set(names)
+            raise ValueError(explain_no_targets(model, {plan.lacks for plan in plans.values()}))
+        config.target_modules = {name.rpartition(".")[2] for name in names}
+        peft_config.target_modules = config.target_modules if _targeted(config, model) == names else set(names)
 
     @staticmethod
     def _check_layers_to_transform(peft_config: MoICEConfig, names: list[str]) -> None:
@@ -160,16 +196,22 @@ class MoICEModel(BaseTuner):
         one_layer = copy.copy(peft_config)
         for index in peft_config.layers_to_transform or ():
             one_layer.layers_to_transform = [index]
-            if not any(check_target_module_exists(one_layer, name) for name in names):
+            if not any(is_target(one_layer, name) for name in names):
                 raise ValueError(
                     f"`layers_to_transform` names layer {index}, but no targeted module lies in one of that index. "
-                    "Indices start at 0; leave out those that the model does not have."
+                    "Indices start at 0; leave out those that the model does not have, and layers without a rotary "
+                    "embedding."
                 )
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: MoICEConfig, key: str) -> object:
+        return is_target(peft_config, key)
 
     def _plan_of(self, model: nn.Module, name: str) -> LayerPlan:
         if name not in self._plans:
             target = model.get_submodule(name)
             if isinstance(target, MoICELayer):
+                target.rope.check_config()
                 self._plans[name] = LayerPlan(target.rope, target.num_heads, target.head_dim)
             else:
                 self._plans[name] = self._probe.plan(name)
@@ -198,13 +240,15 @@ class MoICEModel(BaseTuner):
         self._replace_module(parent, target_name, new_module, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's version copies the weight and bias of a linear layer.
-        setattr(parent, child_name, new_module)
+        self._kept_out.append((parent, child_name, new_module))
 
-    def _post_injection_hook(self, model: nn.Module, config: MoICEConfig, adapter_name: str) -> None:
-        register_hooks(model)
-        watch_positions(model)
-        watch_first_pass(model)
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        super()._mark_only_adapters_as_trainable(model)
+        # Hereafter PEFT looks for `modules_to_save`, and refuses those inside of a tuner's layers, such as the norms
+        # in an attention module. So our layers, new and old, come into their places at the end of `inject_adapter`.
+        for layer, (parent, child_name) in layer_places(model).items():
+            setattr(parent, child_name, layer.base_layer)
+            self._kept_out.append((parent, child_name, layer))
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -252,6 +296,7 @@ class MoICEModel(BaseTuner):
         self._check_adapters_exist([adapter_names] if isinstance(adapter_names, str) else adapter_names)
         super().set_requires_grad(adapter_names, requires_grad)
 
+    @all_or_nothing
     def add_weighted_adapter(
         self,
         adapters: list[str],
@@ -283,17 +328,14 @@ class MoICEModel(BaseTuner):
         configs = [self.peft_config[name] for name in adapters]
         config = combined_config(adapters, configs, weights, combination_type, density)
         self.peft_config[adapter_name] = config
-        try:
-            self.inject_adapter(self.model, adapter_name)
-        except Exception:
-            del self.peft_config[adapter_name]
-            raise
+        self.inject_adapter(self.model, adapter_name)
         for layer in self._layers():
             if adapter_name in layer.moice_router:
                 combine_routers(
                     layer, adapters, weights, adapter_name, combination_type, density, majority_sign_method
                 )
 
+    @all_or_nothing
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Build routers into the attention modules, reversibly: outputs stay as they are.
 
@@ -317,6 +359,7 @@ class MoICEModel(BaseTuner):
         for layer in layers:
             layer.unmerge()
 
+    @all_or_nothing
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
@@ -339,7 +382,7 @@ class MoICEModel(BaseTuner):
         self._check_no_other_tuner()
         model = self._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names)
         if isinstance(model, PreTrainedModel) and any(
-            isinstance(module, MoICEAttention) for module in model.modules()
+            isinstance(module, BuiltInRouters) for module in model.modules()
         ):
             make_standalone(model)
             register_hooks(model)
@@ -354,12 +397,13 @@ class MoICEModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        # PEFT's version would also unload the layers of other tuners, such as LoRA below our layers.
+        # PEFT's version would also unload the layers of other tuners, such as LoRA below our layers. What lies inside
+        # an attention module comes before it, because its name changes with it.
         targets = [
             (name, module)
             for name, module in self.model.named_modules()
             if isinstance(module, (MoICELayer, AuxiliaryTrainingWrapper))
-        ]
+        ][::-1]
         action = "Merging" if merge else "Unloading"
         for name, module in tqdm(targets, disable=not progressbar, desc=f"{action} MoICE"):
             parent_name, _, child_name = name.rpartition(".")
@@ -369,8 +413,11 @@ class MoICEModel(BaseTuner):
                 )
             setattr(self.model.get_submodule(parent_name), child_name, unloaded)
         remove_hooks(self.model)
-        unwatch_positions(self.model)
+        detach_rotary_hooks(self.model)
         unwatch_first_pass(self.model)
+        if merge:
+            # No layers of a tuner are left; what else PEFT does is to untie embeddings that have become different.
+            return super()._unload_and_optionally_merge(merge=True)
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model
@@ -430,6 +477,12 @@ class MoICEModel(BaseTuner):
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_stored_routers(model, adapter_name, state_dict)
         return state_dict
+
+
+def _targeted(config: MoICEConfig, model: nn.Module) -> list[str]:
+    """Names of the modules that `config` targets, those inside of wrapped attention modules left out."""
+    names = [name for name, _ in model.named_modules()]
+    return [name for name in names if name and "base_layer" not in name.split(".") and is_target(config, name)]
 
 
 def _check_heads_are_here(config: MoICEConfig, model: nn.Module) -> None:

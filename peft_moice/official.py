@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import nn
 
 from .config import MoICEConfig
+from .rollback import restored_on_error
 
 _KEY = re.compile(r"(?P<module>.+)\.gate_(?P<part>[123])\.weight$")
 # The official forward is `gate_2(act(gate_1(q)) * gate_3(q))`.
@@ -51,9 +52,16 @@ def load_official_checkpoint(
             f"The checkpoint's routers choose among {num_experts} angles, but the config has {config.num_experts}. "
             "Give the angles of the training run in `config`, as `rope_bases` or `base_multipliers`."
         )
-    config.router_dim = router_dim
-    peft_model = get_peft_model(model, config, adapter_name=adapter_name)
-    targets = dict(peft_model.base_model.model.named_parameters())
+    with restored_on_error(model, config):
+        config.router_dim = router_dim
+        peft_model = get_peft_model(model, config, adapter_name=adapter_name)
+        _fill_routers(peft_model, tensors, adapter_name)
+    return peft_model
+
+
+def _fill_routers(peft_model: PeftModel, tensors: dict[str, torch.Tensor], adapter_name: str) -> None:
+    model = peft_model.base_model.model
+    targets = dict(model.named_parameters())
     expected = {name for name in targets if f".moice_router.{adapter_name}." in name}
     tensors = {key.replace("moice_router.", f"moice_router.{adapter_name}."): value for key, value in tensors.items()}
     if tensors.keys() != expected:
@@ -69,7 +77,6 @@ def load_official_checkpoint(
                 "checkpoint. Load it into the model that it was trained on."
             )
         targets[name].data.copy_(tensor)
-    return peft_model
 
 
 def _router_tensors(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -4,9 +4,10 @@ import dataclasses
 
 from transformers import PreTrainedModel
 
+from .built_in import BuiltInRouters
 from .config import MoICEConfig
 from .model import MoICEModel
-from .standalone import MoICEAttention, describe_routers
+from .standalone import describe_routers
 
 
 def add_routers(model: PreTrainedModel, config: MoICEConfig) -> PreTrainedModel:
@@ -26,7 +27,7 @@ def add_routers(model: PreTrainedModel, config: MoICEConfig) -> PreTrainedModel:
     wanted = dataclasses.replace(config)
     model = MoICEModel(model, wanted, "default").merge_and_unload()
     for module in model.modules():
-        if isinstance(module, MoICEAttention):
+        if isinstance(module, BuiltInRouters):
             for spec in module.router_specs:
                 spec.router_aux_loss_coef = wanted.router_aux_loss_coef
     model.config.moice = describe_routers(model)

@@ -1,13 +1,18 @@
-"""Registers MoICE with PEFT.
+"""Registers MoICE with PEFT and with transformers.
 
 PEFT keeps its tuner types in the closed enumeration `PeftType` and offers no entry point for types from outside, so
-`import peft_moice` has to run once before PEFT can read a MoICE adapter.
+`import peft_moice` has to run once before PEFT can read a MoICE adapter, or transformers a model that MoICE was merged
+into.
 """
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType, register_peft_method
+from transformers import AttentionInterface, AutoConfig
 
-PEFT_TYPE_NAME = "MOICE"
+from .attention.interface import ATTENTION_NAME, moice_attention_forward
+from .config import PEFT_TYPE_NAME, MoICEConfig
+from .model import MoICEModel
+from .standalone import MODEL_TYPE, MoICEAutoConfig
 
 
 def add_peft_type(name: str) -> PeftType:
@@ -31,8 +36,13 @@ def add_peft_type(name: str) -> PeftType:
     return member
 
 
-def register(config_cls: type, model_cls: type) -> None:
-    """Register the MoICE config and tuner classes with PEFT. Calling it again changes nothing."""
+def register() -> None:
+    """Register adapters with PEFT, and merged models and the attention function with transformers.
+
+    Calling it again changes nothing.
+    """
     member = add_peft_type(PEFT_TYPE_NAME)
     if member not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        register_peft_method(name=PEFT_TYPE_NAME.lower(), config_cls=config_cls, model_cls=model_cls)
+        register_peft_method(name=PEFT_TYPE_NAME.lower(), config_cls=MoICEConfig, model_cls=MoICEModel)
+    AttentionInterface.register(ATTENTION_NAME, moice_attention_forward)
+    AutoConfig.register(MODEL_TYPE, MoICEAutoConfig, exist_ok=True)

@@ -11,20 +11,21 @@ import torch
 from torch import nn
 
 from .attention.interface import bypassed
+from .built_in import ROUTERS_NAME, BuiltInRouters
 from .evaluation.mode import evaluating
 from .mixture import MixesAngles
 
 
 def watch_first_pass(model: nn.Module) -> None:
-    """Have the next pass of `model` raise a RuntimeError if it leaves out all adapted layers of some kind.
+    """Have the next pass of `model` raise a RuntimeError if it leaves out all adapted attention modules of some kind.
 
-    Kinds are the classes of attention modules. A single layer may be left out rightly, as where training drops
-    layers; an upgrade of transformers changes a class.
+    Kinds are the classes of attention modules. A single one may be left out rightly, as where training drops layers;
+    an upgrade of transformers changes a class.
     """
     unwatch_first_pass(model)
-    for layer in _layers(model).values():
-        layer.was_called = False
-        layer.register_forward_pre_hook(_note_call)
+    for module in _adapted(model).values():
+        module.was_called = False
+        module.register_forward_pre_hook(_note_call)
     model.register_forward_hook(_check_pass)
 
 
@@ -49,31 +50,44 @@ def check(model: nn.Module, **inputs: Any) -> None:
         RuntimeError: attention modules were not called, or computed attention without the mixture.
         ValueError: no layer of `model` mixes angles, as without an active adapter.
     """
-    layers = {name: layer for name, layer in _layers(model).items() if layer.members()}
-    if not layers:
+    modules = _mixing(model)
+    if not modules:
         raise ValueError(
             f"No layer of {type(model).__name__} mixes angles, so there is nothing to check. Add an adapter, and "
             "switch it on with `set_adapter` or `enable_adapter_layers`."
         )
     called: set[nn.Module] = set()
-    handles = [layer.register_forward_pre_hook(lambda layer, args: called.add(layer)) for layer in layers.values()]
+    handles = [
+        module.register_forward_pre_hook(lambda module, args: called.add(module)) for module in modules.values()
+    ]
     try:
         with evaluating(model), torch.compiler.set_stance("force_eager"):
             model(**(inputs or _two_tokens(model)))
     finally:
         for handle in handles:
             handle.remove()
-    missed = [name for name, layer in layers.items() if layer not in called]
+    missed = [name for name, module in modules.items() if module not in called]
     if missed:
         raise bypassed(f"A pass of {type(model).__name__} did not call the adapted attention modules {missed[:5]}")
 
 
-def _layers(model: nn.Module) -> dict[str, MixesAngles]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, MixesAngles)}
+def _adapted(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that the model calls for attention: wrappers, and those with routers built in and no wrapper."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, MixesAngles) or hasattr(module, ROUTERS_NAME)
+        if not isinstance(module, BuiltInRouters) and not name.endswith(".base_layer")
+    }
 
 
-def _kind(layer: MixesAngles) -> type[nn.Module]:
-    return type(getattr(layer, "base_layer", layer))
+def _mixing(model: nn.Module) -> dict[str, nn.Module]:
+    """Those of the adapted modules that have routers at work."""
+    return {name: module for name, module in _adapted(model).items() if getattr(module, ROUTERS_NAME, module).shares()}
+
+
+def _kind(module: nn.Module) -> type[nn.Module]:
+    return type(getattr(module, "base_layer", module))
 
 
 def _two_tokens(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -83,17 +97,18 @@ def _two_tokens(model: nn.Module) -> dict[str, torch.Tensor]:
     return {"input_ids": tokens} | ({"decoder_input_ids": tokens} if is_encoder_decoder else {})
 
 
-def _note_call(layer: MixesAngles, args: tuple) -> None:
-    layer.was_called = True
+def _note_call(module: nn.Module, args: tuple) -> None:
+    module.was_called = True
 
 
 def _check_pass(model: nn.Module, args: tuple, output: object) -> None:
     if torch.compiler.is_compiling():
         return
-    layers = {name: layer for name, layer in _layers(model).items() if layer.members()}
-    kinds = {_kind(layer) for layer in layers.values() if layer.was_called}
-    missed = [name for name, layer in layers.items() if _kind(layer) not in kinds]
+    # Routers that were built in after the hooks were set are called by the modules that are watched.
+    modules = {name: module for name, module in _mixing(model).items() if "was_called" in vars(module)}
+    kinds = {_kind(module) for module in modules.values() if module.was_called}
+    missed = [name for name, module in modules.items() if _kind(module) not in kinds]
     if missed:
         raise bypassed(f"The first pass of {type(model).__name__} did not call the adapted modules {missed[:5]}")
-    if layers and all(layer.was_called for layer in layers.values()):
+    if modules and all(module.was_called for module in modules.values()):
         unwatch_first_pass(model)

@@ -50,12 +50,21 @@ def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
         lora_model.save_pretrained("lora")
     ```
     """
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MoICELayer)]
-    parents = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name, _ in layers]
-    for (parent, child_name), (_, layer) in zip(parents, layers, strict=True):
+    places = layer_places(model)
+    for layer, (parent, child_name) in places.items():
         setattr(parent, child_name, layer.base_layer)
     try:
         yield model
     finally:
-        for (parent, child_name), (_, layer) in zip(parents, layers, strict=True):
+        for layer, (parent, child_name) in places.items():
             setattr(parent, child_name, layer)
+
+
+def layer_places(model: nn.Module) -> dict[MoICELayer, tuple[nn.Module, str]]:
+    """MoICE's layers in `model`, each with the module that holds it and its name there."""
+    places = {}
+    for name, module in model.named_modules():
+        if isinstance(module, MoICELayer):
+            parent_name, _, child_name = name.rpartition(".")
+            places[module] = (model.get_submodule(parent_name), child_name)
+    return places

@@ -1,4 +1,4 @@
-"""Models with routers built in: what merging leaves, and what `save_pretrained` writes and `from_pretrained` reads.
+"""Whole models with routers built in: their classes and configs, and how they are written and read.
 
 A standalone model is an instance of a subclass of its own class, made on demand: `LlamaForCausalLM` becomes
 `MoICELlamaForCausalLM`, its config `MoICELlamaConfig` with the model type "moice" and the family's own in
@@ -12,104 +12,49 @@ import functools
 from typing import Any, ClassVar
 
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .attention import intercept
+from .attention import exchange_config, own_config
+from .built_in import ROUTERS_NAME, BuiltInRouters
 from .config import RouterSpec
-from .mixture import LayerMixture, Member, MixesAngles
-from .position_checks import watch_positions
-from .probe import LayerProbe
+from .mixture import watch_positions
+from .probing import LayerProbe
 from .rope import LayerRope, RotaryLayout
-from .rope.longrope import rope_of_pass
 from .router import MoICERouter
 from .self_check import watch_first_pass
-from .training import register_hooks
+from .training import register_hooks, remove_hooks
 
 MODEL_TYPE = "moice"
-ROUTERS_NAME = "moice_routers"
-
-
-class MoICEAttention(MixesAngles):
-    """Mixed into an attention module's class: the module with its routers built in.
-
-    Attributes:
-        rope: its rotary embedding.
-        num_query_heads: H.
-        router_specs: what each of its routers is; `weight` is its share in this layer.
-        moice_routers: the routers.
-    """
-
-    original_class: type[nn.Module]
-    rope: LayerRope
-    num_query_heads: int
-    router_specs: list[RouterSpec]
-    moice_routers: nn.ModuleList
-
-    def members(self) -> list[Member]:
-        routers = zip(self.moice_routers, self.router_specs, strict=True)
-        return [Member(str(index), router, spec, spec.weight) for index, (router, spec) in enumerate(routers)]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        mixture = LayerMixture(self.members(), rope_of_pass(self.rope, self.layer_idx, args, kwargs))
-        return mixture.run(super().forward, self.layer_idx, args, kwargs, self)
-
-    def __reduce__(self):
-        # Generated classes cannot be imported by name; their originals can.
-        return _new_instance, (attention_class, self.original_class), self.__dict__
-
-
-@functools.cache
-def attention_class(original: type[nn.Module]) -> type[nn.Module]:
-    """The class of `original` attention modules with built-in routers."""
-    return type(f"MoICE{original.__name__}", (MoICEAttention, original), {"original_class": original})
-
-
-def build_in(attention: nn.Module, rope: LayerRope, num_heads: int, members: list[Member]) -> None:
-    """Build copies of the members' routers into an attention module, in place. Undone by [`take_out`]."""
-    intercept(attention)
-    # Built-in routers are frozen, so training has no balance loss for them.
-    specs = [dataclasses.replace(m.spec, weight=m.weight, router_aux_loss_coef=0.0) for m in members]
-    # In float32 whatever the model's dtype, as PEFT keeps adapters, so that a reloaded model chooses the same experts.
-    routers = [copy.deepcopy(member.router).float().requires_grad_(False) for member in members]
-    _install(attention, rope, num_heads, specs, routers)
-
-
-def take_out(attention: nn.Module) -> None:
-    """Remove built-in routers from an attention module. Its attention function stays intercepted."""
-    attention.__class__ = attention.original_class
-    for name in ("rope", "num_query_heads", "router_specs", ROUTERS_NAME):
-        delattr(attention, name)
-
-
-def _install(
-    attention: nn.Module, rope: LayerRope, num_heads: int, specs: list[RouterSpec], routers: list[MoICERouter]
-) -> None:
-    attention.__class__ = attention_class(type(attention))
-    attention.rope = rope
-    attention.num_query_heads = num_heads
-    attention.router_specs = specs
-    setattr(attention, ROUTERS_NAME, nn.ModuleList(routers))
-    rope.prepare(LayerMixture(attention.members(), rope).rope_bases())
 
 
 def make_standalone(model: PreTrainedModel) -> PreTrainedModel:
     """Turn a transformers model whose attention modules have routers built in into a standalone model, in place.
 
-    Its class and the class of its config change; the objects stay the same.
+    Its class changes. Its config is exchanged for a copy, because other models may have been made from it.
     """
-    config_class = standalone_config_class(type(model.config))
-    base_model_type = model.config.model_type
-    description = describe_routers(model)
-    model.config.__class__ = config_class
-    model.config.base_model_type = base_model_type
-    model.config.moice = description
-    model.__class__ = standalone_model_class(type(model))
+    # Both may be standalone already, where something was merged into a model a second time.
+    original, original_config = (getattr(type(item), "original_class", type(item)) for item in (model, model.config))
+    config = copy.copy(model.config)
+    config.__class__ = standalone_config_class(original_config)
+    config.base_model_type = original_config.model_type
+    config.moice = describe_routers(model)
+    _exchange_config(model, model.config, config)
+    model.__class__ = standalone_model_class(original)
     model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), ROUTERS_NAME}
     return model
+
+
+def _exchange_config(model: PreTrainedModel, old: PreTrainedConfig, new: PreTrainedConfig) -> None:
+    for module in model.modules():
+        if isinstance(module, BuiltInRouters):
+            if module.rope.config is old:
+                module.rope.config = new
+        elif hasattr(module, "config") and own_config(module) is old:
+            exchange_config(module, new)
 
 
 def describe_routers(model: nn.Module) -> dict[str, Any]:
@@ -117,7 +62,7 @@ def describe_routers(model: nn.Module) -> dict[str, Any]:
     routers: list[dict] = []
     layers: dict[str, dict] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, MoICEAttention):
+        if not isinstance(module, BuiltInRouters):
             continue
         shares = []
         for spec in module.router_specs:
@@ -126,10 +71,10 @@ def describe_routers(model: nn.Module) -> dict[str, Any]:
             if fields not in routers:
                 routers.append(fields)
             shares.append([routers.index(fields), weight])
-        layers[name] = {
+        layers[name.removesuffix(f".{ROUTERS_NAME}")] = {
             "routers": shares,
-            "num_heads": module.num_query_heads,
-            "head_dim": module.moice_routers[0].head_dim,
+            "num_heads": module.num_heads,
+            "head_dim": module[0].head_dim,
             "layer_type": module.rope.layer_type,
             "rope_theta": module.rope.rope_theta,
             "layout": dataclasses.asdict(module.rope.layout),
@@ -144,34 +89,34 @@ def install_described(model: PreTrainedModel, description: dict[str, Any]) -> No
     ropes: dict[tuple, LayerRope] = {}
     for name, layer in description["layers"].items():
         attention = _submodule(model, name)
-        if isinstance(attention, MoICEAttention):
+        if hasattr(attention, ROUTERS_NAME):
             # A model that builds its decoder through an auto class, which gave it a standalone one.
             continue
-        rotary = LayerProbe(model).find_rotary(_name_of(model, attention), layer.get("rope_theta")).module
+        own = LayerProbe(model).find_rotary(_name_of(model, attention), layer.get("rope_theta"))
+        rotary = own.module
         layer_type, layout, turn = layer["layer_type"], RotaryLayout(**layer["layout"]), layer["direction"]
-        rope = LayerRope(type(rotary), rotary.config, layer_type, layout, turn, layer.get("original_length"))
+        rope = LayerRope(type(rotary), rotary.config, layer_type, layout, turn, layer.get("original_length"), own=own)
         rope = ropes.setdefault((id(rotary), layer_type, layout), rope)
         specs = [RouterSpec(**description["routers"][index], weight=weight) for index, weight in layer["routers"]]
         routers = [MoICERouter.from_spec(spec, layer_type, layer["num_heads"], layer["head_dim"]) for spec in specs]
         for router in routers:
             router.reset_parameters()
-        intercept(attention)
-        _install(attention, rope, layer["num_heads"], specs, routers)
+        BuiltInRouters(routers, specs, rope, layer["num_heads"]).install(attention)
 
 
 def _submodule(model: PreTrainedModel, name: str) -> nn.Module:
     """The module called `name` in the model that was saved, which may have had a head that `model` lacks, or lack
     one that `model` has."""
-    prefix = f"{model.base_model_prefix}."
-    for candidate in (name, name.removeprefix(prefix), prefix + name):
-        try:
-            return model.get_submodule(candidate)
-        except AttributeError:
-            continue
-    raise ValueError(
-        f"The config names the attention module {name!r}, which {type(model).__name__} does not have. Load the "
-        "checkpoint with the auto class that it was saved from."
-    )
+    modules = dict(model.named_modules())
+    found = [other for other in modules if f".{name}".endswith(f".{other}") or other.endswith(f".{name}")]
+    if name in modules:
+        found = [name]
+    if len(found) != 1:
+        raise ValueError(
+            f"The config names the attention module {name!r}, but {type(model).__name__} has {found or 'none'} in its "
+            "place. Load the checkpoint with the auto class that it was saved from."
+        )
+    return modules[found[0]]
 
 
 def _name_of(model: nn.Module, module: nn.Module) -> str:
@@ -209,6 +154,7 @@ def standalone_model_class(original: type[PreTrainedModel]) -> type[PreTrainedMo
 @functools.cache
 def _model_class(original: type[PreTrainedModel], standalone_config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
     class StandaloneModel(original):
+        original_class = original
         config_class = standalone_config
         _keep_in_fp32_modules_strict: ClassVar[set[str]] = {
             *(original._keep_in_fp32_modules_strict or ()),
@@ -218,6 +164,9 @@ def _model_class(original: type[PreTrainedModel], standalone_config: type[PreTra
         def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
             super().__init__(config, *args, **kwargs)
             install_described(self, config.moice)
+            # Auto classes may have built a decoder that is a standalone model, too.
+            for module in self.modules():
+                remove_hooks(module)
             register_hooks(self)
             watch_positions(self)
             watch_first_pass(self)
@@ -267,5 +216,3 @@ _AUTO_CLASSES = [
     for value in vars(modeling_auto).values()
     if isinstance(value, type) and issubclass(value, _BaseAutoModelClass) and value._model_mapping is not None
 ]
-
-AutoConfig.register(MODEL_TYPE, MoICEAutoConfig, exist_ok=True)

@@ -1,10 +1,12 @@
-"""Options of the test-suite."""
+"""Options and fixtures of the test-suite."""
 
+import pytest
 from hypothesis import settings
+from tiny_models import FAMILIES, adapted_model, save_tiny_model
 
-# The same examples in every run, so that a failure is the change's.
-settings.register_profile("repeatable", derandomize=True)
-settings.load_profile("repeatable")
+# Property tests draw the same examples in every run, so that a failure can be had again.
+settings.register_profile("seeded", derandomize=True)
+settings.load_profile("seeded")
 
 
 def pytest_addoption(parser):
@@ -13,3 +15,36 @@ def pytest_addoption(parser):
         action="store_true",
         help="check every feature on every family that transformers knows, for docs/make_support_matrix.py",
     )
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory) -> dict[str, str]:
+    """Folders of one tiny model per family, which tests only read."""
+    return {family: save_tiny_model(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def llama(bases) -> str:
+    return bases["llama"]
+
+
+@pytest.fixture
+def adapted(llama):
+    """A tiny llama with one adapter that decides firmly."""
+    return adapted_model(llama)
+
+
+@pytest.fixture
+def adapter(adapted, tmp_path) -> str:
+    """The folder of that adapter."""
+    adapted.save_pretrained(tmp_path / "adapter")
+    return str(tmp_path / "adapter")
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Positions of single tokens are not looked at, as on a device that Python would have to wait for."""
+    from peft_moice.rope import cache_note, positions, told
+
+    for module in (told, cache_note, positions):
+        monkeypatch.setattr(module, "can_look", lambda ids: ids.shape[-1] > 1)

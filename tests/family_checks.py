@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import peft_moice
 from peft_moice import MoICEConfig, MoICELayer
 from peft_moice.attention.interface import uses_attention_interface
-from peft_moice.probe import attention_module_names
+from peft_moice.probing import attention_module_names
 
 THETA_FACTOR = 3.0
 

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import ModelCard, RepoUrl
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny_models import decide, load, logits_of, router_state, save_tiny_model, token_ids, wide_config
+from tiny_models import decide, load, logits_of, router_state, token_ids, wide_config
 
 from peft_moice import MoICEConfig, hub, push_to_hub, write_model_card
 
@@ -28,6 +28,7 @@ class FakeHub:
     def __init__(self, home: Path):
         self.home = home
         self.created: list[dict] = []
+        self.branches: set[tuple[str, str]] = set()
         self.token = None
 
     def __call__(self, token=None) -> "FakeHub":
@@ -39,14 +40,22 @@ class FakeHub:
         repo_id = repo_id if "/" in repo_id else f"me/{repo_id}"
         return RepoUrl(f"https://huggingface.co/{repo_id}")
 
+    def create_branch(self, repo_id: str, *, branch: str, exist_ok: bool = False) -> None:
+        assert exist_ok and not branch.startswith("refs/"), "the Hub would refuse"
+        self.branches.add((repo_id, branch))
+
     def upload_folder(self, *, repo_id, folder_path, commit_message=None, revision=None, create_pr=None):
+        if revision is not None and not revision.startswith("refs/") and (repo_id, revision) not in self.branches:
+            raise ValueError(f"404 Client Error. Revision Not Found: {revision}")
         files = {str(f.relative_to(folder_path)): f for f in Path(folder_path).rglob("*") if f.is_file()}
         contents = {name: file.read_bytes() for name, file in files.items()}
         commit = hashlib.sha1(repr(sorted(contents.items())).encode()).hexdigest()
         repo = self.home / "hub" / f"models--{repo_id.replace('/', '--')}"
         (repo / "refs").mkdir(parents=True, exist_ok=True)
         (repo / "blobs").mkdir(exist_ok=True)
-        (repo / "refs" / (revision or "main")).write_text(commit)
+        reference = repo / "refs" / (revision or "main")
+        reference.parent.mkdir(parents=True, exist_ok=True)
+        reference.write_text(commit)
         for name, content in contents.items():
             blob = repo / "blobs" / hashlib.sha256(content).hexdigest()
             blob.write_bytes(content)
@@ -70,23 +79,11 @@ class FakeHub:
 
 
 @pytest.fixture
-def llama(tmp_path):
-    return save_tiny_model(tmp_path / "llama")
-
-
-@pytest.fixture
 def fake_hub(tmp_path, llama, monkeypatch):
     fake = FakeHub(tmp_path / "home")
     fake.upload_folder(repo_id=BASE_ID, folder_path=llama)
     monkeypatch.setattr(hub, "HfApi", fake)
     return fake
-
-
-@pytest.fixture
-def adapted(llama):
-    model = get_peft_model(load(llama), wide_config()).eval()
-    decide(model)
-    return model
 
 
 @pytest.mark.slow
@@ -183,6 +180,8 @@ def test_pushing_to_a_branch(fake_hub, adapted):
     push_to_hub(adapted, "me/needle", base_model=BASE_ID)
     decide(adapted, seed=5)
     push_to_hub(adapted, "me/needle", base_model=BASE_ID, revision="longer")
+    push_to_hub(adapted, "me/needle", base_model=BASE_ID, revision="refs/pr/1")
+    assert fake_hub.branches == {("me/needle", "longer")}
     main, longer = (fake_hub.file("me/needle", "adapter_model.safetensors", branch) for branch in ("main", "longer"))
     assert main.read_bytes() != longer.read_bytes()
 

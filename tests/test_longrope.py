@@ -7,13 +7,13 @@ import pytest
 import torch
 from families import tiny_model, tokens
 from peft import get_peft_model
+from position_models import Waits
 from torch._dynamo.testing import CompileCounter
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from versions import needs_transformers
 
 from peft_moice import MoICEConfig
-from peft_moice.probe import LayerProbe, attention_module_names
+from peft_moice.probing import LayerProbe, attention_module_names
 
 ORIGINAL_LENGTH = 32
 SHORT, EXACTLY, LONG = 20, ORIGINAL_LENGTH, 50
@@ -223,21 +223,9 @@ def test_prompts_that_do_not_begin_at_zero():
     assert (expected - reference(ids).logits).abs().max() > 0.1
 
 
-class Waits(TorchDispatchMode):
-    """Counts how often Python asks a tensor for its value, for which it would have to wait on a GPU."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("length", [SHORT, LONG])
 @torch.no_grad()
-def test_steps_of_decoding_wait_for_the_device_no_more_often_than_the_base_model(length):
+def test_steps_of_decoding_wait_for_the_device_no_more_often_than_the_base_model(as_on_a_gpu, length):
     def waits(model) -> int:
         cache = DynamicCache(config=model.config)
         cached_logits(model, tokens(length=length), length - 2, cache)
@@ -290,7 +278,7 @@ def test_compiled_decoding():
     model(ids[:, :32], past_key_values=cache)
     with pytest.raises(Exception, match="original length of 32 tokens"):
         compiled(ids[:, 32:33], past_key_values=cache)
-    del cache._moice_longrope
+    del cache._moice_note
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with pytest.raises(torch._dynamo.exc.Unsupported, match="Run the prompt, which fills the cache, without"):
@@ -309,12 +297,12 @@ def test_assisted_generation_and_several_adapters():
 
 
 @torch.no_grad()
-def test_layers_that_do_not_learn_their_positions_are_refused():
-    model = adapted(model_of("llama4_text"))
-    with pytest.raises(ValueError, match="does not give `position_ids` to its attention layers"):
-        model(tokens())
-    with model.disable_adapter():
-        model(tokens())
+def test_layers_that_get_no_position_ids_learn_them_from_the_rotary_embedding():
+    model = adapted(model_of("llama4_text"), MoICEConfig(base_multipliers=[3.0]))
+    for length in (SHORT, LONG):
+        expected = model_of("llama4_text", theta_factor=3.0)(tokens(length=length)).logits
+        assert_close(model(tokens(length=length)).logits, expected)
+        assert_close(cached_logits(model, tokens(length=length), length - 3), expected)
 
 
 def test_phimoe_keeps_its_angles():

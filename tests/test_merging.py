@@ -1,20 +1,20 @@
 """Combining adapters, mixed batches, and building routers into the model reversibly."""
 
+import copy
+import pickle
+
 import pytest
 import torch
+from accelerate import dispatch_model
 from peft import PeftModel, get_peft_model
 from peft.utils import merge_utils
-from tiny_models import decide, layers_of, load, logits_of, router_state, save_tiny_model, token_ids, wide_config
+from tiny_models import decide, layers_of, load, logits_of, router_state, token_ids, wide_config
 
 from peft_moice import MoICEConfig
+from peft_moice.combining import combined_config
 from peft_moice.mixture import LayerMixture
 
 OTHER = {"base_multipliers": [1.0, 3.0, 0.3], "top_k": 1, "router_scope": "head"}
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> str:
-    return save_tiny_model(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture
@@ -76,6 +76,34 @@ class TestMergeAdapter:
         model.unmerge_adapter()
         assert not torch.equal(logits_of(model), expected)
 
+    @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+    def test_copies_unmerge_by_themselves(self, model, duplicate):
+        expected = logits_with(model, "a")
+        model.merge_adapter()
+        merged, twin = logits_of(model), duplicate(model)
+        assert torch.equal(logits_of(twin), merged)
+        twin.unmerge_adapter()
+        twin.set_adapter("b")
+        assert not torch.equal(logits_of(twin), expected)
+        assert torch.equal(logits_of(model), merged)
+        model.unmerge_adapter()
+        assert torch.equal(logits_of(model), expected)
+        attention = layers_of(model)[0].base_layer
+        assert not attention._forward_pre_hooks and not attention._forward_pre_hooks_with_kwargs
+
+    def test_merging_where_forward_hangs_on_the_instance(self, llama):
+        """As after accelerate's `dispatch_model`, which hides the forward of the module's class."""
+        base = load(llama)
+        dispatch_model(base, {"": "cpu"}, force_hooks=True)
+        model = get_peft_model(base, wide_config()).eval()
+        decide(model)
+        expected = logits_of(model)
+        assert "forward" in vars(layers_of(model)[0].base_layer)
+        model.merge_adapter()
+        torch.testing.assert_close(logits_of(model), expected, rtol=0, atol=1e-6)
+        model.unmerge_adapter()
+        torch.testing.assert_close(logits_of(model.merge_and_unload()), expected, rtol=0, atol=1e-6)
+
     def test_disabling_unmerges(self, model, llama):
         model.merge_adapter()
         with model.disable_adapter():
@@ -107,7 +135,7 @@ class TestAddWeightedAdapter:
 
         def gates(name: str, bases: tuple[float, ...]) -> torch.Tensor:
             layer.set_adapter([name])
-            return LayerMixture(layer.members(), layer.rope).gates(query, bases)
+            return LayerMixture(layer.shares(), layer.rope).gate(query, bases).gates
 
         bases = tuple(model.peft_config["mean"].rope_bases)
         assert len(bases) == 6
@@ -135,6 +163,74 @@ class TestAddWeightedAdapter:
         torch.testing.assert_close(nested, flat, rtol=0, atol=1e-6)
         model.merge_adapter()
         torch.testing.assert_close(logits_of(model), flat, rtol=0, atol=1e-6)
+
+    @pytest.mark.parametrize("order", [("a", "one"), ("one", "a"), ("one", "two")])
+    def test_cat_takes_adapters_in_any_order(self, model, llama, tmp_path, order):
+        """An adapter with a single angle may have one that is not the model's own."""
+        model.add_adapter("one", MoICEConfig(rope_bases=[30000.0], task_type="CAUSAL_LM"))
+        model.add_adapter("two", MoICEConfig(rope_bases=[5000.0], task_type="CAUSAL_LM"))
+        expected = logits_with(model, *order)
+        model.add_weighted_adapter(list(order), [0.5, 0.5], "mean")
+        torch.testing.assert_close(logits_with(model, "mean"), expected, rtol=0, atol=1e-6)
+        model.save_pretrained(tmp_path, selected_adapters=["mean"])
+        loaded = PeftModel.from_pretrained(load(llama), tmp_path / "mean")
+        assert torch.equal(logits_of(loaded), logits_with(model, "mean"))
+
+    @pytest.mark.parametrize("order", [("a", "other", "one"), ("one", "other", "a")])
+    def test_every_field_of_cats_config_is_true(self, model, order):
+        model.add_adapter("one", MoICEConfig(rope_bases=[700.0], task_type="CAUSAL_LM", router_aux_loss_coef=0.1))
+        model.add_weighted_adapter(list(order), [0.25, 0.25, 0.5], "mean")
+        config = model.peft_config["mean"]
+        assert config.rope_bases == [10000.0, 700.0, 2500.0, 3000.0, 5000.0, 30000.0, 40000.0]
+        assert config.top_k == 2 + 1 + 1
+        assert [member["top_k"] for member in config.members] == [model.peft_config[name].top_k for name in order]
+        assert [member["weight"] for member in config.members] == [0.25, 0.25, 0.5]
+        assert (config.router_dim, config.router_scope, config.router_aux_loss_coef) == (None, None, None)
+        assert (config.hidden_act, config.init_weights, config.implementation) == ("silu", True, "auto")
+
+    def test_cat_of_more_picks_than_angles(self, model):
+        model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "mean")
+        for name in ("d", "e"):
+            model.add_adapter(name, wide_config(top_k=3))
+        model.add_weighted_adapter(["d", "e"], [0.5, 0.5], "more")
+        assert (model.peft_config["mean"].top_k, model.peft_config["more"].top_k) == (4, 4)
+        assert (model.peft_config["mean"].router_dim, model.peft_config["mean"].router_scope) == (4, "layer")
+
+    def test_cat_with_angles_by_layer_type(self):
+        first = MoICEConfig(rope_bases={"full": [1e6, 2e6], "sliding": [1e4, 3e4]}, top_k=1, router_dim=2)
+        second = MoICEConfig(rope_bases=[5e5], top_k=1, router_dim=2)
+        for order in ([first, second], [second, first]):
+            config = combined_config(["a", "b"], order, [0.5, 0.5], "cat", None)
+            assert config.rope_bases == {"full": [1e6, 5e5, 2e6], "sliding": [1e4, 3e4, 5e5]}
+            assert config.top_k == 2
+
+    @pytest.mark.parametrize("kind", ["cat", "linear"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_routers_stay_in_float32_over_half_precision(self, llama, kind, dtype):
+        model = get_peft_model(load(llama, dtype=dtype), wide_config(), adapter_name="a")
+        model.add_adapter("b", wide_config())
+        decide(model, "a")
+        decide(model, "b", seed=1)
+        model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "mean", combination_type=kind)
+        assert {weight.dtype for weight in router_state(model, "mean").values()} == {torch.float32}
+        for layer in layers_of(model):
+            a, b = layer.routers("a")[0].gate_proj, layer.routers("b")[0].gate_proj
+            expected = [a, b] if kind == "cat" else [0.5 * a + 0.5 * b]
+            assert all(torch.equal(x.gate_proj, y) for x, y in zip(layer.routers("mean"), expected, strict=True))
+
+    @pytest.mark.parametrize("extra", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3]}])
+    def test_what_was_trained_beside_routers_is_not_lost_in_silence(self, model, extra):
+        model.add_adapter("more", wide_config(**extra))
+        with pytest.raises(ValueError, match="'more' has trained more than its routers"):
+            model.add_weighted_adapter(["a", "more"], [0.5, 0.5], "mean")
+
+    def test_adapters_that_force_different_implementations(self, model):
+        model.add_adapter("forced", wide_config(implementation="reference"))
+        model.add_adapter("forced otherwise", wide_config(implementation="delegated"))
+        model.add_weighted_adapter(["a", "forced"], [0.5, 0.5], "mean")
+        assert model.peft_config["mean"].implementation == "reference"
+        with pytest.raises(ValueError, match="different implementations"):
+            model.add_weighted_adapter(["forced", "forced otherwise"], [0.5, 0.5], "mean of both")
 
     @pytest.mark.parametrize("kind", ["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"])
     def test_router_weights_are_combined_by_pefts_functions(self, model, kind):

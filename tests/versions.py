@@ -10,18 +10,17 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-PEFT_IS_TOO_OLD = Version(peft.__version__) < Version(MIN_PEFT_VERSION)
-"""For this transformers, by its own account. Adapters that it loads itself are then refused, and PEFT generates other
-text with virtual tokens, because it passes the cache under the old name."""
-NEEDS_PEFT_FOR_TRANSFORMERS = pytest.mark.skipif(
-    PEFT_IS_TOO_OLD, reason=f"transformers {transformers.__version__} asks for PEFT {MIN_PEFT_VERSION} or later"
-)
-
 
 def needs_transformers(version: str, lack: str) -> pytest.MarkDecorator:
     """Skip below `version`, of which the versions before `lack` something: "transformers before 5.18 ..."."""
     too_old = Version(transformers.__version__) < Version(version)
     return pytest.mark.skipif(too_old, reason=f"transformers before {version} {lack}")
+
+
+needs_adapter_verbs_of_transformers = pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION),
+    reason=f"transformers {transformers.__version__} asks for peft {MIN_PEFT_VERSION} in its own verbs of adapters",
+)
 
 
 def family(model_type: str, *values: object, marks: object = ()) -> object:

@@ -1,8 +1,8 @@
-"""`AttentionCall`: one call of the operator, built and checked once for whichever implementation computes it."""
+"""`AttentionCall`: one call of the operator, built and checked once; and what the implementations of it offer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -30,6 +30,7 @@ class AttentionCall:
         attention_mask: mask in the form that `attend` takes, or None for causal attention without padding.
         picked: `[B, H, S, N]` of booleans, or None for the experts whose gate is not zero.
         backend: name of the attention implementation behind `attend`.
+        top_k: the most experts that a row picks, where that is known without looking at the gates.
         options: further keyword arguments of `attend`.
 
     Raises:
@@ -48,6 +49,7 @@ class AttentionCall:
     attention_mask: Any = None
     picked: torch.Tensor | None = None
     backend: str | None = None
+    top_k: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -148,3 +150,13 @@ class AttentionCall:
         if mask.requires_grad:
             return "it has no gradient for the mask"
         return None
+
+
+class Implementation(Protocol):
+    """What the module of an implementation offers."""
+
+    def why_not(self, call: AttentionCall) -> str | None:
+        """The reason why [`run`] cannot compute `call`, or None."""
+
+    def run(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The output `[B, S, H, Dv]` and the mixed probabilities `[B, H, S, T]`, or None where it has none."""

@@ -35,8 +35,9 @@ def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
     assert call.attend is not None
     output, probs = call.attend(torch.cat(queries, dim=1), torch.cat(keys, dim=1), value, mask, **call.options)
     gates = call.gates.to(call.query.dtype).permute(0, 2, 3, 1)  # [B, S, N, H]
-    output = output.unflatten(2, (num_experts, -1))  # [B, S, N, H, Dv]
+    output = output.reshape(*gates.shape, -1)  # [B, S, N, H, Dv]
     mixed = torch.einsum("bsnh,bsnhd->bshd", gates, output)
     if probs is None:
         return mixed, None
-    return mixed, torch.einsum("bsnh,bnhst->bhst", gates, probs.unflatten(1, (num_experts, -1)))
+    probs = probs.reshape(probs.shape[0], num_experts, -1, *probs.shape[2:])  # [B, N, H, S, T]
+    return mixed, torch.einsum("bsnh,bnhst->bhst", gates, probs)

@@ -1,11 +1,10 @@
 """Our place in transformers' attention interface.
 
 An attention module looks its attention function up by the name in `self.config._attn_implementation` and hands its
-keyword arguments on to it. So a wrapped module gets a copy of its config that names our function, and the mixture of
-one forward pass travels to it as a keyword argument: no forward is copied and no transformers module is patched.
+keyword arguments on to it. So a wrapped module gets a stand-in for its config that names our function, and the mixture
+of one forward pass travels to it as a keyword argument: no forward is copied and no transformers module is patched.
 """
 
-import copy
 import functools
 import inspect
 from collections.abc import Callable
@@ -41,6 +40,27 @@ class _Backend:
         return self.interface.get_interface(self.config._attn_implementation, self.eager)
 
 
+class _InterceptedConfig:
+    """The config of an intercepted attention module: that of the model, but for the name of the attention function.
+
+    Whatever else is read comes from the model's config as it is now, and whatever is assigned goes to it.
+    """
+
+    _attn_implementation = ATTENTION_NAME
+
+    def __init__(self, backend: _Backend):
+        vars(self)[_BACKEND_ATTRIBUTE] = backend
+
+    def __getattr__(self, name: str) -> Any:
+        # Copying and pickling ask for special methods before there is a backend.
+        if name == _BACKEND_ATTRIBUTE or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(getattr(self, _BACKEND_ATTRIBUTE).config, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(getattr(self, _BACKEND_ATTRIBUTE).config, name, value)
+
+
 class _AttentionView:
     """An attention module with the model's own config, for attention functions that read `module.config`."""
 
@@ -60,17 +80,27 @@ class MixtureCall:
         gate: maps queries `[B, H, S, D]` to gates `[B, H, S, N]` and a mask of the picked experts (or None).
         rotations: further rotations of the N experts.
         positions: where queries and keys stand.
+        records: what `gate` decided, once it was asked.
+        top_k: the most experts that a row picks.
         implementation: name of the operator's implementation.
     """
 
     gate: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
     rotations: RotationTable
     positions: Positions
+    records: list[Any]
+    top_k: int | None = None
     implementation: str = "auto"
 
     def as_keyword(self) -> dict[str, "MixtureCall"]:
         """The keyword argument under which an attention module passes the mixture on."""
         return {_KEYWORD: self}
+
+    @staticmethod
+    def among(kwargs: dict[str, Any]) -> "MixtureCall":
+        """The call among the keyword arguments of an attention module."""
+        call: MixtureCall = kwargs[_KEYWORD]
+        return call
 
     def attend(
         self,
@@ -83,12 +113,15 @@ class MixtureCall:
         **options: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compute the mixture in place of `attend`, the model's own attention, which `backend` names."""
-        query_start, implementation = self.positions.query_start, self.implementation
+        implementation = self.implementation
+        query_positions = key_positions = None
         if _is_packed(options):
             query_start = packed_query_start(options["cu_seq_lens_q"], options["cu_seq_lens_k"], query, key)
             implementation = _implementation_for_packed(implementation)
-        elif query_start is None:
-            query_start = key.shape[-2] - query.shape[-2]
+        else:
+            query_start, query_positions, key_positions = self.positions.resolve(
+                query.shape[0], query.shape[-2], key.shape[-2], attention_mask
+            )
         # Under autocast, rotated queries and keys may be in float32 and values in half precision.
         dtype = functools.reduce(torch.promote_types, (query.dtype, key.dtype, value.dtype))
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -100,13 +133,14 @@ class MixtureCall:
             gates,
             rotations=self.rotations,
             query_start=query_start,
-            query_positions=self.positions.query,
-            key_positions=self.positions.key,
+            query_positions=query_positions,
+            key_positions=key_positions,
             attend=attend,
             attention_mask=attention_mask,
             picked=picked,
             implementation=implementation,
             backend=backend,
+            top_k=self.top_k,
             **options,
         )
 
@@ -175,9 +209,6 @@ def _write_once(module: nn.Module, key, value, kwargs: dict) -> tuple[torch.Tens
     return key, value
 
 
-AttentionInterface.register(ATTENTION_NAME, moice_attention_forward)
-
-
 def uses_attention_interface(module: nn.Module) -> bool:
     """Whether the module's forward looks its attention function up in transformers' attention interface."""
     forward = _own_forward(module)
@@ -186,21 +217,30 @@ def uses_attention_interface(module: nn.Module) -> bool:
 
 
 def _own_forward(module: nn.Module) -> Callable:
-    """The forward that the modeling file defines, below decorators and built-in routers."""
-    return inspect.unwrap(getattr(type(module), "original_class", type(module)).forward)
+    """The forward that the modeling file defines, below decorators."""
+    return inspect.unwrap(type(module).forward)
 
 
 def intercept(module: nn.Module) -> None:
     """Make an attention module call our function. Undone by [`restore`]; the config object itself is not touched."""
-    if hasattr(module.config, _BACKEND_ATTRIBUTE):
-        return
-    names = _own_forward(module).__globals__
-    config = copy.copy(module.config)
-    # The public setter would change the implementation of shared sub-configs, too.
-    config._attn_implementation_internal = ATTENTION_NAME
-    backend = _Backend(module.config, names["ALL_ATTENTION_FUNCTIONS"], names.get("eager_attention_forward"))
-    setattr(config, _BACKEND_ATTRIBUTE, backend)
-    module.config = config
+    if not isinstance(module.config, _InterceptedConfig):
+        names = _own_forward(module).__globals__
+        backend = _Backend(module.config, names["ALL_ATTENTION_FUNCTIONS"], names.get("eager_attention_forward"))
+        module.config = _InterceptedConfig(backend)
+
+
+def own_config(module: nn.Module) -> object:
+    """The model's own config of an attention module, intercepted or not."""
+    config = module.config
+    return getattr(config, _BACKEND_ATTRIBUTE).config if isinstance(config, _InterceptedConfig) else config
+
+
+def exchange_config(module: nn.Module, config: object) -> None:
+    """Give a module another config of its own, whether it is intercepted or not."""
+    if isinstance(module.config, _InterceptedConfig):
+        getattr(module.config, _BACKEND_ATTRIBUTE).config = config
+    else:
+        module.config = config
 
 
 def bypassed(what: str) -> RuntimeError:
@@ -214,6 +254,4 @@ def bypassed(what: str) -> RuntimeError:
 
 def restore(module: nn.Module) -> None:
     """Give the module its own config object back."""
-    backend = getattr(module.config, _BACKEND_ATTRIBUTE, None)
-    if backend is not None:
-        module.config = backend.config
+    module.config = own_config(module)

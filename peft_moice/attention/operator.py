@@ -1,23 +1,13 @@
 """`mixed_attention`, the table of its implementations, and the choice between them."""
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from ..rope import RotationTable
 from . import delegated, folded, grouped, native, reference, triton
-from .call import Attend, AttentionCall
-
-
-class Implementation(Protocol):
-    """What a module of an implementation offers."""
-
-    def why_not(self, call: AttentionCall) -> str | None:
-        """The reason why [`run`] cannot compute `call`, or None."""
-
-    def run(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The output `[B, S, H, Dv]` and the mixed probabilities `[B, H, S, T]`, or None where it has none."""
-
+from .call import Attend, AttentionCall, Implementation
+from .certification import CERTIFICATES
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": reference,
@@ -44,6 +34,7 @@ def mixed_attention(
     picked: torch.Tensor | None = None,
     implementation: str = "auto",
     backend: str | None = None,
+    top_k: int | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention under N base angles at once, mixed per head and token: `Σ_j p_j softmax(R_j(q) R_j(k)ᵀ) v`.
@@ -70,6 +61,7 @@ def mixed_attention(
             follows K), `"native"` (CPU; cost follows K; compiled on first use), `"triton"` (CUDA; cost follows K) or
             `"auto"` (default), which chooses neither "folded" nor "triton".
         backend: name of the attention implementation behind `attend`, by which "auto" chooses.
+        top_k: the most experts that a row picks, by which "auto" chooses on a GPU. Default: N.
         options: further arguments of `attend`, such as `scaling` and `dropout`.
 
     Returns:
@@ -92,6 +84,7 @@ def mixed_attention(
         attention_mask,
         picked,
         backend,
+        top_k,
         options,
     )
     if implementation == "auto":
@@ -111,10 +104,24 @@ def mixed_attention(
 
 def choose(call: AttentionCall) -> str:
     """The name of the fastest implementation that computes what the backend would, in the same precision."""
-    in_place_of_sdpa = call.backend == "sdpa" and call.query.dtype == call.value.dtype == torch.float32
-    if not in_place_of_sdpa or call.num_experts == 1 or torch.compiler.is_compiling():
+    if call.num_experts == 1 or torch.compiler.is_compiling():
+        return "delegated"
+    if call.query.device.type == "cuda":
+        return _choose_on_gpu(call)
+    if call.backend != "sdpa" or not call.query.dtype == call.value.dtype == torch.float32:
         return "delegated"
     if native.why_not(call) is None:
         return "native"
     mixes_a_sequence = call.query.shape[-2] > 1 and grouped.why_not(call) is None
     return "grouped" if mixes_a_sequence else "delegated"
+
+
+def _choose_on_gpu(call: AttentionCall) -> str:
+    """The fastest, by measurement, of the model's own attention and the kernels that are right on this device."""
+    candidates: dict[str, Implementation] = {"delegated": delegated}
+    if folded.why_not(call) is None:
+        candidates["folded"] = folded
+    plain_backend = call.backend in ("sdpa", "flash_attention_2", "flash_attention_3")
+    if plain_backend and triton.why_not(call) is None and CERTIFICATES.fault("triton", call) is None:
+        candidates["triton"] = triton
+    return CERTIFICATES.fastest(candidates, call)

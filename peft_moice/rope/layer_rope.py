@@ -1,12 +1,17 @@
 """A layer's rotary position embedding, and those that it would have under other base angles."""
 
-import copy
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from .frequencies import inverse_frequencies, rope_parameters
+from .own_rotary import OwnRotary
 from .rotation import RotaryLayout, RotationTable, SwitchedTable
+
+_MAX_UNUSED = 4
+"""Tables kept for sets of base angles that no adapter has on its own."""
 
 
 @dataclass
@@ -21,6 +26,10 @@ class LayerRope:
         direction: 1 if queries turn with their position as in the paper's equation, -1 if against it.
         original_length: with rope type longrope, the number of tokens up to which the short factors hold, else None.
         is_long: whether the long factors hold, a bool or a scalar tensor; see [`longrope.rope_of_pass`].
+        own: the model's rotary embedding, watched for changes, or None.
+
+    Tables of rotations are kept for the sets of base angles that an adapter of some layer has (see [`prepare`]), and
+    for the last few others that passes asked for, as combinations of adapters do.
     """
 
     rotary: type[nn.Module]
@@ -30,7 +39,9 @@ class LayerRope:
     direction: int = 1
     original_length: int | None = None
     is_long: bool | torch.Tensor = False
-    _tables: dict[tuple, RotationTable] = field(default_factory=dict, repr=False)
+    own: OwnRotary | None = field(default=None, repr=False)
+    _tables: dict[tuple[tuple[float, ...], bool], RotationTable] = field(default_factory=dict, repr=False)
+    _num_users: Counter[tuple[float, ...]] = field(default_factory=Counter, repr=False)
 
     @property
     def rope_theta(self) -> float:
@@ -38,16 +49,41 @@ class LayerRope:
         return float(rope_parameters(self.config, self.layer_type)["rope_theta"])
 
     def table(self, rope_bases: tuple[float, ...]) -> RotationTable:
-        """The rotations that turn the model's own angle into each of `rope_bases`."""
+        """The rotations that turn the model's own angle into each of `rope_bases`.
+
+        Raises:
+            ValueError: the model's rotary embedding is no longer the one that they start from.
+        """
+        if self.own is not None:
+            self.own.check(self.layer_type)
         if isinstance(self.is_long, torch.Tensor):
             return SwitchedTable(self._table(rope_bases, False), self._table(rope_bases, True), self.is_long)
         return self._table(rope_bases, self.is_long)
 
+    def check_config(self) -> None:
+        """Raise a ValueError if the config no longer gives the frequencies that the layer rotates by."""
+        if self.own is not None and self.own.holder is not None:
+            reread = OwnRotary(self.own.holder, self.own.attribute).disagreement(self.layer_type)
+            if reread is not None:
+                raise ValueError(
+                    f"The config of the model's rotary embedding was changed after an adapter was added: {reread}. "
+                    "Put its rope parameters back as they were, and add the adapter again."
+                )
+
     def prepare(self, rope_bases: tuple[float, ...]) -> None:
-        """Build all tables for `rope_bases` now, because a compiled forward pass could not."""
+        """Keep the tables for `rope_bases` until [`release`], and build them now: compiled passes could not."""
+        self._num_users[rope_bases] += 1
         self._table(rope_bases, False)
         if self.original_length is not None:
             self._table(rope_bases, True)
+
+    def release(self, rope_bases: tuple[float, ...]) -> None:
+        """Undo one [`prepare`]. Tables that nobody else keeps are freed, with those of past combinations."""
+        self._num_users[rope_bases] -= 1
+        if self._num_users[rope_bases] <= 0:
+            del self._num_users[rope_bases]
+            for key in self._unused():
+                del self._tables[key]
 
     def with_factors(self, is_long: bool | torch.Tensor) -> "LayerRope":
         """The same rotary embedding under its long factors, or under its short ones. Tables are shared."""
@@ -59,7 +95,9 @@ class LayerRope:
             self.direction,
             self.original_length,
             is_long,
+            self.own,
             self._tables,
+            self._num_users,
         )
 
     def _table(self, rope_bases: tuple[float, ...], is_long: bool) -> RotationTable:
@@ -70,49 +108,11 @@ class LayerRope:
                 for base in (self.rope_theta, *rope_bases)
             )
             deltas = torch.stack([other - own for other in others])
+            for oldest in self._unused()[: -_MAX_UNUSED + 1]:
+                del self._tables[oldest]
             self._tables[key] = RotationTable(self.direction * deltas, self.layout)
         return self._tables[key]
 
-
-def rope_parameters(config: object, layer_type: str | None) -> dict:
-    """The rope parameters that hold for `layer_type` (None where a model has one set for all layers)."""
-    parameters = config.rope_parameters
-    return parameters if layer_type is None else parameters[layer_type]
-
-
-def original_length(config: object, layer_type: str | None) -> int | None:
-    """The number of tokens up to which the angles of a rope type that changes them at run time stay as they are.
-
-    None for rope types whose angles never change.
-    """
-    parameters = rope_parameters(config, layer_type)
-    rope_type = parameters.get("rope_type", "default")
-    if rope_type == "longrope":
-        return parameters["original_max_position_embeddings"]
-    return config.max_position_embeddings if "dynamic" in rope_type else None
-
-
-def rotary_with_theta(rotary: type[nn.Module], config: object, layer_type: str | None, rope_theta: float) -> nn.Module:
-    """A rotary embedding of the same kind, built on the CPU with another `rope_theta` and nothing else changed."""
-    config = copy.deepcopy(config)
-    rope_parameters(config, layer_type)["rope_theta"] = rope_theta
-    with torch.device("cpu"):
-        return rotary(config)
-
-
-@torch.no_grad()
-def inverse_frequencies(
-    rotary: type[nn.Module], config: object, layer_type: str | None, rope_theta: float, is_long: bool = False
-) -> tuple[torch.Tensor, float]:
-    """Inverse frequencies `[P]` in float64 and the attention scaling of the model's rope type under `rope_theta`.
-
-    With `is_long`, those that it changes to beyond the original length.
-    """
-    module = rotary_with_theta(rotary, config, layer_type, rope_theta)
-    if is_long:
-        options = {} if layer_type is None else {"layer_type": layer_type}
-        with torch.device("cpu"):
-            module(torch.zeros(1, 1, 1), torch.tensor([[original_length(config, layer_type)]]), **options)
-    prefix = "" if layer_type is None else f"{layer_type}_"
-    scaling = getattr(module, f"{prefix}attention_scaling", 1.0)
-    return getattr(module, f"{prefix}inv_freq").double(), float(scaling)
+    def _unused(self) -> list[tuple[tuple[float, ...], bool]]:
+        """Keys of the tables that no adapter keeps, the oldest first."""
+        return [key for key in self._tables if key[0] not in self._num_users]

@@ -1,6 +1,6 @@
 """Longrope: which of its two sets of angles a pass uses.
 
-Up to its original length such a model turns queries and keys by its short factors, beyond it by its long ones: two
+Up to its original length such a model rotates queries and keys by its short factors, beyond it by its long ones: two
 rotary embeddings, each as fixed as any. Transformers chooses between them in every pass, by the highest position in
 the batch, and leaves the keys in a cache as they are. A sequence that grows beyond the original length in the middle
 has keys of both kinds, which no further rotation can make agree; it is refused.
@@ -9,40 +9,37 @@ has keys of both kinds, which no further rotation can make agree; it is refused.
 from dataclasses import dataclass
 
 import torch
-from transformers.cache_utils import Cache
 
+from .cache_note import CacheNote
 from .layer_rope import LayerRope
-from .positions import find_cache, paged_cache
-
-_NOTES = "_moice_longrope"
+from .positions import Positions
 
 
 @dataclass
-class _Note:
-    """What is known of the keys in a cache. It lies on the cache, so that copies of the cache know as much.
+class _Factors:
+    """What is known of the factors that the keys in a cache carry.
 
     Attributes:
-        factors: "short", "long", or "both" where the base model went on beyond the original length.
+        kind: "short", "long", or "both" where the base model went on beyond the original length.
         shift: the highest position minus that of the last key in the order of keys; below zero in padded batches.
         position_ids: those of the pass that this was noted in.
         num_keys: after that pass.
     """
 
-    factors: str
+    kind: str
     shift: int
     position_ids: torch.Tensor
     num_keys: int
 
 
-def rope_of_pass(rope: LayerRope, layer_idx: int, args: tuple, kwargs: dict, mixes: bool = True) -> LayerRope:
+def rope_of_pass(rope: LayerRope, positions: Positions, mixes: bool = True) -> LayerRope:
     """`rope` under the factors that the model uses in this pass; with other rope types, `rope` as it is.
 
     Waits for the device at prompts that fill a cache, not at single tokens, and not without a cache.
 
     Args:
         rope: the layer's rotary embedding.
-        layer_idx: the attention module's own index in the cache.
-        args, kwargs: the module's arguments.
+        positions: where the tokens of the pass stand.
         mixes: whether angles are mixed in this pass; if not, nothing is refused.
 
     Raises:
@@ -50,96 +47,97 @@ def rope_of_pass(rope: LayerRope, layer_idx: int, args: tuple, kwargs: dict, mix
     """
     if rope.original_length is None:
         return rope
-    position_ids = kwargs.get("position_ids")
-    if not isinstance(position_ids, torch.Tensor):
+    if positions.ids is None:
         if not mixes:
             return rope
         raise ValueError(
-            "The model does not give `position_ids` to its attention layers, so MoICE cannot tell which factors of "
-            "the rope type 'longrope' it uses. Remove the adapter, or choose a rope type with fixed angles."
+            "The positions of this pass did not reach the attention layer, so MoICE cannot tell which factors of the "
+            "rope type 'longrope' the model uses. Run without compilation, remove the adapter, or choose a rope type "
+            "with fixed angles."
         )
-    if mixes and paged_cache(args, kwargs) is not None:
+    if mixes and positions.is_paged:
         raise ValueError(
-            "With the rope type 'longrope', continuous batching turns the keys of all sequences by the factors that "
+            "With the rope type 'longrope', continuous batching rotates the keys of all sequences by the factors that "
             "suit the longest one, and MoICE cannot tell which keys in the cache carry which. Use `generate`."
         )
-    cache = find_cache(args, kwargs)
     is_long = None
-    if cache is not None:
-        layer_idx = kwargs.get("layer_idx", layer_idx)
+    if positions.cache is not None:
         watch = _watch_compiled if torch.compiler.is_compiling() else _watch
-        is_long = watch(cache, layer_idx, rope.original_length, position_ids, mixes)
-    return rope.with_factors(position_ids.max() >= rope.original_length if is_long is None else is_long)
+        is_long = watch(positions, rope.original_length, mixes)
+    return rope.with_factors(positions.ids.max() >= rope.original_length if is_long is None else is_long)
 
 
-def _watch(cache: Cache, layer_idx: int, original_length: int, position_ids: torch.Tensor, mixes: bool) -> bool:
+def _watch(positions: Positions, original_length: int, mixes: bool) -> bool:
     """Whether this pass uses the long factors, after comparing them with those of the keys in the cache."""
-    notes = vars(cache).setdefault(_NOTES, {})
-    note: _Note | None = notes.get(original_length)
-    num_queries, past = position_ids.shape[-1], cache.get_seq_length(layer_idx)
+    cache, ids = positions.cache, positions.ids
+    assert cache is not None and ids is not None and positions.note is not None
+    noted = positions.note.longrope
+    before: _Factors | None = noted.get(original_length)
+    num_queries, past = ids.shape[-1], cache.get_seq_length(positions.layer_idx)
     on_device = isinstance(past, torch.Tensor)
     # Another layer has seen to this pass. (Layers without a place in the cache borrow the keys of others.)
     if (
-        note is not None
-        and note.position_ids is position_ids
-        and (on_device or past + num_queries == note.num_keys or layer_idx >= len(cache.layers))
+        before is not None
+        and before.position_ids is ids
+        and (on_device or past + num_queries == before.num_keys or positions.layer_idx >= len(cache.layers))
     ):
-        return note.factors != "short"
-    if note is not None and num_queries == 1 and on_device:
-        return _watch_static(cache, layer_idx, original_length, note, mixes)
+        return before.kind != "short"
+    if before is not None and num_queries == 1 and on_device:
+        return _watch_static(positions, original_length, before, mixes)
 
     past = int(past)
-    if note is None or num_queries > 1:
-        length = int(position_ids.max()) + 1
+    if before is None or num_queries > 1:
+        length = int(ids.max()) + 1
         shift = length - (past + num_queries)
     else:
-        shift = note.shift
+        shift = before.shift
         length = past + num_queries + shift
-    factors = "long" if length > original_length else "short"
+    kind = "long" if length > original_length else "short"
     if past > 0:
-        before = "long" if length - num_queries > original_length else "short"
-        before = before if note is None else note.factors
-        if before != factors:
+        kind_before = "long" if length - num_queries > original_length else "short"
+        kind_before = kind_before if before is None else before.kind
+        if kind_before != kind:
             if mixes:
-                raise ValueError(_disagreement(before, factors, original_length))
-            factors = "both"
-    note = notes[original_length] = _Note(factors, shift, position_ids, past + num_queries)
+                raise ValueError(_disagreement(kind_before, kind, original_length))
+            kind = "both"
+    now = noted[original_length] = _Factors(kind, shift, ids, past + num_queries)
     if on_device:
-        _watch_static(cache, layer_idx, original_length, note, mixes)
-    return factors != "short"
+        _watch_static(positions, original_length, now, mixes)
+    return kind != "short"
 
 
-def _watch_static(cache: Cache, layer_idx: int, original_length: int, note: _Note, mixes: bool) -> bool:
+def _watch_static(positions: Positions, original_length: int, factors: _Factors, mixes: bool) -> bool:
     """As [`_watch`], where the device alone knows how many keys there are: none may be able to outgrow its factors."""
-    if mixes and note.factors == "both":
+    assert positions.cache is not None
+    if mixes and factors.kind == "both":
         raise ValueError(_disagreement("both", "long", original_length))
-    capacity = cache.layers[layer_idx].max_cache_len
-    if mixes and note.factors == "short" and capacity + note.shift > original_length:
+    capacity = positions.cache.layers[positions.layer_idx].max_cache_len
+    if mixes and factors.kind == "short" and capacity + factors.shift > original_length:
         raise ValueError(
             f"A static cache of {capacity} places can outgrow the model's original length of {original_length} "
             "tokens unseen, where the rope type 'longrope' changes to its long factors while keys in the cache keep "
             f"the short ones. Make it {original_length} places long, or use a DynamicCache, transformers' default."
         )
-    return note.factors != "short"
+    return factors.kind != "short"
 
 
-def _watch_compiled(
-    cache: Cache, layer_idx: int, original_length: int, position_ids: torch.Tensor, mixes: bool
-) -> bool | None:
+def _watch_compiled(positions: Positions, original_length: int, mixes: bool) -> bool | None:
     """As [`_watch`], by what can be told without looking at the device; None where only the device knows."""
-    note: _Note | None = getattr(cache, _NOTES, {}).get(original_length)
-    past = cache.get_seq_length(layer_idx)
+    cache, ids, past = positions.cache, positions.ids, positions.past
+    assert cache is not None and ids is not None
+    note = CacheNote.of(cache)
+    before: _Factors | None = None if note is None else note.longrope.get(original_length)
     if isinstance(past, torch.Tensor):
-        if note is not None:
-            return _watch_static(cache, layer_idx, original_length, note, mixes)
-        fits = cache.layers[layer_idx].max_cache_len <= original_length
+        if before is not None:
+            return _watch_static(positions, original_length, before, mixes)
+        fits = cache.layers[positions.layer_idx].max_cache_len <= original_length
     else:
-        length = past + position_ids.shape[-1]
-        if note is not None:
-            factors = "long" if length + note.shift > original_length else "short"
-            if mixes and past > 0 and factors != note.factors:
-                raise ValueError(_disagreement(note.factors, factors, original_length))
-            return None if past == 0 else factors == "long"
+        length = past + ids.shape[-1]
+        if before is not None:
+            kind = "long" if length + before.shift > original_length else "short"
+            if mixes and past > 0 and kind != before.kind:
+                raise ValueError(_disagreement(before.kind, kind, original_length))
+            return None if past == 0 else kind == "long"
         fits = past == 0 or length <= original_length
     if mixes and not fits:
         raise ValueError(

@@ -1,0 +1,15 @@
+"""Finds attention modules, and learns by running them how their rotary embedding acts."""
+
+from .probe import LayerPlan, LayerProbe
+from .running import UnsupportedLayerError
+from .targets import attention_module_names, explain_no_targets, explain_target, is_target
+
+__all__ = [
+    "LayerPlan",
+    "LayerProbe",
+    "UnsupportedLayerError",
+    "attention_module_names",
+    "explain_no_targets",
+    "explain_target",
+    "is_target",
+]

@@ -1,0 +1,85 @@
+"""Which modules of a model MoICE adapts, and what to tell users whose choice cannot be adapted."""
+
+import copy
+
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+
+from ..attention.interface import uses_attention_interface
+from ..config import MoICEConfig
+
+
+def attention_module_names(model: nn.Module) -> list[str]:
+    """Names, within `model`, of the decoder's attention modules that go through transformers' attention interface.
+
+    Encoders of other modalities are left out by asking the model for its decoder.
+    """
+    inside = {id(module) for module in decoder_of(model).modules()}
+    return [
+        name for name, module in model.named_modules() if id(module) in inside and uses_attention_interface(module)
+    ]
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The part of `model` that reads and writes text."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    # Where a model calls something else its decoder (ModernBERT: the head), all of it is searched.
+    return decoder if any(map(uses_attention_interface, decoder.modules())) else model
+
+
+def is_target(config: MoICEConfig, name: str) -> object:
+    """As PEFT's `check_target_module_exists`, but `layers_to_transform` holds for every target.
+
+    PEFT takes targets that are written out in full whatever layer they lie in, and finds no index in names that begin
+    with the list of layers, as those of a model without a head do.
+    """
+    found = check_target_module_exists(config, name)
+    if found and config.layers_to_transform is not None:
+        without_exclusions = copy.copy(config)
+        without_exclusions.exclude_modules = None
+        return check_target_module_exists(without_exclusions, f"model.{name}")
+    return found
+
+
+def explain_target(model: nn.Module, name: str) -> str:
+    """Why the module called `name`, which is no attention module, is no target, and which names are."""
+    attention = [f"{found}." for found in attention_module_names(model)]
+    around = [found for found in attention if f"{name}.".startswith(found)]
+    suffixes = sorted({_last_part(found) for found in around or attention})
+    part_of = f" is a part of the attention module {around[-1].rstrip('.')!r}, and" if around else ""
+    suggestion = f"; name those, as in target_modules={suffixes}" if suffixes else ""
+    kind = type(model.get_submodule(name)).__name__
+    return (
+        f"`target_modules` selects {name!r} ({kind}), which{part_of} does not call transformers' attention interface "
+        f"itself. MoICE adapts attention modules as a whole{suggestion}. By default it adapts all that it can."
+    )
+
+
+def explain_no_targets(model: nn.Module, reasons: set[str]) -> str:
+    """Why no attention module of `model` can be adapted, and what the user can do.
+
+    Args:
+        model: the model.
+        reasons: what the plans of its attention modules say.
+    """
+    outside = sorted(
+        {
+            type(module).__name__
+            for module in model.modules()
+            if "Attention" in type(module).__name__ and not uses_attention_interface(module)
+        }
+    )
+    if reasons:
+        reason = f"none of its attention modules has {' and '.join(sorted(reasons))}"
+    elif outside:
+        reason = f"its attention modules ({', '.join(outside)}) do not go through transformers' attention interface"
+    else:
+        reason = "it has no attention modules that go through transformers' attention interface"
+    return (
+        f"MoICE cannot be applied to {type(model).__name__}: {reason}. It works on RoPE models of transformers; if "
+        "this is one, name its attention modules with `target_modules`."
+    )
+
+
+def _last_part(prefix: str) -> str:
+    return prefix.rstrip(".").removesuffix(".base_layer").rpartition(".")[2]

@@ -1,0 +1,104 @@
+"""The rotary embedding module of a model, and whether it rotates by the frequencies that its config gives."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .frequencies import inverse_frequencies, original_length, rope_parameters
+
+_RELATIVE_TOLERANCE = 1e-5
+
+
+@dataclass
+class OwnRotary:
+    """A rotary embedding of the model and where it hangs, so that another one in its place is noticed.
+
+    A deep copy of the model watches the copy's rotary embedding; what comes out of a pickle watches none.
+
+    Attributes:
+        holder: the module that it hangs on, or None after a pickle.
+        attribute: its name there.
+    """
+
+    holder: nn.Module | None
+    attribute: str
+    # Per layer type: the frequencies that were accepted, and the buffer and its version that they were read from.
+    _accepted: dict[str | None, torch.Tensor] = field(default_factory=dict, repr=False)
+    _seen: dict[str | None, tuple[torch.Tensor, int | None]] = field(default_factory=dict, repr=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OwnRotary":
+        holder = memo.get(id(self.holder), self.holder)
+        return OwnRotary(holder, self.attribute, dict(self._accepted))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "holder": None, "_seen": {}}
+
+    @property
+    def module(self) -> nn.Module:
+        """The rotary embedding that the model has now."""
+        rotary: nn.Module = getattr(self.holder, self.attribute)
+        return rotary
+
+    def disagreement(self, layer_type: str | None) -> str | None:
+        """How the frequencies differ from those that the config gives or gave when this was asked first.
+
+        Reads no values while the same buffer lies there untouched. None where they agree, or cannot be known yet.
+        """
+        if self.holder is None or torch.compiler.is_compiling():
+            return None
+        rotary = self.module
+        buffer = _own_frequencies(rotary, layer_type)
+        version = None if buffer.is_inference() else buffer._version
+        seen, seen_version = self._seen.get(layer_type, (None, None))
+        if buffer.is_meta or (buffer is seen and version == seen_version):
+            return None
+        if layer_type not in self._accepted:
+            rope_theta = rope_parameters(rotary.config, layer_type)["rope_theta"]
+            self._accepted[layer_type], _ = inverse_frequencies(
+                type(rotary), rotary.config, layer_type, float(rope_theta)
+            )
+        accepted = self._accepted[layer_type]
+        if _agree(buffer, accepted):
+            self._seen[layer_type] = (buffer, version)
+            return None
+        return (
+            f"`{self.attribute}` ({type(rotary).__name__}) rotates by the inverse frequencies {_ends(buffer)}, but "
+            f"its config gives {_ends(accepted)}"
+        )
+
+    def check(self, layer_type: str | None) -> None:
+        """Raise a ValueError if the model's rotary embedding is no longer the one that was accepted."""
+        disagreement = self.disagreement(layer_type)
+        if disagreement is not None:
+            raise ValueError(
+                f"The model's rotary embedding has changed since its adapter was added: {disagreement}, and MoICE "
+                "goes on from the latter. Put the rotary embedding back as it was; or remove the adapter, make config "
+                "and rotary embedding agree, and add it again."
+            )
+
+
+def _own_frequencies(rotary: nn.Module, layer_type: str | None) -> torch.Tensor:
+    """The inverse frequencies `[P]` that `rotary` starts from."""
+    prefix = "" if layer_type is None else f"{layer_type}_"
+    frequencies: torch.Tensor = getattr(rotary, f"{prefix}inv_freq")
+    if original_length(rotary.config, layer_type) is None:
+        return frequencies
+    # These rope types overwrite `inv_freq` at run time.
+    original: torch.Tensor = getattr(rotary, f"{prefix}original_inv_freq", frequencies)
+    return original
+
+
+def _agree(buffer: torch.Tensor, frequencies: torch.Tensor) -> bool:
+    """Whether `buffer` holds `frequencies` up to the rounding of its dtype and to the arithmetic of its device."""
+    if buffer.shape != frequencies.shape:
+        return False
+    info = torch.finfo(buffer.dtype)
+    rtol, atol = max(_RELATIVE_TOLERANCE, info.eps), info.smallest_normal * info.eps
+    return torch.allclose(buffer.detach().double().cpu(), frequencies.cpu(), rtol=rtol, atol=atol)
+
+
+def _ends(frequencies: torch.Tensor) -> str:
+    values = [f"{value:.6g}" for value in frequencies.detach().flatten().tolist()]
+    return ", ".join(values if len(values) <= 4 else (*values[:2], "...", values[-1]))
