@@ -9,7 +9,7 @@ from torch import nn
 
 def rope_parameters(config: Any, layer_type: str | None) -> dict[str, Any]:
     """The rope parameters that hold for `layer_type` (None where a model has one set for all layers)."""
-    parameters = config.rope_parameters
+    parameters: dict[str, Any] = config.rope_parameters
     return parameters if layer_type is None else parameters[layer_type]
 
 
@@ -20,9 +20,12 @@ def original_length(config: Any, layer_type: str | None) -> int | None:
     """
     parameters = rope_parameters(config, layer_type)
     rope_type = parameters.get("rope_type", "default")
+    length: int | None = None
     if rope_type == "longrope":
-        return parameters["original_max_position_embeddings"]
-    return config.max_position_embeddings if "dynamic" in rope_type else None
+        length = parameters["original_max_position_embeddings"]
+    elif "dynamic" in rope_type:
+        length = config.max_position_embeddings
+    return length
 
 
 def rotary_with_theta(rotary: type[nn.Module], config: Any, layer_type: str | None, rope_theta: float) -> nn.Module:

@@ -152,10 +152,11 @@ def positions_of_pass(
     positions.in_order = torch.compiler.is_compiling()
     if mixes:
         positions.refuse_several_dimensions()
-    if cache is None:
-        return positions
     # Families that share an attention module among layers name the layer in the call.
-    positions.layer_idx = kwargs.get("layer_idx", layer_idx)
+    layer_idx = kwargs.get("layer_idx", layer_idx)
+    if cache is None or layer_idx is None:
+        return positions
+    positions.layer_idx = layer_idx
     if mixes:
         positions.query_start, positions.key_offset = _static_place(layer_idx, args, kwargs, cache)
     if torch.compiler.is_compiling():
