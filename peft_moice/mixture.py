@@ -132,7 +132,7 @@ class LayerMixture:
         self, layer_idx: int | None, args: tuple, kwargs: dict[str, Any], layer: "MixesAngles | None" = None
     ) -> MixtureCall | None:
         """What makes an attention module compute this mixture, or None without members; arguments as for [`run`]."""
-        mixes = bool(self.members)
+        mixes = len(self.members) > 0
         positions = positions_of_pass(layer_idx, args, kwargs, mixes)
         rope = rope_of_pass(self.rope, positions, mixes)
         if not mixes:
