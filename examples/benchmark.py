@@ -26,8 +26,8 @@ from pathlib import Path
 import peft
 import torch
 import transformers
+from loading import load_model
 from peft import LoraConfig, get_peft_model
-from repair_lost_in_the_middle import load_model
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser

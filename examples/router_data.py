@@ -7,11 +7,11 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import torch
 from jinja2 import TemplateError
+from loading import read_text
 from tqdm.auto import tqdm
 
 logger = logging.getLogger(__name__)
@@ -65,24 +65,38 @@ def load_examples(files: list[str], tokenizer, args: DataArguments, seed: int, q
             for where, messages in tqdm(chats, desc="encoding", unit="chat", disable=quiet)
         ]
     kept = [sequence for sequence in sequences if len(sequence["input_ids"]) <= args.max_length]
+    longest = max(len(sequence["input_ids"]) for sequence in sequences)
     if not kept:
-        raise ValueError(f"{files} hold no sequence of up to {args.max_length} tokens. Raise --max_length.")
-    if len(kept) < len(sequences):
-        logger.warning("%d of %d chats exceed max_length.", len(sequences) - len(kept), len(sequences))
+        raise ValueError(
+            f"{', '.join(files)}: every sequence exceeds --max_length {args.max_length}. The longest has {longest} "
+            "tokens; raise --max_length to as many."
+        )
+    dropped = len(sequences) - len(kept)
+    if dropped and args.data_format == "documents":
+        raise ValueError(
+            f"{', '.join(files)}: {dropped} of {len(sequences)} prompts exceed --max_length {args.max_length}, and "
+            "without them not every place would be asked for equally often. Raise --max_length to "
+            f"{longest}, or lower --documents_per_prompt or --passage_words."
+        )
+    if dropped:
+        logger.warning(
+            "%d of %d chats exceed --max_length %d and are left out; --max_length %d takes all.",
+            *(dropped, len(sequences), args.max_length, longest),
+        )
     return pack(kept, args.max_length) if args.packing else [[sequence] for sequence in kept]
-
-
-def read_text(file: str) -> str:
-    try:
-        return Path(file).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        line = Path(file).read_bytes()[: error.start].count(b"\n") + 1
-        raise ValueError(f"{file}, line {line}: not UTF-8 text ({error.reason}).") from None
 
 
 def read_chats(file: str, data_format: str) -> Iterator[tuple[str, list[dict]]]:
     """Chats and where they stand."""
-    for number, line in enumerate(read_text(file).split("\n"), start=1):
+    text = read_text(file)
+    if not text.strip():
+        raise ValueError(f"{file} is empty. Give a file of JSON lines, or leave it out.")
+    if text.lstrip().startswith("["):
+        raise ValueError(
+            f"{file}: a JSON array, but --data_format {data_format} needs JSON lines, one object a line. "
+            f"`jq -c '.[]' {file}` writes them."
+        )
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{file}, line {number}"

@@ -23,15 +23,16 @@ How data becomes sequences is in `router_data.py`.
 
 import argparse
 import logging
-import random
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from keeping import distance_from_base
+from loading import read_text
 from peft import get_peft_model
-from router_data import Collator, DataArguments, load_examples, read_text
+from router_data import Collator, DataArguments, load_examples
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -134,9 +135,14 @@ def parse_arguments(argv: list[str]) -> tuple[Arguments, DataArguments, Training
 def main(args: Arguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
     logging.basicConfig(level=logging.INFO if training_args.process_index == 0 else logging.WARNING)
     set_seed(training_args.seed)
+    quiet = training_args.process_index > 0
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     if data_args.chat_template is not None:
-        tokenizer.chat_template = Path(data_args.chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = read_text(data_args.chat_template)
+    # Whatever is wrong with the data shows before a large model is loaded.
+    train_examples = load_examples(data_args.train_files, tokenizer, data_args, training_args.seed, quiet)
+    eval_examples = load_examples(data_args.eval_files, tokenizer, data_args, training_args.seed + 1, quiet)
+    keep_ids = ordinary_text(args, data_args, tokenizer)
     model = AutoModelForCausalLM.from_pretrained(
         args.model, dtype=args.dtype, attn_implementation=args.attn_implementation
     )
@@ -148,12 +154,10 @@ def main(args: Arguments, data_args: DataArguments, training_args: TrainingArgum
         init_weights="identity" if args.init == "identity" else True,
         router_aux_loss_coef=args.aux_coef,
     )
-    quiet = training_args.process_index > 0
-    train_examples = load_examples(data_args.train_files, tokenizer, data_args, training_args.seed, quiet)
-    eval_examples = load_examples(data_args.eval_files, tokenizer, data_args, training_args.seed + 1, quiet)
     trainer = RouterTrainer(
         arguments=args,
         data_arguments=data_args,
+        keep_ids=keep_ids,
         model=get_peft_model(model, config),
         args=training_args,
         train_dataset=train_examples,
@@ -173,38 +177,43 @@ def main(args: Arguments, data_args: DataArguments, training_args: TrainingArgum
     trainer.create_model_card()
 
 
+def ordinary_text(args: Arguments, data_args: DataArguments, tokenizer) -> torch.Tensor | None:
+    """Token ids of the text on which the adapted model is kept near the base model; None if it is not.
+
+    Raises:
+        ValueError: there is too little of it.
+    """
+    if args.keep_weight == 0:
+        return None
+    files = args.keep_files
+    if not files and data_args.data_format in ("text", "documents"):
+        files = data_args.train_files
+    text = "\n\n".join(read_text(file) for file in files)
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+    if len(ids) <= args.keep_tokens:
+        raise ValueError(
+            f"--keep_weight {args.keep_weight} needs more than {args.keep_tokens} tokens of ordinary text, but "
+            f"{files or 'no file'} gives {len(ids)}. Name text with --keep_files."
+        )
+    return ids
+
+
 class RouterTrainer(Trainer):
     """Writes MoICE's model card, and can add the distance from the base model on ordinary text to the loss."""
 
-    def __init__(self, *, arguments: Arguments, data_arguments: DataArguments, **kwargs):
+    def __init__(
+        self, *, arguments: Arguments, data_arguments: DataArguments, keep_ids: torch.Tensor | None, **kwargs
+    ):
         super().__init__(**kwargs)
-        self.arguments, self.data_arguments = arguments, data_arguments
+        self.arguments, self.data_arguments, self.keep_ids = arguments, data_arguments, keep_ids
         self.losses: list[dict] | None = None
-        if arguments.keep_weight > 0:
-            files = arguments.keep_files
-            if not files and data_arguments.data_format in ("text", "documents"):
-                files = data_arguments.train_files
-            text = "\n\n".join(read_text(file) for file in files)
-            self.keep_ids = torch.tensor(
-                self.processing_class(text, add_special_tokens=False, verbose=False).input_ids
-            )
-            if len(self.keep_ids) <= arguments.keep_tokens:
-                raise ValueError(
-                    f"--keep_weight {arguments.keep_weight} needs more than {arguments.keep_tokens} tokens of "
-                    f"ordinary text, but {files or 'no file'} gives {len(self.keep_ids)}. Name text with --keep_files."
-                )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.arguments.keep_weight == 0 or not model.training:
             return result
-        length = self.arguments.keep_tokens
-        start = random.randrange(len(self.keep_ids) - length)
-        text = self.keep_ids[None, start : start + length].to(self.args.device)
-        with torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():
-            base = model(input_ids=text, use_cache=False).logits[0].float().log_softmax(-1)
-        adapted = model(input_ids=text, use_cache=False).logits[0].float().log_softmax(-1)
-        distance = torch.nn.functional.kl_div(adapted, base, log_target=True, reduction="batchmean")
+        adapted = self.accelerator.unwrap_model(model)
+        distance = distance_from_base(model, adapted, self.keep_ids, self.arguments.keep_tokens)
         if num_items_in_batch is not None:  # then Trainer adds the losses of micro-batches up as they are
             distance = distance / self.current_gradient_accumulation_steps
         loss = (result[0] if return_outputs else result) + self.arguments.keep_weight * distance

@@ -3,13 +3,16 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from tqdm.auto import tqdm
 
 from .config import MoICEConfig
+from .rope import LayerRope
 
 GRID = tuple(1 + step / 20 for step in range(41))
 """Candidates as multiples of the model's own angle, from one to three; the range of the published choices."""
@@ -98,10 +101,10 @@ def search_angles(
             for base in pool
             if base not in chosen
         }
-        best = min(distances, key=distances.get)
+        best = min(distances, key=lambda base: distances[base])
         chosen.append(best)
-        peaks = torch.cat((peaks, candidate_extrema[best][0])).unique()
-        troughs = torch.cat((troughs, candidate_extrema[best][1])).unique()
+        peaks = torch.unique(torch.cat((peaks, candidate_extrema[best][0])))
+        troughs = torch.unique(torch.cat((troughs, candidate_extrema[best][1])))
     return chosen
 
 
@@ -113,6 +116,43 @@ def _mean_distance(points: torch.Tensor, others: torch.Tensor) -> float:
     left = (right - 1).clamp(min=0)
     nearest = torch.minimum((others[right] - points).abs(), (others[left] - points).abs())
     return nearest.double().mean().item()
+
+
+@dataclass(frozen=True)
+class OwnAngle:
+    """A base angle of a model, and how much of a head it rotates.
+
+    Attributes:
+        rope_theta: the base angle.
+        rotary_dim: number of rotated dimensions of a query or key vector.
+        layer_type: the layers that have it, where the model has angles per layer type, else None.
+    """
+
+    rope_theta: float
+    rotary_dim: int
+    layer_type: str | None
+
+
+def own_angles(model: nn.Module) -> list[OwnAngle]:
+    """The base angles of a model's attention layers, as probed on the layers themselves.
+
+    Args:
+        model: the base model, without adapters. Unchanged afterwards.
+
+    Returns:
+        One for each layer type that has rotary embeddings, or a single one, in the order of layers.
+
+    Raises:
+        ValueError: the model has no attention layer that MoICE can be applied to, with the reason.
+    """
+    probe = get_peft_model(model, MoICEConfig(base_multipliers=[1.0]))
+    try:
+        layers: list[Any] = [layer for layer in probe.modules() if isinstance(layer, BaseTunerLayer)]
+    finally:
+        probe.unload()
+    ropes: list[LayerRope] = [layer.rope for layer in layers]
+    angles = [OwnAngle(rope.rope_theta, rope.layout.size, rope.layer_type) for rope in ropes]
+    return list(dict.fromkeys(angles))
 
 
 @dataclass(frozen=True)
@@ -165,10 +205,8 @@ def score_angles(
     Raises:
         ValueError: a multiple that is not positive, or the model's layers have angles of different kinds.
     """
-    probe = get_peft_model(model, MoICEConfig(base_multipliers=[1.0]))
-    own = probe.peft_config["default"].rope_bases
-    probe.unload()
-    if not isinstance(own, list):
+    own = [angle.rope_theta for angle in own_angles(model)]
+    if len(own) > 1:
         raise ValueError(
             f"The model's layer types have different angles ({own}), and one scale for all of them is not what this "
             "search varies. Give `base_multipliers` by hand."

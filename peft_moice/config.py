@@ -69,7 +69,8 @@ class MoICEConfig(PeftConfig):
             every head its own, as in the paper's text.
         hidden_act: activation of the routers, a name in transformers' `ACT2FN`. Default: the model's own.
         router_aux_loss_coef: weight of the balance loss that training adds to `outputs.loss`. With K = N that loss is
-            constant. Default: 0.3, as in the official release.
+            a constant, which is reported in `outputs.aux_loss` but not added. Default: 0.3, as in the official
+            release.
         init_weights: True (default) draws router weights from normal(0, 0.02) as the official code does, which starts
             near the equal mixture of all angles. "identity" adds a scale per head, zero at first, on the distance from
             the model's own angle: a fresh adapter then computes what the base model computes. False draws weights

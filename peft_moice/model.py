@@ -123,7 +123,8 @@ class MoICEModel(BaseTuner):
             peft_config.router_dim = peft_config.num_experts
         if peft_config.top_k == peft_config.num_experts > 1 and peft_config.router_aux_loss_coef > 0:
             logger.info(
-                "top_k equals the number of angles (%d), so the balance loss is a constant without gradient.",
+                "top_k equals the number of angles (%d), so the balance loss is a constant without gradient: it is "
+                "reported, but not added to the loss.",
                 peft_config.num_experts,
             )
         return peft_config

@@ -92,9 +92,10 @@ def install_described(model: PreTrainedModel, description: dict[str, Any]) -> No
         if hasattr(attention, ROUTERS_NAME):
             # A model that builds its decoder through an auto class, which gave it a standalone one.
             continue
-        rotary = LayerProbe(model).find_rotary(_name_of(model, attention), layer.get("rope_theta")).module
+        own = LayerProbe(model).find_rotary(_name_of(model, attention), layer.get("rope_theta"))
+        rotary = own.module
         layer_type, layout, turn = layer["layer_type"], RotaryLayout(**layer["layout"]), layer["direction"]
-        rope = LayerRope(type(rotary), rotary.config, layer_type, layout, turn, layer.get("original_length"))
+        rope = LayerRope(type(rotary), rotary.config, layer_type, layout, turn, layer.get("original_length"), own=own)
         rope = ropes.setdefault((id(rotary), layer_type, layout), rope)
         specs = [RouterSpec(**description["routers"][index], weight=weight) for index, weight in layer["routers"]]
         routers = [MoICERouter.from_spec(spec, layer_type, layer["num_heads"], layer["head_dim"]) for spec in specs]

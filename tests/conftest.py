@@ -1,7 +1,12 @@
 """Options and fixtures of the test-suite."""
 
 import pytest
+from hypothesis import settings
 from tiny_models import FAMILIES, adapted_model, save_tiny_model
+
+# Property tests draw the same examples in every run, so that a failure can be had again.
+settings.register_profile("seeded", derandomize=True)
+settings.load_profile("seeded")
 
 
 def pytest_addoption(parser):

@@ -6,7 +6,15 @@ from peft import get_peft_model
 from tiny_models import load, logits_of, save_tiny_model, token_ids
 
 from peft_moice import MoICEConfig
-from peft_moice.angles import AngleScores, attention_waveform, extrema, score_angles, search_angles
+from peft_moice.angles import (
+    AngleScores,
+    OwnAngle,
+    attention_waveform,
+    extrema,
+    own_angles,
+    score_angles,
+    search_angles,
+)
 from peft_moice.config import RELEASED_MULTIPLIERS
 
 
@@ -70,6 +78,19 @@ def test_scores_are_those_of_the_model_under_each_angle(tmp_path):
     assert scores.rope_bases == (10000.0, 40000.0)
     other = get_peft_model(load(folder), MoICEConfig(rope_bases=[40000.0])).eval()
     assert scores.losses.tolist() == [losses_of(model), losses_of(other)]
+
+
+def test_own_angles_are_read_off_the_layers(tmp_path):
+    model = load(save_tiny_model(tmp_path / "gemma3", "gemma3"))
+    before = logits_of(model)
+    assert own_angles(model) == [
+        OwnAngle(10_000.0, 16, "sliding_attention"),
+        OwnAngle(1_000_000.0, 16, "full_attention"),
+    ]
+    assert torch.equal(logits_of(model), before)
+    assert own_angles(load(save_tiny_model(tmp_path / "phi", "phi"))) == [OwnAngle(10_000.0, 8, None)]
+    with pytest.raises(ValueError, match="different angles"):
+        score_angles(model, lambda candidate: [0.0])
 
 
 def test_bad_input():

@@ -1,14 +1,46 @@
+import gzip
+import json
 import math
 import random
+import re
 
 import pytest
 import torch
+from peft import get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
-from peft_moice.evaluation import encode_chat, perplexity, position_sweep, sample_facts, wilson_interval
+from peft_moice import MoICEConfig
+from peft_moice.evaluation import (
+    Exam,
+    Example,
+    Facts,
+    KeyValues,
+    MultiDocument,
+    Needles,
+    Result,
+    Score,
+    bootstrap_interval,
+    encode_chat,
+    evaluate,
+    gates_along,
+    losses_by_position,
+    perplexity,
+    position_sweep,
+    sample_facts,
+    wilson_interval,
+)
+from peft_moice.evaluation.encoding import encode_example
+from peft_moice.evaluation.reader import Reader
 
 CHAT_TEMPLATE = "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"
+CHAT_TEMPLATE += "{% if add_generation_prompt %}<assistant>{% endif %}"
 
 
 def byte_tokenizer(chat_template=None):
@@ -219,3 +251,301 @@ class TestPerplexity:
             perplexity(model, tokenizer, self.TEXT, chunk_length=1)
         with pytest.raises(ValueError, match="max_chunks"):
             perplexity(model, tokenizer, self.TEXT, max_chunks=0)
+
+
+class TestBootstrapInterval:
+    def test_of_equal_values_is_a_point(self):
+        assert bootstrap_interval([[0.5], [0.5, 0.5]]) == (0.5, 0.5)
+
+    def test_covers_the_mean_about_as_often_as_it_says(self):
+        rng = random.Random(0)
+        covered = 0
+        for _ in range(200):
+            low, high = bootstrap_interval([[rng.random()] for _ in range(40)], 0.8, resamples=200)
+            covered += low <= 0.5 <= high
+        assert 0.7 < covered / 200 < 0.9
+
+    def test_draws_whole_groups(self):
+        """Forty values of which ten at a time are equal tell as little as four."""
+        rng = random.Random(0)
+        values = [rng.random() for _ in range(4)]
+        together = bootstrap_interval([[value] * 10 for value in values])
+        assert together == pytest.approx(bootstrap_interval([[value] for value in values]))
+        apart = bootstrap_interval([[value] for value in values for _ in range(10)])
+        assert apart[1] - apart[0] < 0.6 * (together[1] - together[0])
+
+    @pytest.mark.parametrize("arguments", [([],), ([[]],), ([[1.0]], 1.0)])
+    def test_refuses_impossible_values(self, arguments):
+        with pytest.raises(ValueError):
+            bootstrap_interval(*arguments)
+
+
+def models_that_read():
+    """Plain, adapted, and with sliding windows shorter than what is read."""
+    adapted = get_peft_model(tiny_llama(), MoICEConfig(base_multipliers=[1.0, 0.25], init_weights=False))
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    return {"plain": tiny_llama(), "adapted": adapted, "sliding": Gemma3ForCausalLM(config)}
+
+
+@pytest.mark.parametrize("kind", ["plain", "adapted", "sliding"])
+def test_reader_gives_the_logits_of_whole_sequences(kind):
+    model = models_that_read()[kind].eval()
+    rng = random.Random(0)
+    begin = [rng.randrange(256) for _ in range(30)]
+    reader = Reader(model)
+    with torch.no_grad():
+        # Going on, going back, going back to the middle of a continuation, an equal sequence, and a new beginning.
+        sequences = [begin, [*begin, 5, 6, 7], [*begin[:12], 9, 9, 9], [*begin[:12], 9, 8], [*begin[:12], 9, 8]]
+        sequences.append([1, 2, 3])
+        for ids in sequences:
+            expected = model(input_ids=torch.tensor([ids])).logits[0, -2:]
+            torch.testing.assert_close(reader.logits(ids, len(ids) - 1), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_reader_reads_a_common_beginning_once():
+    model, read = tiny_llama().eval(), []
+    model.model.embed_tokens.register_forward_pre_hook(lambda module, args: read.append(args[0].shape[1]))
+    reader = Reader(model)
+    with torch.no_grad():
+        for end in ([1, 2], [3, 4, 5]):
+            reader.logits([*range(100, 140), *end], 40)
+    assert read == [42, 4]  # the last common token is read anew: it predicts the first that differs
+
+
+def test_reader_writes_what_greedy_decoding_does():
+    model = tiny_llama().eval()
+    ids = list(range(40, 60))
+    expected = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False, pad_token_id=0)[0, 20:].tolist()
+    with torch.no_grad():
+        assert Reader(model).write(ids, 8, set()) == expected
+        assert Reader(model).write(ids, 8, {expected[3]}) == expected[: expected.index(expected[3])]
+
+
+@pytest.mark.parametrize("chat_template", [None, CHAT_TEMPLATE])
+@pytest.mark.parametrize("opening", ["", "It is ", 'It is "'])
+def test_encoded_answers_start_where_the_model_goes_on(chat_template, opening):
+    tokenizer = byte_tokenizer(chat_template)
+    encoded = encode_example(tokenizer, Example("Which?", ("42",), 0.0, 1, opening), "42")
+    answer = tokenizer.decode(encoded.input_ids[encoded.start :])
+    assert answer.strip() == "42"
+    assert tokenizer.decode(encoded.input_ids).endswith(f"{opening}42")
+    assert ("<assistant>" in tokenizer.decode(encoded.input_ids)) == (chat_template is not None)
+
+
+def write_lines(file, records):
+    opened = gzip.open if file.suffix == ".gz" else open
+    with opened(file, "wt") as lines:
+        lines.write("\n".join(map(json.dumps, records)))
+    return file
+
+
+def passages(tmp_path, number=9):
+    records = [
+        {"question": f"which {i}", "answers": [f"gold{i}"], "ctxs": [{"title": f"t{i}", "text": f"it is gold{i}"}]}
+        for i in range(number)
+    ]
+    # Answers the first question, so it must never stand beside it.
+    records.append({"question": "other", "answers": ["x"], "ctxs": [{"title": "t", "text": "GOLD0 and x"}]})
+    return write_lines(tmp_path / "nq.jsonl.gz", records)
+
+
+HAYSTACK = " ".join(f"Sentence number {index} says nothing." for index in range(200))
+
+
+def tasks(tmp_path):
+    pairs = [[[f"k{i}{j}", f"v{i}{j}"] for j in range(7)] for i in range(3)]
+    file = write_lines(tmp_path / "kv.jsonl", [{"ordered_kv_records": pairs_} for pairs_ in pairs])
+    needles = [Needles(HAYSTACK, byte_tokenizer(), kind) for kind in ("single", "keys", "values", "variables")]
+    return [Facts(), KeyValues(), KeyValues(file=file), MultiDocument(passages(tmp_path)), *needles]
+
+
+@pytest.mark.parametrize("index", range(8))
+class TestTasks:
+    def test_answers_stand_where_they_are_said_to(self, tmp_path, index):
+        task = tasks(tmp_path)[index]
+        length, positions = (2000, (0.0, 0.5, 1.0)) if task.unit == "tokens" else (7, (0.0, 0.5, 1.0))
+        examples = task.draw(random.Random(3), length, positions)
+        assert sorted(example.position for example in examples) == list(positions)
+        assert {example.length for example in examples} == {length}
+        places = {example.position: example.prompt.index(example.answers[0]) for example in examples}
+        assert places[0.0] < 400 and len(examples[0].prompt) - places[1.0] < 400
+        middle = (places[0.0] + places[1.0]) / 2
+        assert places[0.5] == pytest.approx(middle, abs=0.15 * (places[1.0] - places[0.0]))
+
+    def test_draws_depend_on_the_seed_alone(self, tmp_path, index):
+        task = tasks(tmp_path)[index]
+        length = 1000 if task.unit == "tokens" else 5
+        first, again = ([task.draw(random.Random(seed), length, (0.0, 1.0)) for seed in range(5)] for _ in "ab")
+        assert first == again
+        assert any(draw != first[0] for draw in first)
+
+
+def test_passages_that_answer_are_no_distractors(tmp_path):
+    task = MultiDocument(passages(tmp_path))
+    for seed in range(40):
+        for example in task.draw(random.Random(seed), 6, (0.5,)):
+            if example.answers == ("gold0",):
+                assert "GOLD0" not in example.prompt
+            shown = re.findall(r"Document \[(\d)\]\(Title: (.*?)\)", example.prompt)
+            assert [int(number) for number, _ in shown] == [1, 2, 3, 4, 5, 6]
+            assert len({title for _, title in shown}) == 6
+    with pytest.raises(ValueError, match="`length` is 11"):
+        task.draw(random.Random(0), 11, (0.0,))
+
+
+def test_haystacks_have_their_length_even_without_sentences():
+    text, tokenizer = " | ".join(f"cell {index}" for index in range(2000)), byte_tokenizer()
+    (example,) = Needles(text, tokenizer).draw(random.Random(0), 2000, (0.5,))
+    assert 2000 < len(tokenizer(example.prompt)["input_ids"]) < 2800  # with the instruction, up to 40 words more
+    with pytest.raises(ValueError, match="fewer than the haystack's 99999"):
+        Needles(text, tokenizer).draw(random.Random(0), 99_999, (0.5,))
+
+
+def test_variables_form_one_chain_in_order():
+    (example,) = Needles(HAYSTACK, byte_tokenizer(), "variables").draw(random.Random(0), 3000, (0.3,))
+    (value,) = re.findall(r"assigned the value (\d+)", example.prompt)
+    steps = re.findall(r"VAR (\w+) = (?:VAR )?(\w+)", example.prompt)
+    assert [name for name, _ in steps] == list(example.answers) and len(steps) == 5
+    assert [source for _, source in steps] == [value, *example.answers[:-1]]
+
+
+def test_exams_take_questions_of_one_right_answer(tmp_path):
+    record = {
+        "input": "abc " * 100,
+        "instructions": ["Q1\nA. x\nB. y", "Q2\nA. x\nB. y", "It rains, True or False?"],
+        "outputs": ["B", "AB", "False [fact: True]"],
+    }
+    file = write_lines(tmp_path / "coursera.jsonl", [record])
+    task = Exam(file, byte_tokenizer())
+    examples = task.draw(random.Random(0), 80, (0.0, 1.0))
+    assert [(e.answers, e.choices) for e in examples] == [(("B",), ("A", "B")), (("False",), ("True", "False"))]
+    assert examples[0].prompt.startswith("abc " * 20 + "\n\nAnswer") or examples[0].prompt.startswith("abc " * 20)
+    assert "abc " * 21 not in examples[0].prompt
+    model = tiny_llama()
+    result = evaluate(model, byte_tokenizer(CHAT_TEMPLATE), task, lengths=[40], num_groups=1)
+    assert result.positions == [] and len(result.scores) == 2
+
+
+def test_needs_files_in_their_format(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="is empty"):
+        KeyValues(file=tmp_path / "empty.jsonl")
+    (tmp_path / "broken.jsonl").write_text('{"ordered_kv_records": []}\n{')
+    with pytest.raises(ValueError, match=r"broken.jsonl, line 2: not JSON"):
+        KeyValues(file=tmp_path / "broken.jsonl")
+    with pytest.raises(ValueError, match=r"line 1: no 'question'"):
+        MultiDocument(write_lines(tmp_path / "other.jsonl", [{"answers": []}]))
+
+
+class TestEvaluate:
+    def test_agrees_with_what_the_model_writes(self, knows_some):
+        model, tokenizer, facts = knows_some
+
+        class Known:
+            name, unit, scoring = "known", "facts", "exact"
+
+            def draw(self, rng, length, positions):
+                examples = []
+                for position in positions:
+                    index = round(position * (length - 1))
+                    chat = encode_chat(tokenizer, facts, [index])
+                    text = tokenizer.decode(chat.input_ids)
+                    prompt = text[len("<user>") : text.index("\n<assistant>")]
+                    opening = f"The access code of {facts.names[index]} is "
+                    examples.append(Example(prompt, (facts.codes[index],), position, length, opening))
+                return examples
+
+        positions = (0.0, 0.25, 0.5, 0.75, 1.0)
+        for scoring in ("exact", "any", "all"):
+            Known.scoring = scoring
+            result = evaluate(
+                model, tokenizer, Known(), lengths=[5], positions=positions, num_groups=1, max_new_tokens=6
+            )
+            assert result.table() == [[1.0, 0.0, 1.0, 0.0, 1.0]], scoring
+            losses = [result.mean("loss", position=position) for position in positions]
+            assert max(losses[::2]) < min(losses[1::2])
+
+    def test_refuses_bad_values(self):
+        model, tokenizer = tiny_llama(), byte_tokenizer()
+        for wrong in ({"num_groups": 0}, {"lengths": []}, {"lengths": [0]}, {"positions": (2.0,)}):
+            with pytest.raises(ValueError, match=next(iter(wrong))):
+                evaluate(model, tokenizer, Facts(), **{"lengths": [3], **wrong})
+
+
+class TestResult:
+    RESULT = Result(
+        "facts",
+        "facts",
+        "model",
+        0,
+        tuple(
+            Score(group, length, position, float(position != 0.5 or group == 0), 0.1 * group, 0.5)
+            for length in (30, 45)
+            for group in range(4)
+            for position in (0.0, 0.5, 1.0)
+        ),
+    )
+
+    def test_means_and_intervals_of_a_cell(self):
+        assert self.RESULT.table() == [[1.0, 0.25, 1.0]] * 2
+        assert self.RESULT.mean("loss") == pytest.approx(0.15)
+        assert self.RESULT.interval(length=30, position=0.5) == wilson_interval(1, 4)
+
+    def test_means_over_positions_draw_whole_groups(self):
+        groups = [[1.0, 1.0, 1.0], *[[1.0, 0.0, 1.0]] * 3] * 2
+        assert self.RESULT.interval() == bootstrap_interval(groups)
+
+    def test_survives_the_disk(self, tmp_path):
+        self.RESULT.save(tmp_path / "result.json")
+        assert Result.load(tmp_path / "result.json") == self.RESULT
+        cells = json.loads((tmp_path / "result.json").read_text())["cells"]
+        assert [cell["score"] for cell in cells] == [1.0, 0.25, 1.0] * 2
+
+    def test_draws_itself(self):
+        heat_map = self.RESULT.plot()
+        assert heat_map.axes[0].images[0].get_array().tolist() == self.RESULT.table()
+        curves = self.RESULT.plot([self.RESULT])
+        assert len(curves.axes) == 2
+
+    def test_names_what_there_is(self):
+        with pytest.raises(ValueError, match=r"lengths \[30, 45\]"):
+            self.RESULT.mean(length=31)
+
+
+def test_losses_by_position_are_means_of_their_own_tokens():
+    model, tokenizer = tiny_llama().eval(), byte_tokenizer()
+    text = "".join(random.Random(0).choices("abcdefgh ", k=40))
+    result = losses_by_position(model, tokenizer, text, chunk_length=20)
+    ids = torch.tensor(tokenizer(text)["input_ids"]).view(2, 20)
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+    losses = torch.nn.functional.cross_entropy(logits[:, :-1].mT, ids[:, 1:], reduction="none").mean(dim=0)
+    expected = [losses[a - 1 : b - 1].mean().item() for a, b in ((1, 2), (2, 4), (4, 8), (8, 16), (16, 20))]
+    assert result.edges == (2, 4, 8, 16, 20) and result.chunks == 2
+    assert result.losses == pytest.approx(expected, rel=1e-5)
+    assert result.centers == (1.0, 2.5, 5.5, 11.5, 17.5)
+
+
+def test_gates_along_a_text_are_those_of_the_routers():
+    model = get_peft_model(tiny_llama(), MoICEConfig(base_multipliers=[1.0, 0.25, 4.0], init_weights=False, top_k=2))
+    gates = gates_along(model, torch.arange(12))
+    assert len(gates) == 2
+    for values in gates.values():
+        assert values.shape == (4, 12, 3)
+        torch.testing.assert_close(values.sum(-1), torch.ones(4, 12))
+        assert ((values > 0).sum(-1) == 2).all()
+    first, second = gates.values()
+    assert not torch.equal(first, second)
+    with pytest.raises(ValueError, match="routers of the name 'other'"):
+        gates_along(model, torch.arange(12), "other")

@@ -18,13 +18,17 @@ from tiny_models import VOCABULARY, decide, load, save_tiny_model, token_ids, wi
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_moice import MoICEConfig
+from peft_moice.angles import search_angles
 from peft_moice.built_in import BuiltInRouters
 from peft_moice.config import RELEASED_MULTIPLIERS
+from peft_moice.evaluation import Result
 from peft_moice.pretraining import add_routers
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+import choose_angles  # noqa: E402
+import evaluate as evaluate_example  # noqa: E402
 import router_data  # noqa: E402
 import train_from_scratch  # noqa: E402
 import train_router  # noqa: E402
@@ -168,6 +172,39 @@ def test_chats_longer_than_max_length_are_left_out(tmp_path, tokenizer, packing)
     assert sorted(len(s["input_ids"]) for row in examples for s in row) == [7, 7, 7, 8, 8, 8, 9, 9]
 
 
+def test_long_chats_name_the_length_that_takes_all(tmp_path, tokenizer, caplog):
+    file = write_data(tmp_path, "prompt_answer")  # of 7 to 11 tokens
+    args = DataArguments([file], data_format="prompt_answer", max_length=9)
+    router_data.load_examples([file], tokenizer, args, 0, True)
+    assert "4 of 12 chats exceed --max_length 9" in caplog.text and "--max_length 11 takes all" in caplog.text
+    args.max_length = 5
+    with pytest.raises(ValueError, match=r"every sequence exceeds --max_length 5.* longest has 11 tokens"):
+        router_data.load_examples([file], tokenizer, args, 0, True)
+
+
+def test_prompts_of_documents_are_not_cut_by_length(tmp_path, tokenizer):
+    """Those that fit would not ask for every place equally often."""
+    rng, file = random.Random(0), str(tmp_path / "documents")
+    Path(file).write_text("\n".join(words(rng, rng.randint(7, 20)) + " ." for _ in range(60)))
+    args = DataArguments([file], data_format="documents", documents_per_prompt=4, passage_words=16, prompts=20)
+    lengths = [len(s["input_ids"]) for (s,) in router_data.load_examples([file], tokenizer, args, 0, True)]
+    args.max_length = max(lengths) - 1
+    assert min(lengths) < args.max_length
+    with pytest.raises(ValueError, match=rf"of 20 prompts exceed .* Raise --max_length to {max(lengths)}"):
+        router_data.load_examples([file], tokenizer, args, 0, True)
+
+
+@pytest.mark.parametrize("content", [None, "", "[]"])
+def test_data_is_checked_before_the_model_is_loaded(model, tmp_path, content):
+    """The folder has a tokenizer and no weights."""
+    folder = shutil.copytree(model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    file = tmp_path / "data.jsonl"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ValueError, match=r"data\.jsonl"):
+        run(arguments(str(folder), tmp_path / "out", str(file)))
+
+
 @pytest.mark.parametrize("questions", [1, 2, 3])
 def test_every_place_is_asked_for_equally_often(tmp_path, questions):
     file = write_data(tmp_path, "documents")
@@ -262,7 +299,12 @@ def test_the_distance_from_the_base_model_is_part_of_the_loss(model, tmp_path, s
     decide(adapted)
     adapted.get_output_embeddings().weight.data *= 20  # so that angles matter to the text
     trainer = train_router.RouterTrainer(
-        arguments=args, data_arguments=data_args, model=adapted, args=training_args, processing_class=tokenizer
+        arguments=args,
+        data_arguments=data_args,
+        keep_ids=train_router.ordinary_text(args, data_args, tokenizer),
+        model=adapted,
+        args=training_args,
+        processing_class=tokenizer,
     )
     trainer.current_gradient_accumulation_steps = steps
     text = tokenizer(file.read_text(), return_tensors="pt").input_ids[:, :32]  # the only place for 32 of 33 tokens
@@ -289,10 +331,13 @@ def test_the_distance_from_the_base_model_is_part_of_the_loss(model, tmp_path, s
         ("prompt_answer", b'{"prompt": "w5", "answer": "w6"}\n{"prompt": "w5"}\n', r"line 2: no 'answer'"),
         ("prompt_answer", b'{"prompt": "w5", "answer": 6}\n', r"line 1: every message needs .* both strings"),
         ("prompt_answer", b'{"prompt": "w5", "answer": ""}\n', r"line 1: there is no answer"),
-        ("prompt_answer", b'["w5", "w6"]\n', r"line 1: no 'prompt'"),
+        ("prompt_answer", b'"w5"\n', r"line 1: no 'prompt'"),
+        ("prompt_answer", b'[{"prompt": "w5", "answer": "w6"}]\n', r"a JSON array, .* needs JSON lines"),
+        ("messages", b'[\n  {"messages": []}\n]\n', r"a JSON array, .* needs JSON lines"),
         ("prompt_answer", b'{"prompt": "w5", "answer": "w6"}\n{"prompt"\n', r"line 2: not JSON"),
         ("prompt_answer", b'{"prompt": "w5", "answer": "w6"}\n\xff\n', r"line 2: not UTF-8"),
-        ("prompt_answer", b"", r"hold no sequence"),
+        ("prompt_answer", b"", r"is empty"),
+        ("messages", b"\n \n", r"is empty"),
         ("text", b"", r"line 1: there is no text"),
         ("text", b"w5 w6\nw7 \xff", r"line 2: not UTF-8"),
         ("documents", b"w5 w6. w7 w8.", r"0 passages of 16 words with a sentence to ask for, too few"),
@@ -405,3 +450,76 @@ def test_losses_by_position():
     torch.testing.assert_close(losses, torch.full((6, 7), math.log(256)))
     by_token = torch.arange(1.0, 8.0)[None]  # of the bytes at positions 1 to 7
     assert train_from_scratch.by_bucket(by_token, 4).tolist() == [[1.0, 2.5, 4.5, 6.5]]
+
+
+def choose(folder: str, output_dir: Path, **options) -> None:
+    options = {"context_length": 64, "num_experts": 3, "prompts": 2, "facts": 3, **options}
+    choose_angles.main(choose_angles.Arguments(model=folder, output_dir=str(output_dir), **options))
+
+
+class TestChooseAngles:
+    def test_measures_and_searches(self, model, tmp_path, capsys):
+        choose(model, tmp_path)
+        printed = capsys.readouterr().out
+        assert "over 16 rotated dimensions: [10000" in printed
+        assert "By measurement, in the order of their use: [1.0, " in printed
+        assert (tmp_path / "waveforms.png").is_file()
+
+    def test_partial_rotary_counts_the_rotated_dimensions(self, tmp_path, capsys):
+        folder = save_tiny_model(tmp_path / "model", "phi", max_position_embeddings=1024)
+        choose(folder, tmp_path)
+        expected = search_angles(8, 10_000.0, 64, 3)
+        assert f"over 8 rotated dimensions: {expected}" in capsys.readouterr().out
+        assert expected != search_angles(16, 10_000.0, 64, 3)
+
+    def test_angles_by_layer_type_are_searched_one_by_one(self, tmp_path, capsys):
+        folder = save_tiny_model(tmp_path / "model", "gemma3", max_position_embeddings=1024)
+        choose(folder, tmp_path)
+        printed = capsys.readouterr().out
+        assert "in layers of type sliding_attention, over 16 rotated dimensions: [10000" in printed
+        assert "in layers of type full_attention, over 16 rotated dimensions: [1000000" in printed
+        assert "Nothing is measured" in printed
+        assert (tmp_path / "waveforms_full_attention.png").is_file()
+
+    def test_models_without_rotary_embeddings_are_refused_with_the_reason(self, tmp_path):
+        folder = save_tiny_model(tmp_path / "model", "gpt2")
+        with pytest.raises(ValueError, match="rotary"):
+            choose(folder, tmp_path)
+
+
+class TestEvaluateExample:
+    @pytest.fixture(scope="class")
+    def adapter_folder(self, model, tmp_path_factory) -> str:
+        folder = tmp_path_factory.mktemp("adapter")
+        adapted = get_peft_model(load(model), wide_config())
+        decide(adapted)
+        adapted.save_pretrained(folder)
+        return str(folder)
+
+    def options(self, model, tmp_path, **options):
+        document = tmp_path / "notes.txt"
+        document.write_text("\n\n".join(words(random.Random(i), 9) + "." for i in range(60)))
+        options = {"documents": [str(document)], "lengths": [60, 120], "items": [3], "questions": 2, **options}
+        options = {"positions": [0.0, 1.0], "chunk_length": 64, "output_dir": str(tmp_path / "out"), **options}
+        return evaluate_example.Arguments(model=model, **options)
+
+    def test_table_scores_and_pictures(self, model, adapter_folder, tmp_path, capsys):
+        args = self.options(model, tmp_path, adapter=adapter_folder, tasks=["needles", "key_values"])
+        evaluate_example.main(args)
+        printed = capsys.readouterr().out
+        for title in ("needles: single", "key-value retrieval", "120 tokens", "3 pairs"):
+            assert title in printed
+        assert printed.count("perplexity of your documents") == 2
+        for name in ("needles__single_0", "needles__single_1", "needles__single", "key_value_retrieval", "losses"):
+            assert (tmp_path / "out" / f"{name}.png").is_file(), name
+        base, adapted = (Result.load(tmp_path / "out" / f"needles__single_{i}.json") for i in (0, 1))
+        assert base.lengths == [60, 120] and base.positions == [0.0, 1.0] and len(base.scores) == 8
+        assert base.mean("loss") != adapted.mean("loss")
+
+    def test_arguments_are_checked_before_the_model_is_loaded(self, tmp_path):
+        with pytest.raises(ValueError, match=r"--tasks names \['needle'\]"):
+            evaluate_example.main(self.options(str(tmp_path / "no"), tmp_path, tasks=["needle"]))
+        with pytest.raises(ValueError, match="--documents was not given holds none"):
+            evaluate_example.main(self.options(str(tmp_path / "no"), tmp_path, documents=[]))
+        with pytest.raises(ValueError, match=r"gone.txt: there is no such file"):
+            evaluate_example.main(self.options(str(tmp_path / "no"), tmp_path, documents=["gone.txt"]))

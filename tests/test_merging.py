@@ -135,7 +135,7 @@ class TestAddWeightedAdapter:
 
         def gates(name: str, bases: tuple[float, ...]) -> torch.Tensor:
             layer.set_adapter([name])
-            return LayerMixture(layer.members(), layer.rope).gates(query, bases)
+            return LayerMixture(layer.shares(), layer.rope).gate(query, bases).gates
 
         bases = tuple(model.peft_config["mean"].rope_bases)
         assert len(bases) == 6

@@ -4,8 +4,16 @@ import pytest
 import torch
 
 from peft_moice.angles import attention_waveform
-from peft_moice.evaluation import PositionSweep
-from peft_moice.plotting import plot_position_sweeps, plot_waveforms
+from peft_moice.evaluation import PositionLosses, PositionSweep
+from peft_moice.plotting import (
+    plot_expert_load,
+    plot_gates,
+    plot_heat_map,
+    plot_losses,
+    plot_position_sweeps,
+    plot_tradeoff,
+    plot_waveforms,
+)
 
 AFTER = PositionSweep(30, (0.0, 0.5, 1.0), (20, 19, 20), 20)
 BEFORE = PositionSweep(30, (0.0, 0.5, 1.0), (20, 2, 11), 20)
@@ -26,7 +34,7 @@ def test_curves_show_accuracies_and_bars_their_intervals():
         ends = [(segment[0][1], segment[1][1]) for segment in bars.get_segments()]
         for end, interval in zip(ends, sweep.intervals(), strict=True):
             assert end == pytest.approx(interval)
-    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["before", "after"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["before", "after"]
     assert "position" in axis.get_xlabel() and "95%" in axis.get_ylabel()
 
 
@@ -63,12 +71,78 @@ def test_waveforms_and_their_envelope():
     figure = plot_waveforms(16, [1e4, 2e4, 3e4], 50)
     single, envelope = figure.axes
     drawn = [torch.as_tensor(line.get_ydata()) for line in single.lines]
-    assert all(
-        torch.equal(line, attention_waveform(16, base, 50)) for line, base in zip(drawn, (1e4, 2e4, 3e4), strict=True)
-    )
+    for line, base in zip(drawn, (1e4, 2e4, 3e4), strict=True):
+        torch.testing.assert_close(line, attention_waveform(16, base, 50)[1:], rtol=0, atol=1e-12)
     assert torch.equal(torch.as_tensor(envelope.lines[1].get_ydata()), torch.stack(drawn).amax(dim=0))
+    assert single.lines[0].get_xdata().tolist() == list(range(1, 50))
+
+
+def test_long_waveforms_are_drawn_as_means():
+    """8,192 points in a picture of 900 pixels would be solid bands."""
+    line = plot_waveforms(16, [1e4, 2e4], 8192).axes[0].lines[0]
+    distances, values = line.get_xdata(), line.get_ydata()
+    assert len(distances) <= 240
+    start = int(2 * distances[-1]) + 1 - 8192  # the last bucket goes from here to the end
+    assert values[-1] == pytest.approx(attention_waveform(16, 1e4, 8192)[start:].mean().item())
+    assert 8192 - start > 100
 
 
 def test_too_many_waveforms_are_refused():
     with pytest.raises(ValueError, match=r"holds 8 angles; draw 1 to 7"):
         plot_waveforms(16, [1e4 + i for i in range(8)], 50)
+
+
+def test_heat_map_shows_and_names_every_cell():
+    figure = plot_heat_map([[1.0, 0.25], [0.5, 0.0]], [512, 1024], [0.0, 1.0], title="model")
+    axis = figure.axes[0]
+    assert axis.images[0].get_array().tolist() == [[1.0, 0.25], [0.5, 0.0]]
+    assert [text.get_text() for text in axis.texts] == ["100%", "25%", "50%", "0%"]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["512", "1,024"]
+    assert axis.get_title() == "model"
+
+
+def test_tradeoff_joins_the_settings_of_a_method():
+    figure = plot_tradeoff({"routers": [(0.01, 0.4), (0.03, 0.6)], "LoRA": [(0.02, 0.9)]}, (0.0, 0.3), repair="right")
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    assert list(lines["routers"].get_xdata()) == [0.01, 0.03] and list(lines["routers"].get_ydata()) == [0.4, 0.6]
+    assert list(lines["base model"].get_xdata()) == [0.0]
+
+
+def test_expert_load_has_a_panel_for_each_expert():
+    load = torch.rand(3, 4, 2)
+    figure = plot_expert_load(load)
+    for expert in range(2):
+        assert torch.equal(torch.as_tensor(figure.axes[expert].images[0].get_array()), load[:, :, expert])
+
+
+def test_gates_are_stacked_to_one():
+    gates = torch.tensor([[0.75, 0.25], [0.5, 0.5], [0.875, 0.125]])
+    figure = plot_gates(gates, ["What", "is", "$x$"])
+    top = figure.axes[0].collections[-1].get_paths()[0].vertices[:, 1].max()
+    assert top == pytest.approx(1.0)
+    figure.draw_without_rendering()  # a token is no formula
+    assert figure.axes[0].get_ylim()[0] == pytest.approx(0.45)
+
+
+def test_losses_are_drawn_over_a_logarithmic_axis():
+    losses = PositionLosses((2, 4, 8), (5.0, 4.0, 3.0), 1)
+    (axis,) = plot_losses({"base": losses}).axes
+    assert axis.get_xscale() == "log"
+    assert tuple(axis.lines[0].get_xdata()) == (1.0, 2.5, 5.5) and tuple(axis.lines[0].get_ydata()) == (5.0, 4.0, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("draw", "arguments"),
+    [
+        (plot_heat_map, ([], [], [])),
+        (plot_tradeoff, ({}, (0, 0))),
+        (plot_expert_load, (torch.zeros(2, 2),)),
+        (plot_gates, (torch.zeros(2, 2), ["one"])),
+        (plot_gates, (torch.zeros(1, 8), ["one"])),
+        (plot_losses, ({},)),
+    ],
+)
+def test_refuses_what_cannot_be_drawn(draw, arguments):
+    options = {"repair": "right"} if draw is plot_tradeoff else {}
+    with pytest.raises(ValueError):
+        draw(*arguments, **options)

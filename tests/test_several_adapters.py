@@ -88,7 +88,7 @@ def test_gates_of_active_adapters_are_the_mean_of_gates_on_the_union(llama):
     model = two_adapters(llama, base_multipliers=[1.0, 0.25, 8.0], top_k=2)
     layer = layers_of(model)[0]
     model.base_model.set_adapter(["one", "two"])
-    mixture = LayerMixture(layer.members(), layer.rope)
+    mixture = LayerMixture(layer.shares(), layer.rope)
     own = layer.rope.rope_theta
     # The angles 1 and 0.25 occur in both adapters, and are computed once.
     assert mixture.rope_bases() == tuple(own * multiple for multiple in (0.25, 0.5, 1.0, 4.0, 8.0))
@@ -97,7 +97,7 @@ def test_gates_of_active_adapters_are_the_mean_of_gates_on_the_union(llama):
     expected = torch.zeros(2, 4, 5, 5)
     expected[..., [2, 0, 1, 3]] += select_experts(one, 2) / 2
     expected[..., [2, 0, 4]] += select_experts(two, 2) / 2
-    torch.testing.assert_close(mixture.gates(query, mixture.rope_bases()), expected)
+    torch.testing.assert_close(mixture.gate(query, mixture.rope_bases()).gates, expected)
 
 
 def test_one_adapter_twice_is_that_adapter(llama):

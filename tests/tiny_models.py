@@ -7,8 +7,11 @@ from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
     LlamaConfig,
     MistralConfig,
+    PhiConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -37,13 +40,18 @@ FAMILIES = {
     "qwen2": (Qwen2Config, {}),
     "qwen3": (Qwen3Config, {}),
 }
+OTHER_FAMILIES = {
+    "phi": (PhiConfig, {}),  # rotates half of a head
+    "gemma3": (Gemma3TextConfig, {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "gpt2": (GPT2Config, {}),  # no rotary embedding
+}
 WIDE = [1.0, 0.25, 0.5, 4.0]
 """Multiples that change the output of a short sequence visibly."""
 
 
 def save_tiny_model(folder: Path, family: str = "llama", **overrides) -> str:
     """Write a random model of `family` with a tokenizer to `folder`; returns the folder."""
-    config_class, own = FAMILIES[family]
+    config_class, own = {**FAMILIES, **OTHER_FAMILIES}[family]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config_class(**{**SHAPE, **own, **overrides}))
     # The usual standard deviation of 0.02 leaves attention nearly uniform, so that angles would hardly matter.

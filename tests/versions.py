@@ -1,4 +1,4 @@
-"""Marks for tests of what transformers gained after the lowest version that is supported."""
+"""Marks for tests of what not all supported versions of transformers can do."""
 
 import peft
 import pytest
@@ -8,6 +8,11 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+NEEDS_OWN_LOADER = pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION),
+    reason=f"transformers {transformers.__version__} loads adapters itself with PEFT {MIN_PEFT_VERSION} or later only",
 )
 
 

@@ -79,15 +79,17 @@ class MixtureCall:
         gate: maps queries `[B, H, S, D]` to gates `[B, H, S, N]` and a mask of the picked experts (or None).
         rotations: further rotations of the N experts.
         positions: where queries and keys stand.
+        records: what `gate` decided, once it was asked.
+        top_k: the most experts that a row picks.
         implementation: name of the operator's implementation.
-        was_asked: whether the attention function has asked for the mixture.
     """
 
     gate: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
     rotations: RotationTable
     positions: Positions
+    records: list[Any]
+    top_k: int | None = None
     implementation: str = "auto"
-    was_asked: bool = False
 
     def as_keyword(self) -> dict[str, "MixtureCall"]:
         """The keyword argument under which an attention module passes the mixture on."""
@@ -98,11 +100,6 @@ class MixtureCall:
         """The call among the keyword arguments of an attention module."""
         call: MixtureCall = kwargs[_KEYWORD]
         return call
-
-    def check_was_asked(self, layer_idx: int | None) -> None:
-        """Raise a RuntimeError unless the attention function has asked for the mixture."""
-        if not self.was_asked:
-            raise bypassed(f"The attention module of layer {layer_idx} did not ask for its mixture")
 
     def attend(
         self,
@@ -115,7 +112,6 @@ class MixtureCall:
         **options: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compute the mixture in place of `attend`, the model's own attention, which `backend` names."""
-        self.was_asked = True
         implementation = self.implementation
         query_positions = key_positions = None
         if _is_packed(options):
@@ -140,6 +136,7 @@ class MixtureCall:
             picked=picked,
             implementation=implementation,
             backend=backend,
+            top_k=self.top_k,
             **options,
         )
 

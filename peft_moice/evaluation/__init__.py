@@ -1,18 +1,43 @@
-"""Does a model find a fact wherever it stands in its prompt, and what does ordinary text cost it?
+"""Does a model find what stands in a long prompt, wherever it stands, and what does ordinary text cost it?
 
-Works on any causal language model of transformers, adapted or not.
+A task draws questions, [`evaluate`] asks a model, a [`Result`] holds scores and draws itself. Works on any causal
+language model of transformers, adapted or not.
 """
 
-from .facts import EncodedChat, FactList, encode_chat, sample_facts
-from .intervals import wilson_interval
+from .exams import Exam
+from .facts import EncodedChat, FactList, Facts, encode_chat, sample_facts
+from .gates import gates_along
+from .grid import evaluate
+from .intervals import bootstrap_interval, wilson_interval
+from .key_values import KeyValues
+from .losses import PositionLosses, losses_by_position
+from .multi_document import MultiDocument
+from .needles import Needles
 from .perplexity import perplexity
+from .result import Result, Score
 from .sweep import PositionSweep, position_sweep
+from .task import POSITIONS, Example, Task
 
 __all__ = [
+    "POSITIONS",
     "EncodedChat",
+    "Exam",
+    "Example",
     "FactList",
+    "Facts",
+    "KeyValues",
+    "MultiDocument",
+    "Needles",
+    "PositionLosses",
     "PositionSweep",
+    "Result",
+    "Score",
+    "Task",
+    "bootstrap_interval",
     "encode_chat",
+    "evaluate",
+    "gates_along",
+    "losses_by_position",
     "perplexity",
     "position_sweep",
     "sample_facts",

@@ -5,8 +5,12 @@ that a small chat model can do it at all.
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from .encoding import check_fast
+from .task import Example, Scoring, place
 
 NAMES = """
     Abel Ada Agnes Aidan Albert Alice Alma Amos Anita Anna Arthur Audrey August Barbara Basil Beatrice Ben Bianca
@@ -45,6 +49,31 @@ class EncodedChat:
     is_answer: list[bool]
 
 
+class Facts:
+    """Asks for the code of one name of a list.
+
+    Args:
+        split: see [`sample_facts`]. Default: "eval".
+    """
+
+    name = "facts"
+    unit = "facts"
+    scoring: Scoring = "exact"
+
+    def __init__(self, split: Split = "eval"):
+        self.split = split
+
+    def draw(self, rng: random.Random, length: int, positions: Sequence[float]) -> list[Example]:
+        """See [`Task.draw`]."""
+        facts = sample_facts(length, rng, self.split)
+        examples = []
+        for position in positions:
+            name, code = (values[place(position, length)] for values in (facts.names, facts.codes))
+            opening = _fact(name, "").rstrip(".")
+            examples.append(Example(f"{facts}\n\n{_question(name)}", (code,), position, length, opening))
+        return examples
+
+
 def sample_facts(num_facts: int, rng: random.Random, split: Split = "eval") -> FactList:
     """Draw a list of facts.
 
@@ -78,8 +107,7 @@ def encode_chat(tokenizer: Any, facts: FactList, asked: list[int]) -> EncodedCha
     Raises:
         ValueError: the tokenizer is a slow one, or nothing is asked.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"{type(tokenizer).__name__} cannot map tokens to characters. Load a fast tokenizer.")
+    check_fast(tokenizer)
     if not asked:
         raise ValueError("`asked` is empty; name at least one fact.")
     messages = []

@@ -1,5 +1,7 @@
-"""Uncertainty of a share of right answers."""
+"""Uncertainty of a share of right answers, and of means."""
 
+import random
+from collections.abc import Sequence
 from math import sqrt
 from statistics import NormalDist
 
@@ -28,3 +30,37 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tu
     center = (share + z**2 / (2 * trials)) / scale
     half_width = z / scale * sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
     return max(0.0, center - half_width), min(1.0, center + half_width)
+
+
+def bootstrap_interval(
+    groups: Sequence[Sequence[float]], confidence: float = 0.95, *, resamples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of values that come in groups (Efron, Annals of Statistics 1979).
+
+    Groups are drawn with replacement, so that values that belong together stay together.
+
+    Args:
+        groups: the values of each group; at least one group, none empty.
+        confidence: probability of covering the true mean, in (0, 1). Default: 0.95.
+        resamples: number of draws. Default: 1000.
+        seed: of the draws. Default: 0.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+    if not groups or not all(groups):
+        raise ValueError("There is nothing to draw from; give at least one group, and at least one value in each.")
+    if not 0 < confidence < 1 or resamples < 1:
+        raise ValueError(
+            f"`confidence` has to lie strictly between 0 and 1 and `resamples` to be at least 1, not {confidence} "
+            f"and {resamples}."
+        )
+    rng = random.Random(seed)
+    sums = [(sum(group), len(group)) for group in groups]
+    means = []
+    for _ in range(resamples):
+        drawn = rng.choices(sums, k=len(sums))
+        means.append(sum(total for total, _ in drawn) / sum(count for _, count in drawn))
+    means.sort()
+    edge = (1 - confidence) / 2 * (resamples - 1)
+    return means[round(edge)], means[round(resamples - 1 - edge)]

@@ -3,10 +3,10 @@
 import math
 from typing import Any
 
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from .losses import chunks_of, token_losses
 from .mode import evaluating
 
 
@@ -32,21 +32,9 @@ def perplexity(
     Raises:
         ValueError: the text is shorter than one chunk, or a value is out of its range.
     """
-    if chunk_length < 2 or (max_chunks is not None and max_chunks < 1):
-        raise ValueError(
-            f"`chunk_length` has to be at least 2 and `max_chunks` at least 1, not {chunk_length} and {max_chunks}."
-        )
-    tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    chunks = torch.tensor(tokens)[: len(tokens) // chunk_length * chunk_length].view(-1, chunk_length)[:max_chunks]
-    if not len(chunks):
-        raise ValueError(
-            f"The text has {len(tokens)} tokens, fewer than one chunk of {chunk_length}. Give more text or lower "
-            "`chunk_length`."
-        )
+    chunks = chunks_of(tokenizer, text, chunk_length, max_chunks)
     loss = 0.0
     with evaluating(model):
         for chunk in tqdm(chunks, desc="perplexity", unit="chunk"):
-            chunk = chunk.to(model.device)
-            logits = model(input_ids=chunk[None], use_cache=False).logits[0, :-1].float()
-            loss += nn.functional.cross_entropy(logits, chunk[1:].to(logits.device)).item()
+            loss += token_losses(model, chunk).mean().item()
     return math.exp(loss / len(chunks))

@@ -11,8 +11,8 @@ from tqdm.auto import tqdm
 from .facts import EncodedChat, encode_chat, sample_facts
 from .intervals import wilson_interval
 from .mode import evaluating
-
-POSITIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
+from .reader import Reader
+from .task import POSITIONS, place
 
 
 @dataclass(frozen=True)
@@ -80,41 +80,20 @@ def position_sweep(
     if not positions or not all(0 <= position <= 1 for position in positions):
         raise ValueError(f"`positions` has to hold numbers in 0..1, not {positions!r}.")
     rng = random.Random(seed)
-    asked = [round(position * (num_facts - 1)) for position in positions]
+    asked = [place(position, num_facts) for position in positions]
     correct = [0] * len(positions)
     with evaluating(model):
         for _ in tqdm(range(num_lists), desc=f"{num_facts} facts", unit="list"):
             facts = sample_facts(num_facts, rng)
-            chats = [encode_chat(tokenizer, facts, [index]) for index in asked]
-            for column, is_right in enumerate(_answers_right(model, chats)):
-                correct[column] += is_right
+            reader = Reader(model)
+            for column, index in enumerate(asked):
+                correct[column] += _is_right(reader, encode_chat(tokenizer, facts, [index]))
     return PositionSweep(num_facts, tuple(positions), tuple(correct), num_lists)
 
 
-def _answers_right(model: nn.Module, chats: list[EncodedChat]) -> list[bool]:
-    """Whether the model answers each of several chats with a common beginning."""
-    # The last common token is left to the second pass, which then predicts every token that differs.
-    shared = _common_prefix_length([chat.input_ids for chat in chats]) - 1
-    longest = max(len(chat.input_ids) for chat in chats)
-    # Padding on the right is seen by no token that counts, because attention is causal.
-    ids = torch.tensor([chat.input_ids + chat.input_ids[-1:] * (longest - len(chat.input_ids)) for chat in chats])
-    is_answer = torch.tensor([chat.is_answer + [False] * (longest - len(chat.input_ids)) for chat in chats])
-    ids = ids.to(model.device)
-
-    cache = None
-    if shared > 0:
-        cache = model(input_ids=ids[:1, :shared], use_cache=True, logits_to_keep=1).past_key_values
-        cache.batch_repeat_interleave(len(chats))
-    shared = max(shared, 0)
-    logits = model(input_ids=ids[:, shared:], past_key_values=cache, use_cache=cache is not None).logits
-    is_hit = (logits[:, :-1].argmax(dim=-1) == ids[:, shared + 1 :].to(logits.device)).cpu()
-    return (is_hit | ~is_answer[:, shared + 1 :]).all(dim=-1).tolist()
-
-
-def _common_prefix_length(sequences: list[list[int]]) -> int:
-    length = 0
-    for tokens in zip(*sequences, strict=False):
-        if len(set(tokens)) > 1:
-            break
-        length += 1
-    return length
+def _is_right(reader: Reader, chat: EncodedChat) -> bool:
+    """Whether greedy decoding gives the answers of a chat."""
+    is_answer = torch.tensor(chat.is_answer)
+    first = int(is_answer.nonzero()[0])
+    predicted = reader.logits(chat.input_ids, first)[:-1].argmax(dim=-1).cpu()
+    return bool((predicted == torch.tensor(chat.input_ids[first:]))[is_answer[first:]].all())

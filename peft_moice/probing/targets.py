@@ -2,11 +2,11 @@
 
 import copy
 
-from peft import PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from ..attention.interface import uses_attention_interface
+from ..config import MoICEConfig
 
 
 def attention_module_names(model: nn.Module) -> list[str]:
@@ -27,7 +27,7 @@ def decoder_of(model: nn.Module) -> nn.Module:
     return decoder if any(map(uses_attention_interface, decoder.modules())) else model
 
 
-def is_target(config: PeftConfig, name: str) -> object:
+def is_target(config: MoICEConfig, name: str) -> object:
     """As PEFT's `check_target_module_exists`, but `layers_to_transform` holds for every target.
 
     PEFT takes targets that are written out in full whatever layer they lie in, and finds no index in names that begin

@@ -144,10 +144,8 @@ def positions_of_pass(layer_idx: int | None, args: tuple, kwargs: dict, mixes: b
             code that goes on with a cache whose keys do not count up.
     """
     told, cache = positions_told(args, kwargs), find_cache(args, kwargs)
-    ids = told.ids if told is not None else None
-    if ids is not None:
-        ids = ids[0] if ids.dim() > 2 else ids
-        ids = None if ids.is_meta else ids
+    batch, num_queries = (args[0] if args else kwargs["hidden_states"]).shape[:2]
+    ids = None if told is None else told.of_tokens(batch, num_queries)
     positions = Positions(ids, cache=cache, told=told, is_paged=paged_cache(args, kwargs) is not None)
     positions.in_order = torch.compiler.is_compiling()
     if mixes:
@@ -163,7 +161,6 @@ def positions_of_pass(layer_idx: int | None, args: tuple, kwargs: dict, mixes: b
             CacheNote.refuse_compiled(cache)
         positions.past = cache.get_seq_length(positions.layer_idx)
         return positions
-    batch, num_queries = (args[0] if args else kwargs["hidden_states"]).shape[:2]
     note = positions.note = CacheNote.on(cache)
     past = note.num_past(cache, positions.layer_idx, num_queries, told)
     if ids is None or told is None:

@@ -31,6 +31,12 @@ class ToldPositions:
     orders: list[tuple[Any, tuple, Order]] = field(default_factory=list)
     is_text: bool = False
 
+    def of_tokens(self, batch: int, num_tokens: int) -> torch.Tensor | None:
+        """`ids` as `[B or 1, S]`, of the first of several dimensions; None if of other tokens."""
+        ids = self.ids[0] if self.ids.dim() == 3 else self.ids
+        fits = ids.dim() == 2 and ids.shape[0] in (1, batch) and ids.shape[1] == num_tokens
+        return ids if fits and not ids.is_meta else None
+
 
 def can_look(ids: torch.Tensor) -> bool:
     """Whether values may be read: free on a CPU; elsewhere prompts may wait for the device, single tokens may not."""

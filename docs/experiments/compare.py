@@ -1,0 +1,147 @@
+"""Train one method on prompts of five forms and measure it on forms that it never saw. One line of JSON a run.
+
+    python docs/experiments/compare.py --model FOLDER --data FOLDER --out runs.jsonl --method routers --rate 5e-2
+
+`--model` is a folder with SmolLM2-135M-Instruct (or another Llama without norms on queries), `--data` holds
+`nq-open-oracle.jsonl.gz` and `leval-coursera.jsonl.gz`. All methods see the same prompts and the same text in the same
+order. Frozen linear layers multiply in bfloat16, everything else is float32; `--float32` for all of it.
+"""
+
+import argparse
+import json
+import math
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+from forms import docstrings, draw
+from measure import measure
+from methods import METHODS, halve, number_of_parameters, without_adapter
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True, type=Path)
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--method", required=True, choices=METHODS)
+    parser.add_argument("--rate", type=float, default=0.0)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--keep_weight", type=float, default=2.0)
+    parser.add_argument("--keep_tokens", type=int, default=192)
+    parser.add_argument("--questions", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--float32", action="store_true")
+    parser.add_argument("--save", type=Path, help="file for the trained parameters")
+    parser.add_argument("--load", type=Path, help="such a file, in place of training")
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    torch.manual_seed(args.seed)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    make, options = METHODS[args.method]
+    model = make(model, options)
+    if not args.float32:
+        halve(model)
+    start = time.perf_counter()
+    losses, distances = [], []
+    if args.load:
+        saved = torch.load(args.load)
+        losses, distances = saved.pop("losses"), saved.pop("distances")
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.data.copy_(saved[name])
+    elif args.method != "base":
+        losses, distances = train(model, tokenizer, args)
+    seconds = {"train": time.perf_counter() - start}
+    start = time.perf_counter()
+    results = measure(model, tokenizer, args.data)
+    seconds["measure"] = time.perf_counter() - start
+    record = {
+        "method": args.method,
+        "rate": args.rate,
+        "steps": args.steps if losses else 0,
+        "seed": args.seed,
+        "keep_weight": args.keep_weight,
+        "float32": args.float32,
+        "parameters": number_of_parameters(model) if losses else 0,
+        "loss_last_10": sum(losses[-10:]) / 10 if losses else None,
+        "distance_last_10": sum(distances[-10:]) / 10 if distances else None,
+        **results,
+        "losses": [round(loss, 4) for loss in losses],
+        "seconds": {name: round(value) for name, value in seconds.items()},
+        "command": " ".join(["python docs/experiments/compare.py", *command(sys.argv[1:])]),
+    }
+    with args.out.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    if args.save:
+        trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        torch.save({**trained, "losses": losses, "distances": distances}, args.save)
+
+
+def command(argv: list[str]) -> list[str]:
+    """Arguments without the machine's folders."""
+    folders = {"--model": "FOLDER", "--data": "FOLDER", "--out": "FILE", "--save": "FILE", "--load": "FILE"}
+    return [folders.get(before, word) for before, word in zip(["", *argv], argv, strict=False)]
+
+
+def train(model, tokenizer, args: argparse.Namespace) -> tuple[list[float], list[float]]:
+    """Losses on the answers, and distances (KL) from the base model on ordinary text, of every step."""
+    text = docstrings()
+    text_ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.rate, weight_decay=0.0)
+    rng = random.Random(args.seed)
+    losses, distances = [], []
+    model.train()
+    for step in range(args.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = args.rate * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+        ids, labels = encode(tokenizer, draw(rng, text, args.questions))
+        first = labels.ne(-100).nonzero()[0].item()
+        logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=len(ids) - first + 1).logits[0, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.float(), labels[first:])
+        loss.backward()
+        distance = 0.0
+        if args.keep_weight:
+            start = rng.randrange(len(text_ids) - args.keep_tokens)
+            chunk = text_ids[None, start : start + args.keep_tokens]
+            with torch.no_grad(), without_adapter(model):
+                base = model(input_ids=chunk, use_cache=False).logits[0].float().log_softmax(-1)
+            adapted = model(input_ids=chunk, use_cache=False).logits[0].float().log_softmax(-1)
+            kept = torch.nn.functional.kl_div(adapted, base, log_target=True, reduction="batchmean")
+            (args.keep_weight * kept).backward()
+            distance = kept.item()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        distances.append(distance)
+        print(f"{args.method} {args.rate:g} step {step}: {losses[-1]:.3f} kl {distance:.4f} {len(ids)}", flush=True)
+    return losses, distances
+
+
+def encode(tokenizer, messages: list[dict[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids, and labels where the assistant speaks, the end of its turn included."""
+
+    def render(count: int, add_generation_prompt: bool = False) -> str:
+        return tokenizer.apply_chat_template(
+            messages[:count], tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+
+    spans = [(len(render(i, True)), len(render(i + 1)) - 1) for i in range(1, len(messages), 2)]
+    encoded = tokenizer(render(len(messages)), add_special_tokens=False, return_offsets_mapping=True)
+    labels = [
+        token if any(a < end and start < b for start, end in spans) else -100
+        for token, (a, b) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    ]
+    return torch.tensor(encoded["input_ids"]), torch.tensor(labels)
+
+
+if __name__ == "__main__":
+    main(parse())

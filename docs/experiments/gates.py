@@ -1,0 +1,61 @@
+"""What trained routers choose: expert load per layer and head, and gates along a prompt, as pictures.
+
+    python docs/experiments/gates.py --model FOLDER --method routers --load FILE --out docs/images
+
+`--load` is what `compare.py --save` wrote.
+"""
+
+import argparse
+import random
+from pathlib import Path
+
+import torch
+from forms import table
+from methods import EXPERTS, METHODS
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from peft_moice.evaluation import gates_along
+from peft_moice.plotting import plot_expert_load, plot_gates
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--method", default="routers", choices=METHODS)
+    parser.add_argument("--load", required=True, type=Path)
+    parser.add_argument("--out", required=True, type=Path)
+    args = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    make, options = METHODS[args.method]
+    model = make(model, options)
+    saved = torch.load(args.load)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(saved[name])
+
+    shown, pairs = table(random.Random(0), "")
+    question, _ = pairs[len(pairs) // 2]
+    messages = [{"role": "user", "content": f"{shown}\n\n{question}"}]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids[0]
+    gates = torch.stack([*gates_along(model, ids).values()])  # [L, H, S, N]
+
+    experts = EXPERTS[options["experts"]]
+    names = ", ".join(f"{i}: angle x {angle:g}" for i, (angle, _) in enumerate(experts))
+    title = f"SmolLM2-135M-Instruct. Experts: {names}"
+    plot_expert_load(gates.mean(dim=2), title=title).savefig(args.out / "expert_load.png", dpi=110)
+    last = ids[-60:]
+    tokens = [tokenizer.decode([token]).replace("\n", "\\n") for token in last]
+    along = gates[:, :, -60:].mean(dim=(0, 1))
+    plot_gates(along, tokens, title=title).savefig(args.out / "gates.png", dpi=110)
+    moved = 1 - gates[..., 0]
+    print(f"share of the gates that leaves the own angle: mean {moved.mean():.4f}")
+    over_tokens = gates.std(dim=2).mean(dim=(0, 1))
+    over_heads = gates.mean(dim=2).flatten(0, 1).std(dim=0)
+    print(f"standard deviation over tokens, by expert: {[round(x, 4) for x in over_tokens.tolist()]}")
+    print(f"standard deviation over heads and layers:  {[round(x, 4) for x in over_heads.tolist()]}")
+
+
+if __name__ == "__main__":
+    main()

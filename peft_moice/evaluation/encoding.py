@@ -1,0 +1,50 @@
+"""From examples to token ids."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from .task import Example
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """Token ids of a prompt with its answer.
+
+    Attributes:
+        input_ids: of both.
+        start: index of the first token of the answer.
+    """
+
+    input_ids: list[int]
+    start: int
+
+
+def encode_example(tokenizer: Any, example: Example, answer: str) -> EncodedExample:
+    """Encode a prompt, in the tokenizer's chat template if it has one, and an answer to it.
+
+    Raises:
+        ValueError: the tokenizer is a slow one, or the answer is empty.
+    """
+    check_fast(tokenizer)
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": example.prompt}]
+        before = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) + example.opening
+    else:
+        before = f"{example.prompt}\n{example.opening}"
+    encoded = tokenizer(
+        before + answer,
+        add_special_tokens=not tokenizer.chat_template,
+        return_offsets_mapping=True,
+        verbose=False,
+    )
+    # Tokens of words may begin with the space before them.
+    start = next((i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(before)), None)
+    if start is None or not answer.strip():
+        raise ValueError(f"The answer {answer!r} has no tokens. Give answers that are not empty.")
+    return EncodedExample(encoded["input_ids"], start)
+
+
+def check_fast(tokenizer: Any) -> None:
+    """Raise unless the tokenizer maps tokens to characters."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"{type(tokenizer).__name__} cannot map tokens to characters. Load a fast tokenizer.")

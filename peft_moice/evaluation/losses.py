@@ -1,0 +1,90 @@
+"""Loss by position in running text: does a model use what it read long ago?"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from .mode import evaluating
+
+
+@dataclass(frozen=True)
+class PositionLosses:
+    """Mean loss by position.
+
+    Attributes:
+        edges: positions at which buckets end, ascending; a bucket holds the positions from the end of the one before
+            (the first: from 1, since nothing predicts the token at 0) up to its own end, left out.
+        losses: mean loss of each bucket, in nats.
+        chunks: number of chunks that were read.
+    """
+
+    edges: tuple[int, ...]
+    losses: tuple[float, ...]
+    chunks: int
+
+    @property
+    def centers(self) -> tuple[float, ...]:
+        """The middle of each bucket, in tokens."""
+        starts = (1, *self.edges[:-1])
+        return tuple((start + end - 1) / 2 for start, end in zip(starts, self.edges, strict=True))
+
+
+def chunks_of(tokenizer: Any, text: str, length: int, max_chunks: int | None = None) -> torch.Tensor:
+    """Consecutive chunks `[chunks, length]` of the tokens of a text; a rest shorter than a chunk is dropped.
+
+    Raises:
+        ValueError: the text is shorter than one chunk, or a value is out of its range.
+    """
+    if length < 2 or (max_chunks is not None and max_chunks < 1):
+        raise ValueError(
+            f"`chunk_length` has to be at least 2 and `max_chunks` at least 1, not {length} and {max_chunks}."
+        )
+    tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    chunks = torch.tensor(tokens)[: len(tokens) // length * length].view(-1, length)[:max_chunks]
+    if not len(chunks):
+        raise ValueError(
+            f"The text has {len(tokens)} tokens, fewer than one chunk of {length}. Give more text or lower "
+            "`chunk_length`."
+        )
+    return chunks
+
+
+def token_losses(model: Any, chunk: torch.Tensor) -> torch.Tensor:
+    """Losses `[length - 1]` in float32 of the tokens of `chunk` `[length]` but the first."""
+    chunk = chunk.to(model.device)
+    logits = model(input_ids=chunk[None], use_cache=False).logits[0, :-1].float()
+    return nn.functional.cross_entropy(logits, chunk[1:].to(logits.device), reduction="none")
+
+
+def losses_by_position(
+    model: nn.Module,
+    tokenizer: Any,
+    text: str,
+    *,
+    chunk_length: int = 2048,
+    max_chunks: int | None = None,
+) -> PositionLosses:
+    """Mean loss of the tokens of `text` by their position in chunks, in buckets that double: 1, 2-3, 4-7, ...
+
+    Args:
+        model: a causal language model of transformers.
+        tokenizer: its tokenizer.
+        text: text of at least one chunk; a rest shorter than a chunk is dropped.
+        chunk_length: number of tokens in a chunk, at least 2. Default: 2048.
+        max_chunks: number of chunks to read. Default: all.
+
+    Raises:
+        ValueError: the text is shorter than one chunk, or a value is out of its range.
+    """
+    chunks = chunks_of(tokenizer, text, chunk_length, max_chunks)
+    total = torch.zeros(chunk_length - 1, dtype=torch.float64)
+    with evaluating(model):
+        for chunk in tqdm(chunks, desc="losses by position", unit="chunk"):
+            total += token_losses(model, chunk).double().cpu()
+    edges = [min(2**power, chunk_length) for power in range(1, (chunk_length - 1).bit_length() + 1)]
+    sizes = [end - start for start, end in zip([1, *edges], edges, strict=False)]
+    losses = [part.mean().item() / len(chunks) for part in torch.split(total, sizes)]
+    return PositionLosses(tuple(edges), tuple(losses), len(chunks))
