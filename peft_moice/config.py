@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
@@ -111,6 +112,9 @@ class MoICEConfig(PeftConfig):
     implementation: str = field(default="auto")
     members: list[dict] | None = field(default=None)
 
+    awaits_weights: ClassVar[bool] = False
+    """Set on a config that was read from a file, until the weights beside it have been loaded."""
+
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType[PEFT_TYPE_NAME]
@@ -120,6 +124,13 @@ class MoICEConfig(PeftConfig):
         self._check_targets()
         self._check_angles()
         self._check_router()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "MoICEConfig":
+        """Read a config that was saved, see PEFT's `PeftConfig`."""
+        config = super().from_pretrained(*args, **kwargs)
+        config.awaits_weights = True
+        return config
 
     @property
     def num_experts(self) -> int:
