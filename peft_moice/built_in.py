@@ -43,7 +43,7 @@ class BuiltInRouters(MixesAngles, nn.ModuleList):
     def install(self, attention: nn.Module) -> None:
         """Make `attention` apply the routers. Undone by [`remove`][BuiltInRouters.remove]."""
         intercept(attention)
-        self.layer_idx = getattr(attention, "layer_idx", None)
+        self.layer_idx = _index(attention)
         setattr(attention, ROUTERS_NAME, self)
         self._handles = (
             attention.register_forward_pre_hook(self._add_mixture, with_kwargs=True),
@@ -57,11 +57,16 @@ class BuiltInRouters(MixesAngles, nn.ModuleList):
         delattr(attention, ROUTERS_NAME)
 
     def _add_mixture(self, attention: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        call = LayerMixture(self.shares(), self.rope).call_of_pass(self.layer_idx, args, kwargs)
+        call = LayerMixture(self.shares(), self.rope).call_of_pass(_index(attention), args, kwargs)
         return args, kwargs if call is None else {**kwargs, **call.as_keyword()}
 
     def _finish(self, attention: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        self.finish(MixtureCall.among(kwargs), self.layer_idx)
+        self.finish(MixtureCall.among(kwargs), _index(attention))
+
+
+def _index(attention: nn.Module) -> int | None:
+    # As it is now: those who drop layers count the remaining ones anew.
+    return getattr(attention, "layer_idx", None)
 
 
 def build_in(attention: nn.Module, rope: LayerRope, num_heads: int, shares: list[RouterShare]) -> None:

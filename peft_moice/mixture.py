@@ -139,7 +139,7 @@ class LayerMixture:
             args: positional arguments of the attention module.
             kwargs: its keyword arguments.
         """
-        mixes = bool(self.shares)
+        mixes = len(self.shares) > 0  # torch 2.11 cannot trace the truth of a list
         positions = positions_of_pass(layer_idx, args, kwargs, mixes)
         rope = rope_of_pass(self.rope, positions, mixes)
         if not mixes:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from .attention import IMPLEMENTATIONS
 from .built_in import BuiltInRouters
-from .checkpoint import check_stored_routers
+from .checkpoint import check_stored_routers, discard_if_never_loaded
 from .combining import combine_routers, combined_config
 from .config import MoICEConfig
 from .layer import BASE_MODEL_NAME, MoICELayer
@@ -475,7 +475,12 @@ class MoICEModel(BaseTuner):
         cls, model: nn.Module, config: MoICEConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        check_stored_routers(model, adapter_name, state_dict)
+        try:
+            check_stored_routers(model, adapter_name, state_dict)
+        except ValueError:
+            discard_if_never_loaded(model, adapter_name)
+            raise
+        config.awaits_weights = False
         return state_dict
 
 

@@ -169,38 +169,46 @@ def plot_tradeoff(
     return figure
 
 
-def plot_expert_load(load: torch.Tensor, *, title: str = "") -> "Figure":
-    """Draw the share of gates that each expert has, per layer and head.
+def plot_expert_load(load: torch.Tensor, *, names: Sequence[str] | None = None, title: str = "") -> "Figure":
+    """Draw the mean gate of each expert, per layer and head.
 
     Args:
-        load: `[L, H, N]`, mean gates of N experts in each of L layers and H heads.
+        load: `[L, H, N]`, mean gates of N experts in each of L layers and H heads. With the identity start they may
+            lie outside of 0 to 1.
+        names: of the experts. Default: their numbers.
         title: of the picture; name the model in it.
     """
     figure_class = _figure_class()
     if load.dim() != 3 or not load.numel():
         raise ValueError(f"`load` has shape {tuple(load.shape)}, but has to be [layers, heads, experts].")
     layers, heads, experts = load.shape
+    names = _names_of(experts, names)
+    low, high = min(0.0, load.min().item()), max(1.0, load.max().item())
     width, height = 0.9 + max(1.0, 0.16 * heads) * experts, 1.2 + 0.12 * layers
     figure = figure_class(figsize=(width, height), layout="constrained")
     axes = figure.subplots(1, experts, sharey=True, squeeze=False)[0]
     for expert, axis in enumerate(axes):
         image = axis.imshow(
-            load[:, :, expert].cpu().numpy(), vmin=0, vmax=1, cmap="cividis", aspect="auto", origin="lower"
+            load[:, :, expert].cpu().numpy(), vmin=low, vmax=high, cmap="cividis", aspect="auto", origin="lower"
         )
-        axis.set_title(f"expert {expert}", fontsize=9)
+        axis.set_title(names[expert], fontsize=9)
         axis.set_xlabel("head")
     axes[0].set_ylabel("layer")
-    figure.colorbar(image, ax=axes, label="mean gate")
+    figure.colorbar(image, ax=list(axes), label="mean gate")
     figure.suptitle(title, fontsize=10)
     return figure
 
 
-def plot_gates(gates: torch.Tensor, tokens: Sequence[str], *, title: str = "") -> "Figure":
+def plot_gates(
+    gates: torch.Tensor, tokens: Sequence[str], *, names: Sequence[str] | None = None, title: str = ""
+) -> "Figure":
     """Draw how the experts share the gates along a prompt.
 
     Args:
-        gates: `[S, N]`, gates of N experts at each of S tokens, such as the mean over layers and heads.
+        gates: `[S, N]`, gates of N experts at each of S tokens, in one head or as a mean. They are stacked, unless
+            some are negative.
         tokens: the S tokens as text; every token is named where they are few, else some of them.
+        names: of the experts. Default: their numbers.
         title: of the picture; name the model in it.
     """
     figure_class = _figure_class()
@@ -212,21 +220,20 @@ def plot_gates(gates: torch.Tensor, tokens: Sequence[str], *, title: str = "") -
         raise ValueError(f"{gates.shape[1]} experts cannot be told apart; draw at most {len(_COLORS)}.")
     figure = figure_class(figsize=(9, 3.4), layout="constrained")
     axis = figure.subplots()
-    axis.stackplot(
-        range(len(tokens)),
-        gates.T,
-        colors=_COLORS[: gates.shape[1]],
-        labels=[f"expert {expert}" for expert in range(gates.shape[1])],
-        step="mid",
-    )
+    names = _names_of(gates.shape[1], names)
+    if gates.min() < 0:  # the identity start can leave 0 to 1, and then there is nothing to stack
+        for name, values, color in zip(names, gates.T, _COLORS, strict=False):
+            axis.step(range(len(tokens)), values, where="mid", color=color, label=name)
+        axis.set_ylabel("gate")
+    else:
+        axis.stackplot(range(len(tokens)), gates.T, colors=_COLORS[: len(names)], labels=names, step="mid")
+        # The own angle at the bottom mostly fills the picture; what the others take is at the top.
+        axis.set_ylim(max(0.0, 0.95 - gates[:, 1:].sum(dim=1).max().item()), 1)
+        axis.set_ylabel("share of the gates")
     step = max(1, len(tokens) // 60)
     shown = range(0, len(tokens), step)
     axis.set_xticks(shown, [tokens[index].replace("$", r"\$") for index in shown], rotation=90, fontsize=6)
     axis.set_xlim(-0.5, len(tokens) - 0.5)
-    low = 1 - gates[:, 1:].sum(dim=1).max().item()
-    # The own angle at the bottom mostly fills the picture; what the others take is at the top.
-    axis.set_ylim(max(0.0, low - 0.05), 1)
-    axis.set_ylabel("share of the gates")
     axis.set_title(title, fontsize=10)
     _legend_below(figure, [axis])
     return figure
@@ -291,6 +298,14 @@ def plot_waveforms(head_dim: int, rope_bases: Sequence[float], context_length: i
         axis.set_ylabel("bound on attention")
         axis.grid(alpha=0.3)
     return figure
+
+
+def _names_of(experts: int, names: Sequence[str] | None) -> list[str]:
+    if names is None:
+        return [f"expert {expert}" for expert in range(experts)]
+    if len(names) != experts:
+        raise ValueError(f"There are {experts} experts, but `names` holds {len(names)}. Give one for each.")
+    return list(names)
 
 
 def _distinct(names: Iterable[str]) -> list[str]:

@@ -124,6 +124,17 @@ def test_gates_are_stacked_to_one():
     assert figure.axes[0].get_ylim()[0] == pytest.approx(0.45)
 
 
+def test_negative_gates_are_drawn_as_lines():
+    gates = torch.tensor([[1.5, -0.5], [0.5, 0.5]])
+    (axis,) = plot_gates(gates, ["What", "is"]).axes
+    assert [line.get_ydata().tolist() for line in axis.lines] == gates.T.tolist()
+
+
+def test_load_below_zero_has_its_own_colour():
+    image = plot_expert_load(torch.tensor([[[1.25, -0.25]]])).axes[0].images[0]
+    assert (image.norm.vmin, image.norm.vmax) == (-0.25, 1.25)
+
+
 def test_losses_are_drawn_over_a_logarithmic_axis():
     losses = PositionLosses((2, 4, 8), (5.0, 4.0, 3.0), 1)
     (axis,) = plot_losses({"base": losses}).axes
@@ -140,6 +151,7 @@ def test_losses_are_drawn_over_a_logarithmic_axis():
         (plot_gates, (torch.zeros(2, 2), ["one"])),
         (plot_gates, (torch.zeros(1, 8), ["one"])),
         (plot_losses, ({},)),
+        (lambda load: plot_expert_load(load, names=["one"]), (torch.zeros(1, 1, 2),)),
     ],
 )
 def test_refuses_what_cannot_be_drawn(draw, arguments):

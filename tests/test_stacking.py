@@ -1,5 +1,7 @@
 """MoICE over LoRA."""
 
+import inspect
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
@@ -157,7 +159,8 @@ def test_prompt_learning_over_moice(llama, config_class):
             own = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         assert (own - logits).abs().max() > 1e-3
 
-        # PEFT loses the prefix while generating under some versions of transformers, so passes are no measure here.
+        # PEFT hands the prefix over under its old name while generating, and loses it where there is a new one.
+        keeps_prefix = "past_key_values" in inspect.signature(type(moice.get_base_model()).forward).parameters
         mask = torch.ones_like(ids)
         options = {"do_sample": False, "max_new_tokens": 3, "pad_token_id": 0, "eos_token_id": None}
         generated = model.generate(input_ids=ids, attention_mask=mask, **options)
@@ -165,6 +168,6 @@ def test_prompt_learning_over_moice(llama, config_class):
         assert torch.equal(generated, reference.generate(input_ids=ids, attention_mask=mask, **options))
 
         mask[1, :2] = 0
-        if config_class is PrefixTuningConfig:
+        if config_class is PrefixTuningConfig and keeps_prefix:
             with pytest.raises(ValueError, match="do not count up from the keys in the cache"):
                 model.generate(input_ids=ids, attention_mask=mask, **options)

@@ -26,7 +26,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache, StaticLayer
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.llama import modeling_llama
-from versions import NEEDS_OWN_LOADER
+from versions import needs_adapter_verbs_of_transformers
 
 from peft_moice.attention import grouped
 from peft_moice.rope.positions import find_cache
@@ -118,7 +118,7 @@ def test_peft_marks_modules_to_save_by_a_wrapper():
     assert issubclass(AuxiliaryTrainingWrapper, nn.Module)
 
 
-@NEEDS_OWN_LOADER
+@needs_adapter_verbs_of_transformers
 def test_transformers_marks_models_that_it_added_adapters_to():
     """The tuner tells transformers' `add_adapter` from a model that another `PeftModel` wraps."""
     assert PreTrainedModel._hf_peft_config_loaded is False

@@ -10,11 +10,6 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-NEEDS_OWN_LOADER = pytest.mark.skipif(
-    Version(peft.__version__) < Version(MIN_PEFT_VERSION),
-    reason=f"transformers {transformers.__version__} loads adapters itself with PEFT {MIN_PEFT_VERSION} or later only",
-)
-
 
 def needs_transformers(version: str, lack: str) -> pytest.MarkDecorator:
     """Skip below `version`, of which the versions before `lack` something: "transformers before 5.18 ..."."""

@@ -42,15 +42,17 @@ def main() -> None:
     gates = torch.stack([*gates_along(model, ids).values()])  # [L, H, S, N]
 
     experts = EXPERTS[options["experts"]]
-    names = ", ".join(f"{i}: angle x {angle:g}" for i, (angle, _) in enumerate(experts))
-    title = f"SmolLM2-135M-Instruct. Experts: {names}"
-    plot_expert_load(gates.mean(dim=2), title=title).savefig(args.out / "expert_load.png", dpi=110)
-    last = ids[-60:]
-    tokens = [tokenizer.decode([token]).replace("\n", "\\n") for token in last]
-    along = gates[:, :, -60:].mean(dim=(0, 1))
-    plot_gates(along, tokens, title=title).savefig(args.out / "gates.png", dpi=110)
-    moved = 1 - gates[..., 0]
-    print(f"share of the gates that leaves the own angle: mean {moved.mean():.4f}")
+    names = [f"{angle:g} x own angle" for angle, _ in experts]
+    title = "SmolLM2-135M-Instruct, mean over a prompt"
+    plot_expert_load(gates.mean(dim=2), names=names, title=title).savefig(args.out / "expert_load.png", dpi=110)
+    varies = gates.std(dim=2).sum(dim=-1)  # [L, H]
+    layer, head = divmod(int(varies.argmax()), gates.shape[1])
+    tokens = [tokenizer.decode([token]).replace("\n", "\\n") for token in ids[-60:]]
+    title = f"SmolLM2-135M-Instruct, layer {layer}, head {head}, whose gates vary most over the tokens"
+    plot_gates(gates[layer, head, -60:], tokens, names=names, title=title).savefig(args.out / "gates.png", dpi=110)
+    own = gates[..., 0]
+    print(f"distance of the own angle's gate from one: mean {(1 - own).abs().mean():.4f}")
+    print(f"share of heads whose own gate is above one on average: {(own.mean(dim=-1) > 1).float().mean():.2f}")
     over_tokens = gates.std(dim=2).mean(dim=(0, 1))
     over_heads = gates.mean(dim=2).flatten(0, 1).std(dim=0)
     print(f"standard deviation over tokens, by expert: {[round(x, 4) for x in over_tokens.tolist()]}")

@@ -5,6 +5,7 @@ keyword arguments on to it. So a wrapped module gets a stand-in for its config t
 of one forward pass travels to it as a keyword argument: no forward is copied and no transformers module is patched.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -121,6 +122,9 @@ class MixtureCall:
             query_start, query_positions, key_positions = self.positions.resolve(
                 query.shape[0], query.shape[-2], key.shape[-2], attention_mask
             )
+        # Under autocast, rotated queries and keys may be in float32 and values in half precision.
+        dtype = functools.reduce(torch.promote_types, (query.dtype, key.dtype, value.dtype))
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         gates, picked = self.gate(query)
         return mixed_attention(
             query,

@@ -225,7 +225,7 @@ class CacheNote:
             old[:, past:end] = ids.to(old.device)
             self._positions = old
 
-    def __deepcopy__(self, memo: dict) -> "CacheNote":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CacheNote":
         copied = CacheNote()
         copied.__dict__.update(self.__dict__)
         copied._token = copied._ids = None

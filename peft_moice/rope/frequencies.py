@@ -21,8 +21,8 @@ def original_length(config: Any, layer_type: str | None) -> int | None:
     parameters = rope_parameters(config, layer_type)
     rope_type = parameters.get("rope_type", "default")
     if rope_type == "longrope":
-        return parameters["original_max_position_embeddings"]
-    return config.max_position_embeddings if "dynamic" in rope_type else None
+        return int(parameters["original_max_position_embeddings"])
+    return int(config.max_position_embeddings) if "dynamic" in rope_type else None
 
 
 def rotary_with_theta(rotary: type[nn.Module], config: Any, layer_type: str | None, rope_theta: float) -> nn.Module:
