@@ -18,7 +18,7 @@ def _why_not_now() -> str | None:
     """The reason why nothing but PyTorch's own operations may run here, or None."""
     if torch.compiler.is_compiling():
         return "it cannot be traced by torch.compile"
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return "it cannot be traced by torch.jit.trace"
     # The transforms of torch.func (grad, vmap, jvp, ...) are active where there is a level of them.
     if torch._C._functorch.maybe_current_level() is not None:

@@ -10,6 +10,7 @@ For the backward pass every expert's output and log-sum-exps are kept; queries a
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -78,17 +79,20 @@ class _Block:
     is_first: bool = False
 
 
-def _attend(query, key, value, blocks: list[_Block], scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: list[_Block], scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention output `[B, H, S, D]` and log-sum-exp `[B, H, S]` over the keys of all blocks."""
     fused = getattr(torch.ops.aten, _FUSED)
-    output = log_sum = None
+    output: torch.Tensor | None = None
+    log_sum: torch.Tensor | None = None
     for block in blocks:
         tensors = (query[..., block.rows, :], key[..., block.keys, :], value[..., block.keys, :])
         part, part_log_sum = fused(*tensors, 0.0, block.is_causal, attn_mask=block.mask, scale=scaling)
         if part.shape[-2] == query.shape[-2] and block.is_first:
             output, log_sum = part, part_log_sum
             continue
-        if output is None:
+        if output is None or log_sum is None:
             output, log_sum = torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
         rows, rows_log_sum = output[..., block.rows, :], log_sum[..., block.rows]
         if block.is_first:
@@ -99,11 +103,21 @@ def _attend(query, key, value, blocks: list[_Block], scaling: float) -> tuple[to
             rows.mul_((rows_log_sum - total).exp_()[..., None])
             rows.addcmul_(part, (part_log_sum - total).exp_()[..., None].to(part.dtype))
             rows_log_sum.copy_(total)
+    assert output is not None and log_sum is not None
     return output, log_sum
 
 
 def _attend_backward(
-    grad_output, query, key, value, output, log_sum, blocks: list[_Block], scaling: float, grad_key, grad_value
+    grad_output: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    log_sum: torch.Tensor,
+    blocks: list[_Block],
+    scaling: float,
+    grad_key: torch.Tensor,
+    grad_value: torch.Tensor,
 ) -> torch.Tensor:
     """Gradient of `query`; those of `key` and `value` are added to `grad_key` and `grad_value`."""
     fused_backward = getattr(torch.ops.aten, f"{_FUSED}_backward")
@@ -148,7 +162,7 @@ class _Problem:
     scaling: float
     whole: list[int] = field(init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.cos, self.sin = self.rotations.cos_sin(self.key.shape[-2], self.key.device)
         self.whole = self.picked.flatten(0, 2).all(dim=0).nonzero().flatten().tolist()
         every, length = slice(None), self.query.shape[-2]
@@ -213,7 +227,7 @@ class _SortedRows:
         self.expert, self.token, self.head = by_expert.nonzero(as_tuple=True)
         self.query = self._turn(self.take(problem.query))
         self.key, self.value = problem.key[row, group], problem.value[row, group]
-        self.blocks = list(self._blocks(*by_expert.shape[:2], tokens))
+        self.blocks = list(self._blocks(by_expert.shape[0], by_expert.shape[1], tokens))
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
         """The rows `[M, ...]` of `[B, H, S, ...]`."""
@@ -256,6 +270,7 @@ class _SortedRows:
             yield rows, expert, [*blocks, *self.problem.earlier(slice(None))]
 
     def _mask_of(self, rows: slice) -> torch.Tensor:
+        assert self.problem.mask is not None
         batch, heads, length, _ = self.problem.mask.shape
         head = self.head[rows] + self.heads.start if heads > 1 else 0
         token = self.token[rows] if length > 1 else 0
@@ -268,20 +283,32 @@ class _SortedRows:
         log_sum = self.query.new_empty(len(self.query), dtype=torch.float32)
         for rows, expert, blocks in self.blocks:
             tensors = (self.query[rows], self.problem.turn_keys(self.key, expert), self.value)
-            part = _attend(*(tensor[None, None] for tensor in tensors), blocks, self.problem.scaling)
+            query, key, value = (tensor[None, None] for tensor in tensors)
+            part = _attend(query, key, value, blocks, self.problem.scaling)
             output[rows], log_sum[rows] = part[0][0, 0], part[1][0, 0]
         return output, log_sum
 
-    def attend_backward(self, grad_output, output, log_sum, grad_key, grad_value) -> torch.Tensor:
+    def attend_backward(
+        self,
+        grad_output: torch.Tensor,
+        output: torch.Tensor,
+        log_sum: torch.Tensor,
+        grad_key: torch.Tensor,
+        grad_value: torch.Tensor,
+    ) -> torch.Tensor:
         """Gradients `[M, D]` of the queries; those of this head's keys and values are added where they belong."""
         grad_query = torch.empty_like(self.query)
         own = (self.row, self.group)
         for rows, expert, blocks in self.blocks:
             key = self.problem.turn_keys(self.key, expert)
             grad_turned = torch.zeros_like(key, dtype=torch.float32)
-            tensors = (grad_output[rows], self.query[rows], key, self.value, output[rows], log_sum[rows])
             grad_query[rows] = _attend_backward(
-                *(tensor[None, None] for tensor in tensors),
+                grad_output[rows][None, None],
+                self.query[rows][None, None],
+                key[None, None],
+                self.value[None, None],
+                output[rows][None, None],
+                log_sum[rows][None, None],
                 blocks,
                 self.problem.scaling,
                 grad_turned[None, None],
@@ -331,12 +358,13 @@ class _Triangle:
 
 class _GroupedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, gates, picked, mask, *options):
+    def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
+        query, key, value, gates, picked, mask, *options = inputs
         problem = _Problem(query, key, value, gates, picked, mask, *options)
         batch, heads, length, size = query.shape
         output = query.new_zeros(batch, length, heads, size, dtype=torch.float32)
         by_head = output.transpose(1, 2)
-        kept = []
+        kept: list[torch.Tensor] = []
         for expert in problem.whole:
             tensors = (problem.turn_queries(query, expert), problem.turn_keys(key, expert), value)
             kept += _attend(*tensors, problem.blocks, problem.scaling)
@@ -347,11 +375,12 @@ class _GroupedAttention(torch.autograd.Function):
             rows.add_to(by_head, kept[-2] * gate[:, None])
         ctx.save_for_backward(query, key, value, gates, picked, mask, *kept)
         ctx.options = options
-        return output.to(query.dtype)
+        result: torch.Tensor = output.to(query.dtype)
+        return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, gates, picked, mask, *kept = ctx.saved_tensors
         needs_query, needs_key, needs_value, needs_gates = ctx.needs_input_grad[:4]
         problem = _Problem(query, key, value, gates, picked, mask, *ctx.options)
