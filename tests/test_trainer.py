@@ -24,11 +24,6 @@ class BalancedTrainer(BalanceLossMixin, Trainer):
     pass
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> str:
-    return save_tiny_model(tmp_path_factory.mktemp("llama"))
-
-
 def rows(count: int = 32) -> list[dict[str, list[int]]]:
     """Sequences of 4 to 14 tokens, of which the later half is predicted."""
     sequences = []
