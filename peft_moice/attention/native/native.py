@@ -37,8 +37,9 @@ def why_not(call: AttentionCall) -> str | None:
 def run(call: AttentionCall) -> tuple[torch.Tensor, None]:
     """See [`mixed_attention`]. Computes in float32, whatever the dtype of queries, keys and values is.
 
-    For the backward pass the inputs are kept and nothing else. Besides them and the results, a pass needs memory that
-    does not grow with the length.
+    For the backward pass the inputs are kept and nothing else. Besides them and the results, many queries need memory
+    that does not grow with the length, the backward pass a few copies of the gradients of keys and values, and few
+    queries `H · (N + 2) · T` floats.
     """
     tensors = (call.query, call.key, call.value)
     if len({tensor.dtype for tensor in tensors}) > 1:
