@@ -119,7 +119,8 @@ def choose(call: AttentionCall) -> str:
 def _choose_on_gpu(call: AttentionCall) -> str:
     """The fastest, by measurement, of the model's own attention and the kernels that are right on this device."""
     candidates: dict[str, Implementation] = {"delegated": delegated}
-    if folded.why_not(call) is None:
+    # Training would keep N copies of keys and values for each layer.
+    if not torch.is_grad_enabled() and folded.why_not(call) is None:
         candidates["folded"] = folded
     plain_backend = call.backend in ("sdpa", "flash_attention_2", "flash_attention_3")
     if plain_backend and triton.why_not(call) is None and CERTIFICATES.fault("triton", call) is None:
