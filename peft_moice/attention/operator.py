@@ -94,6 +94,8 @@ def mixed_attention(
             f"Unknown implementation {implementation!r}; choose 'auto' or one of {sorted(IMPLEMENTATIONS)}."
         )
     reason = IMPLEMENTATIONS[implementation].why_not(call)
+    if reason is None and implementation == "triton" and call.query.device.type == "cuda":
+        reason = CERTIFICATES.fault("triton", call)
     if reason is not None:
         raise ValueError(
             f"The {implementation} implementation cannot be used: {reason}. Choose implementation='auto', which takes "
