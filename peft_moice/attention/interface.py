@@ -229,12 +229,13 @@ def _write_once(
         )
     cache = paged_cache((), kwargs)
     if cache is not None:
-        if "kwargs" not in inspect.signature(cache.update).parameters:
+        update: Callable[..., tuple[torch.Tensor, torch.Tensor]] = cache.update
+        if "kwargs" not in inspect.signature(update).parameters:
             raise ValueError(
                 f"MoICE cannot write the cache of continuous batching in transformers {transformers.__version__}. "
                 "Upgrade it to 5.19 or later, or use `generate`."
             )
-        key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+        key, value = update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
         kwargs["cache"] = _WrittenCache()
     return key, value
 
