@@ -24,6 +24,7 @@ quick: $(VENV)/test
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # torch first: another package's requirement would take a build with CUDA.
 $(VENV)/torch: $(CONSTRAINTS)

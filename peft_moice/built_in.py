@@ -37,8 +37,9 @@ class BuiltInRouters(MixesAngles, nn.ModuleList):
         rope.prepare(LayerMixture(self.shares(), rope).rope_bases())
 
     def shares(self) -> list[RouterShare]:
-        routers = zip(self, self.router_specs, strict=True)
-        return [RouterShare(str(index), router, spec, spec.weight) for index, (router, spec) in enumerate(routers)]
+        routers: Any = self  # a ModuleList's type does not say what it holds
+        pairs = zip(routers, self.router_specs, strict=True)
+        return [RouterShare(str(index), router, spec, spec.weight) for index, (router, spec) in enumerate(pairs)]
 
     def install(self, attention: nn.Module) -> None:
         """Make `attention` apply the routers. Undone by [`remove`][BuiltInRouters.remove]."""
@@ -72,7 +73,7 @@ def _index(attention: nn.Module) -> int | None:
 def build_in(attention: nn.Module, rope: LayerRope, num_heads: int, shares: list[RouterShare]) -> None:
     """Build copies of the shares' routers into an attention module, in place. Undone by [`take_out`]."""
     # Built-in routers are frozen, so training has no balance loss for them.
-    specs = [dataclasses.replace(s.spec, weight=s.weight, router_aux_loss_coef=0.0) for s in shares]
+    specs = [dataclasses.replace(s.spec, weight=float(s.weight), router_aux_loss_coef=0.0) for s in shares]
     routers = []
     for share in shares:
         # Made anew, because a copy would take along what others have hooked onto the adapter's router. In float32

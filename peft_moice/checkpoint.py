@@ -1,5 +1,7 @@
 """Whether stored routers fit the model and the config they are loaded into."""
 
+from typing import Any
+
 import torch
 from peft import PeftModel
 from torch import nn
@@ -57,7 +59,8 @@ def discard_if_never_loaded(model: nn.Module, adapter_name: str) -> None:
     if not isinstance(model, PeftModel) or not getattr(config, "awaits_weights", False) or not frozen:
         return
     if len(model.peft_config) == 1:
-        model.base_model.unload()
+        tuner: Any = model.base_model
+        tuner.unload()
     else:
         model.delete_adapter(adapter_name)
 

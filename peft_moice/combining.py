@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft.utils import merge_utils
@@ -129,7 +129,7 @@ def combine_routers(
     adapter_name: str,
     combination_type: str,
     density: float | None,
-    majority_sign_method: str,
+    majority_sign_method: Literal["total", "frequency"],
 ) -> None:
     """Fill the routers of `adapter_name` in one layer from those of `adapters`."""
     sources = [layer.routers(name) for name in adapters]
@@ -149,14 +149,19 @@ def combine_routers(
 
 
 def _combine(
-    tensors: list[torch.Tensor], weights: torch.Tensor, combination_type: str, density: float | None, sign: str
+    tensors: list[torch.Tensor],
+    weights: torch.Tensor,
+    combination_type: str,
+    density: float | None,
+    majority_sign_method: Literal["total", "frequency"],
 ) -> torch.Tensor:
     if combination_type == "linear":
         return merge_utils.task_arithmetic(tensors, weights)
+    assert density is not None  # see `combined_config`
     if combination_type == "ties":
-        return merge_utils.ties(tensors, weights, density, sign)
+        return merge_utils.ties(tensors, weights, density, majority_sign_method)
     if combination_type == "dare_ties":
-        return merge_utils.dare_ties(tensors, weights, density, sign)
+        return merge_utils.dare_ties(tensors, weights, density, majority_sign_method)
     if combination_type == "dare_linear":
         return merge_utils.dare_linear(tensors, weights, density)
     return merge_utils.magnitude_prune(tensors, weights, density)

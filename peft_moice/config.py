@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
@@ -45,7 +45,7 @@ class RouterSpec:
 
     def bases_of(self, layer_type: str | None) -> tuple[float, ...]:
         """Base angles `[N]` in layers of `layer_type` (None where the model has one set for all)."""
-        return tuple(self.rope_bases[layer_type] if isinstance(self.rope_bases, dict) else self.rope_bases)
+        return tuple(_bases_of(self.rope_bases, layer_type))
 
 
 @dataclass
@@ -103,20 +103,20 @@ class MoICEConfig(PeftConfig):
     hidden_act: str | None = field(default=None)
     router_aux_loss_coef: float | None = field(default=0.3)
     init_weights: bool | str = field(default=True)
-    target_modules: list[str] | str | None = field(default=None)
-    exclude_modules: list[str] | str | None = field(default=None)
+    target_modules: set[str] | list[str] | str | None = field(default=None)
+    exclude_modules: set[str] | list[str] | str | None = field(default=None)
     layers_to_transform: list[int] | int | None = field(default=None)
     layers_pattern: list[str] | str | None = field(default=None)
     modules_to_save: list[str] | None = field(default=None)
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(default=None)
     implementation: str = field(default="auto")
-    members: list[dict] | None = field(default=None)
+    members: list[dict[str, Any]] | None = field(default=None)
 
-    awaits_weights: ClassVar[bool] = False
-    """Set on a config that was read from a file, until the weights beside it have been loaded."""
+    awaits_weights = False
+    """Set on a config that was read from a file, until the weights beside it are loaded. Not a field, not saved."""
 
-    def __post_init__(self):
-        super().__post_init__()
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[no-untyped-call]  # without annotations in PEFT
         self.peft_type = PeftType[PEFT_TYPE_NAME]
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
@@ -128,7 +128,7 @@ class MoICEConfig(PeftConfig):
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> "MoICEConfig":
         """Read a config that was saved, see PEFT's `PeftConfig`."""
-        config = super().from_pretrained(*args, **kwargs)
+        config: MoICEConfig = super().from_pretrained(*args, **kwargs)
         config.awaits_weights = True
         return config
 
@@ -141,9 +141,25 @@ class MoICEConfig(PeftConfig):
         return len(bases) if bases is not None else len(RELEASED_MULTIPLIERS)
 
     def router_specs(self) -> list[RouterSpec]:
-        """The adapter's routers. Needs a config whose open fields are resolved."""
+        """The adapter's routers.
+
+        Raises:
+            ValueError: fields are open that injecting the adapter resolves.
+        """
         if self.members is not None:
             return [RouterSpec(**member) for member in self.members]
+        if (
+            self.rope_bases is None
+            or self.top_k is None
+            or self.router_dim is None
+            or self.router_scope is None
+            or self.hidden_act is None
+            or self.router_aux_loss_coef is None
+        ):
+            raise ValueError(
+                "The config leaves open what its routers are, which the base model decides. Inject the adapter first, "
+                "as `peft.get_peft_model(model, config)` does."
+            )
         return [
             RouterSpec(
                 rope_bases=self.rope_bases,
@@ -169,11 +185,12 @@ class MoICEConfig(PeftConfig):
         if self.rope_bases is None:
             multipliers = self.base_multipliers or RELEASED_MULTIPLIERS
             bases = {kind: [multiplier * own for multiplier in multipliers] for kind, own in own_thetas.items()}
-            self.rope_bases = bases.get(None, bases)
+            of_types = {kind: of_type for kind, of_type in bases.items() if kind is not None}
+            self.rope_bases = bases.get(None, of_types)
             self.base_multipliers = None
             return
-        for spec in self.router_specs():
-            _check_own_base(spec.rope_bases, own_thetas)
+        for member in self.members or [{"rope_bases": self.rope_bases}]:
+            _check_own_base(member["rope_bases"], own_thetas)
 
     def _check_targets(self) -> None:
         for name in ("target_modules", "exclude_modules"):
@@ -261,6 +278,24 @@ class MoICEConfig(PeftConfig):
             )
 
 
+def as_moice_config(config: PeftConfig) -> MoICEConfig:
+    """`config` as what it is, where PEFT's signatures say less.
+
+    Raises:
+        TypeError: it is another tuner's.
+    """
+    if not isinstance(config, MoICEConfig):
+        raise TypeError(f"The config has to be a MoICEConfig, not {type(config).__name__}.")
+    return config
+
+
+def _bases_of(rope_bases: Bases, layer_type: str | None) -> list[float]:
+    if not isinstance(rope_bases, dict):
+        return rope_bases
+    assert layer_type is not None  # `_check_own_base` has compared the layer types with the model's
+    return rope_bases[layer_type]
+
+
 def _check_own_base(rope_bases: Bases, own_thetas: dict[str | None, float]) -> None:
     if isinstance(rope_bases, dict) and not own_thetas.keys() <= rope_bases.keys():
         raise ValueError(
@@ -268,7 +303,7 @@ def _check_own_base(rope_bases: Bases, own_thetas: dict[str | None, float]) -> N
             f"have {sorted(map(str, own_thetas))}. Give one list per layer type, or use `base_multipliers`."
         )
     for layer_type, own in own_thetas.items():
-        bases = rope_bases[layer_type] if isinstance(rope_bases, dict) else rope_bases
+        bases = _bases_of(rope_bases, layer_type)
         if len(bases) > 1 and not math.isclose(bases[0], own, rel_tol=1e-6):
             where = "" if layer_type is None else f" in layers of type {layer_type!r}"
             raise ValueError(

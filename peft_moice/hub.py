@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from peft import PeftModel, TaskType
 from peft.utils import CONFIG_NAME
 
-from .config import Bases, MoICEConfig, RouterSpec
+from .config import Bases, MoICEConfig, RouterSpec, as_moice_config
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def push_to_hub(
 
 def write_model_card(
     model: PeftModel,
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     *,
     adapter_name: str | None = None,
     repo_id: str | None = None,
@@ -124,7 +124,7 @@ def write_model_card(
         ValueError: see [`push_to_hub`]; or the rows of `evaluation` have different keys.
     """
     adapter_name = _adapter_of(model, adapter_name)
-    config: MoICEConfig = model.peft_config[adapter_name]
+    config = as_moice_config(model.peft_config[adapter_name])
     base_model = _base_model_of(model, adapter_name, base_model)
     is_causal_lm = config.task_type == TaskType.CAUSAL_LM
     data = ModelCardData(
@@ -209,9 +209,9 @@ def _snippet(repo_id: str, base_model: str | None, is_causal_lm: bool) -> str:
 
 
 def _facts(model: PeftModel, adapter_name: str) -> list[dict[str, Any]]:
-    config = model.peft_config[adapter_name]
+    config = as_moice_config(model.peft_config[adapter_name])
     specs = config.router_specs()
-    facts = {}
+    facts: dict[str, Any] = {}
     for number, spec in enumerate(specs, start=1):
         which = "" if len(specs) == 1 else f"Router {number} of {len(specs)}, share {spec.weight:g}: "
         facts |= {f"{which}{name}": value for name, value in _router_facts(spec).items()}

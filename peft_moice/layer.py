@@ -41,7 +41,7 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
         self.num_heads = num_heads
         self.head_dim = head_dim
         # Other tools read these from any PEFT layer. Attention leaves the size of hidden states as it is.
-        self.in_features = self.out_features = base_layer.config.hidden_size
+        self.in_features = self.out_features = own_config(base_layer).hidden_size
         self.moice_router = nn.ModuleDict()
         self.router_specs: dict[str, list[RouterSpec]] = {}
         self._disable_adapters = False
@@ -94,7 +94,8 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
     def routers(self, adapter_name: str) -> list[MoICERouter]:
         """The routers of an adapter, in the order of `router_specs[adapter_name]`."""
         router = self.moice_router[adapter_name]
-        return list(router) if isinstance(router, nn.ModuleList) else [router]
+        routers: list[Any] = list(router) if isinstance(router, nn.ModuleList) else [router]
+        return routers
 
     def shares(self) -> list[RouterShare]:
         if self.disable_adapters or self.merged:
@@ -104,6 +105,7 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         if self.disable_adapters and self.merged:
             self.unmerge()
+        own_weight: float | torch.Tensor = 0.0
         if adapter_names is not None and not self.disable_adapters:
             hidden_states = args[0] if args else kwargs["hidden_states"]
             if len(adapter_names) != hidden_states.shape[0]:
@@ -113,7 +115,7 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
                 )
             shares, own_weight = self._shares_of_rows(adapter_names)
         else:
-            shares, own_weight = self.shares(), 0.0
+            shares = self.shares()
         if self.merged:
             # Routers built into the attention module look at the pass themselves.
             return self.base_layer(*args, **kwargs)

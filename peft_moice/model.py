@@ -1,15 +1,15 @@
 """`MoICEModel`: injects routers into a model's attention modules."""
 
-import copy
 import logging
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -20,10 +20,11 @@ from .attention import IMPLEMENTATIONS
 from .built_in import BuiltInRouters
 from .checkpoint import check_stored_routers, discard_if_never_loaded
 from .combining import combine_routers, combined_config
-from .config import MoICEConfig
+from .config import MoICEConfig, as_moice_config
 from .layer import BASE_MODEL_NAME, MoICELayer
 from .mixture import watch_positions
-from .probing import LayerPlan, LayerProbe, attention_module_names, explain_no_targets, is_target
+from .planning import plan_layers
+from .probing import is_target
 from .rollback import all_or_nothing, restored_on_error
 from .rope.rotary_hooks import detach_rotary_hooks
 from .self_check import unwatch_first_pass, watch_first_pass
@@ -53,12 +54,11 @@ class MoICEModel(BaseTuner):
 
     prefix = "moice_"
     tuner_layer_cls = MoICELayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def __init__(
         self,
         model: nn.Module,
-        peft_config: MoICEConfig | dict[str, MoICEConfig],
+        peft_config: PeftConfig | dict[str, PeftConfig],
         adapter_name: str,
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
@@ -95,7 +95,7 @@ class MoICEModel(BaseTuner):
         watch_positions(model)
         watch_first_pass(model)
 
-    def _check_new_adapter_config(self, config: MoICEConfig) -> None:
+    def _check_new_adapter_config(self, config: PeftConfig) -> None:
         super()._check_new_adapter_config(config)
         for name in self.peft_config:
             # Routers are kept in a ModuleDict, which cannot hold these.
@@ -105,136 +105,57 @@ class MoICEModel(BaseTuner):
                     "name without dots that is not an attribute of torch.nn.ModuleDict."
                 )
 
-    def _prepare_adapter_config(self, peft_config: MoICEConfig, model_config: dict) -> MoICEConfig:
-        if peft_config.implementation not in ("auto", *IMPLEMENTATIONS):
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> MoICEConfig:
+        config = as_moice_config(peft_config)
+        if config.implementation not in ("auto", *IMPLEMENTATIONS):
             raise ValueError(
-                f"`implementation` is {peft_config.implementation!r}; choose 'auto' or one of "
-                f"{sorted(IMPLEMENTATIONS)}."
+                f"`implementation` is {config.implementation!r}; choose 'auto' or one of {sorted(IMPLEMENTATIONS)}."
             )
-        if peft_config.members is not None:
-            return peft_config
-        if peft_config.hidden_act is None:
+        if config.members is not None:
+            return config
+        if config.hidden_act is None:
             names = [model_config.get(name) for name in _OWN_ACTIVATION_FIELDS]
             names += [(model_config.get("text_config") or {}).get(name) for name in _OWN_ACTIVATION_FIELDS]
-            peft_config.hidden_act = next((name for name in names if isinstance(name, str)), "silu")
-        if peft_config.top_k is None:
-            peft_config.top_k = peft_config.num_experts
-        if peft_config.router_dim is None:
-            peft_config.router_dim = peft_config.num_experts
-        if peft_config.top_k == peft_config.num_experts > 1 and peft_config.router_aux_loss_coef > 0:
+            config.hidden_act = next((name for name in names if isinstance(name, str)), "silu")
+        if config.top_k is None:
+            config.top_k = config.num_experts
+        if config.router_dim is None:
+            config.router_dim = config.num_experts
+        if config.top_k == config.num_experts > 1 and (config.router_aux_loss_coef or 0) > 0:
             logger.info(
                 "top_k equals the number of angles (%d), so the balance loss is a constant without gradient: it is "
                 "reported, but not added to the loss.",
-                peft_config.num_experts,
+                config.num_experts,
             )
-        return peft_config
+        return config
 
-    def _prepare_model(self, peft_config: MoICEConfig, model: nn.Module) -> None:
-        """Probe the targeted layers and resolve what the config leaves open, before anything is replaced."""
-        _check_heads_are_here(peft_config, model)
-        self._plans: dict[str, LayerPlan] = {}
-        self._probe = LayerProbe(model)
-        if peft_config.target_modules is None:
-            self._choose_targets(peft_config, model)
-        names = _targeted(peft_config, model)
-        self._check_layers_to_transform(peft_config, names)
-        for name in names:
-            _check_not_on_disk(model, name)
-        without_rope = [name for name in names if self._plan_of(model, name).rope is None]
-        if without_rope:
-            logger.info("MoICE leaves out %d attention modules without a rotary embedding.", len(without_rope))
-        if names and len(without_rope) == len(names):
-            raise ValueError(
-                f"None of the targeted modules has a rotary embedding: {without_rope[:3]} ... MoICE works on models "
-                "with RoPE only."
-            )
-        ropes = [self._plan_of(model, name).rope for name in names]
-        thetas: dict[str | None, float] = {}
-        for name, rope in zip(names, ropes, strict=True):
-            if rope is not None and thetas.setdefault(rope.layer_type, rope.rope_theta) != rope.rope_theta:
-                raise ValueError(
-                    f"{name} has rope_theta {rope.rope_theta}, other targeted layers have "
-                    f"{thetas[rope.layer_type]}. Adapt them as two adapters, with `target_modules`."
-                )
-        if thetas:
-            peft_config.resolve_bases(thetas)
-        for entry in peft_config.modules_to_save or ():
-            for name in names:
-                if name.endswith(entry):
-                    raise ValueError(
-                        f"`modules_to_save` holds {entry!r}, which means the adapted attention module {name!r} too, "
-                        "because PEFT takes every module whose name ends so. Write more of the name, or leave the "
-                        "attention module out with `exclude_modules`."
-                    )
-
-    def _choose_targets(self, peft_config: MoICEConfig, model: nn.Module) -> None:
-        """Target every attention module of the decoder that has a rotary embedding, as far as the config lets it."""
-        config = copy.copy(peft_config)
-        # An attention module that an earlier adapter has wrapped goes by its wrapper's name.
-        every = [name.removesuffix(".base_layer") for name in attention_module_names(model)]
-        config.target_modules = set(every)
-        names = [name for name in every if is_target(config, name)]
-        if every and not names:
-            fields = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
-            given = {name: getattr(config, name) for name in fields if getattr(config, name) is not None}
-            raise ValueError(
-                f"The config leaves out all of the model's attention modules ({every[0]!r} and so on): {given}. "
-                "Indices of layers start at 0; leave out what excludes the modules that you want to adapt."
-            )
-        plans = {name: self._plan_of(model, name) for name in names}
-        names = [name for name in names if plans[name].rope is not None]
-        if not names:
-            raise ValueError(explain_no_targets(model, {plan.lacks for plan in plans.values()}))
-        config.target_modules = {name.rpartition(".")[2] for name in names}
-        peft_config.target_modules = config.target_modules if _targeted(config, model) == names else set(names)
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        self._plans = plan_layers(as_moice_config(peft_config), model)
 
     @staticmethod
-    def _check_layers_to_transform(peft_config: MoICEConfig, names: list[str]) -> None:
-        """Raise if an index matches none of the targeted modules `names` while others do."""
-        if not names:
-            return  # PEFT raises where nothing matches at all.
-        one_layer = copy.copy(peft_config)
-        for index in peft_config.layers_to_transform or ():
-            one_layer.layers_to_transform = [index]
-            if not any(is_target(one_layer, name) for name in names):
-                raise ValueError(
-                    f"`layers_to_transform` names layer {index}, but no targeted module lies in one of that index. "
-                    "Indices start at 0; leave out those that the model does not have, and layers without a rotary "
-                    "embedding."
-                )
-
-    @staticmethod
-    def _check_target_module_exists(peft_config: MoICEConfig, key: str) -> object:
-        return is_target(peft_config, key)
-
-    def _plan_of(self, model: nn.Module, name: str) -> LayerPlan:
-        if name not in self._plans:
-            target = model.get_submodule(name)
-            if isinstance(target, MoICELayer):
-                target.rope.check_config()
-                self._plans[name] = LayerPlan(target.rope, target.num_heads, target.head_dim)
-            else:
-                self._plans[name] = self._probe.plan(name)
-        return self._plans[name]
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool | re.Match[str] | None:
+        return is_target(as_moice_config(peft_config), key)
 
     def _create_and_replace(
         self,
-        peft_config: MoICEConfig,
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str,
+        parameter_name: str | None = None,
     ) -> None:
-        plan = self._plan_of(self.model, current_key)
+        config = as_moice_config(peft_config)
+        plan = self._plans.of(current_key)
         if plan.rope is None:
             return
         if isinstance(target, MoICELayer):
-            target.update_layer(adapter_name, peft_config)
+            target.update_layer(adapter_name, config)
             return
         new_module = MoICELayer(target, plan.rope, plan.num_heads, plan.head_dim)
         new_module.set_adapter(self.active_adapters)
-        new_module.update_layer(adapter_name, peft_config)
+        new_module.update_layer(adapter_name, config)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
@@ -287,7 +208,7 @@ class MoICEModel(BaseTuner):
         self._check_adapters_exist([adapter_name] if isinstance(adapter_name, str) else adapter_name)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
-    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Train the routers of `adapter_names`, or freeze them with `requires_grad=False`.
 
         Raises:
@@ -325,7 +246,7 @@ class MoICEModel(BaseTuner):
         self._check_adapters_exist(adapters)
         if adapter_name in self.peft_config:
             raise ValueError(f"There is an adapter called {adapter_name!r} already. Delete it or choose another name.")
-        configs = [self.peft_config[name] for name in adapters]
+        configs = [as_moice_config(self.peft_config[name]) for name in adapters]
         config = combined_config(adapters, configs, weights, combination_type, density)
         self.peft_config[adapter_name] = config
         self.inject_adapter(self.model, adapter_name)
@@ -390,7 +311,7 @@ class MoICEModel(BaseTuner):
             watch_first_pass(model)
         return model
 
-    def _unload_and_optionally_merge(
+    def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT's returns the model, whatever it says
         self,
         merge: bool = True,
         progressbar: bool = False,
@@ -417,10 +338,11 @@ class MoICEModel(BaseTuner):
         unwatch_first_pass(self.model)
         if merge:
             # No layers of a tuner are left; what else PEFT does is to untie embeddings that have become different.
-            return super()._unload_and_optionally_merge(merge=True)
-        if hasattr(self.model, "peft_config"):
+            super()._unload_and_optionally_merge(merge=True)
+        elif hasattr(self.model, "peft_config"):
             del self.model.peft_config
-        return self.model
+        model: nn.Module = self.model
+        return model
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         # PEFT's version would also switch the layers of other tuners.
@@ -431,7 +353,7 @@ class MoICEModel(BaseTuner):
     def _layers(self) -> list[MoICELayer]:
         return [module for module in self.model.modules() if isinstance(module, MoICELayer)]
 
-    def _check_adapters_exist(self, names: list[str]) -> None:
+    def _check_adapters_exist(self, names: Sequence[str]) -> None:
         unknown = [name for name in names if name not in self.peft_config]
         if unknown:
             raise ValueError(f"There is no adapter {unknown[0]!r}; this model has {sorted(self.peft_config)}.")
@@ -449,7 +371,7 @@ class MoICEModel(BaseTuner):
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,
-        config: MoICEConfig,
+        config: PeftConfig,
         adapter_name: str,
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
@@ -472,7 +394,7 @@ class MoICEModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: MoICEConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         try:
@@ -480,48 +402,12 @@ class MoICEModel(BaseTuner):
         except ValueError:
             discard_if_never_loaded(model, adapter_name)
             raise
-        config.awaits_weights = False
+        as_moice_config(config).awaits_weights = False
         return state_dict
 
 
-def _targeted(config: MoICEConfig, model: nn.Module) -> list[str]:
-    """Names of the modules that `config` targets, those inside of wrapped attention modules left out."""
-    names = [name for name, _ in model.named_modules()]
-    return [name for name in names if name and "base_layer" not in name.split(".") and is_target(config, name)]
-
-
-def _check_heads_are_here(config: MoICEConfig, model: nn.Module) -> None:
-    """Raise a ValueError if the adapter has weights per head, but tensor parallelism has spread the heads."""
-    parts = config.members or [{"router_scope": config.router_scope, "identity": config.init_weights == "identity"}]
-    if (getattr(model, "tp_size", None) or 1) > 1 and any(
-        part["router_scope"] == "head" or part["identity"] for part in parts
-    ):
-        raise ValueError(
-            "The adapter has weights per head (router_scope='head' or init_weights='identity'), but the model was "
-            "loaded with tensor parallelism, where every process holds a part of the heads. Load it without "
-            "`tp_plan`, or use an adapter with router_scope='layer' and init_weights=True."
-        )
-
-
-def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict[str, Any], adapter_names: list[str]):
+def _pass_adapter_names(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     kwargs["adapter_names"] = adapter_names
     return args, kwargs
-
-
-def _check_not_on_disk(model: nn.Module, name: str) -> None:
-    """Raise if the weights of the module called `name` are offloaded to disk.
-
-    PEFT looks offloaded weights up under names that hold for adapters of linear layers only, and transformers' loader
-    leaves the adapter of a layer that is on disk at its random start.
-    """
-    device_map = getattr(model, "hf_device_map", None) or {}
-    on_disk = any(
-        device == "disk" and (not key or f"{name}.".startswith(f"{key}.") or key.startswith(f"{name}."))
-        for key, device in device_map.items()
-    )
-    if on_disk and any(parameter.is_meta for parameter in model.get_submodule(name).parameters()):
-        raise ValueError(
-            f"The weights of {name!r} are offloaded to disk, where an adapter cannot be loaded. Keep the attention "
-            "modules in memory with another `device_map`, or merge the adapter on a machine with more memory "
-            "(`merge_and_unload().save_pretrained(...)`) and offload the result."
-        )

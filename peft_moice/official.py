@@ -60,7 +60,7 @@ def load_official_checkpoint(
 
 
 def _fill_routers(peft_model: PeftModel, tensors: dict[str, torch.Tensor], adapter_name: str) -> None:
-    model = peft_model.base_model.model
+    model = peft_model.get_base_model()
     targets = dict(model.named_parameters())
     expected = {name for name in targets if f".moice_router.{adapter_name}." in name}
     tensors = {key.replace("moice_router.", f"moice_router.{adapter_name}."): value for key, value in tensors.items()}

@@ -25,10 +25,11 @@ def add_routers(model: PreTrainedModel, config: MoICEConfig) -> PreTrainedModel:
         ValueError: the model or the angles cannot be served, see [`MoICEModel`].
     """
     wanted = dataclasses.replace(config)
-    model = MoICEModel(model, wanted, "default").merge_and_unload()
+    MoICEModel(model, wanted, "default").merge_and_unload()
+    specs = wanted.router_specs()
     for module in model.modules():
         if isinstance(module, BuiltInRouters):
-            for spec in module.router_specs:
-                spec.router_aux_loss_coef = wanted.router_aux_loss_coef
+            for built_in, spec in zip(module.router_specs, specs, strict=True):
+                built_in.router_aux_loss_coef = spec.router_aux_loss_coef
     model.config.moice = describe_routers(model)
     return model.requires_grad_(True)

@@ -3,12 +3,13 @@
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from torch import nn
 
 P = ParamSpec("P")
 R = TypeVar("R")
+M = TypeVar("M", bound=nn.Module)
 
 
 @contextmanager
@@ -41,13 +42,13 @@ def restored_on_error(model: nn.Module, *configs: object) -> Iterator[None]:
         raise
 
 
-def all_or_nothing(verb: Callable[P, R]) -> Callable[P, R]:
+def all_or_nothing(verb: Callable[Concatenate[M, P], R]) -> Callable[Concatenate[M, P], R]:
     """Decorate a method of a module to run within [`restored_on_error`]."""
 
     @functools.wraps(verb)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        with restored_on_error(args[0]):
-            return verb(*args, **kwargs)
+    def wrapper(module: M, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with restored_on_error(module):
+            return verb(module, *args, **kwargs)
 
     return wrapper
 

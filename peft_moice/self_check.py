@@ -15,6 +15,9 @@ from .built_in import ROUTERS_NAME, BuiltInRouters
 from .evaluation.mode import evaluating
 from .mixture import MixesAngles
 
+_WAS_CALLED = "was_called"
+"""Attribute of adapted modules, see [`MixesAngles`]; on those without a wrapper it is set from outside."""
+
 
 def watch_first_pass(model: nn.Module) -> None:
     """Have the next pass of `model` raise a RuntimeError if it leaves out all adapted attention modules of some kind.
@@ -24,7 +27,7 @@ def watch_first_pass(model: nn.Module) -> None:
     """
     unwatch_first_pass(model)
     for module in _adapted(model).values():
-        module.was_called = False
+        setattr(module, _WAS_CALLED, False)
         module.register_forward_pre_hook(_note_call)
     model.register_forward_hook(_check_pass)
 
@@ -83,29 +86,31 @@ def _adapted(model: nn.Module) -> dict[str, nn.Module]:
 
 def _mixing(model: nn.Module) -> dict[str, nn.Module]:
     """Those of the adapted modules that have routers at work."""
-    return {name: module for name, module in _adapted(model).items() if getattr(module, ROUTERS_NAME, module).shares()}
+    adapted: dict[str, Any] = {**_adapted(model)}
+    return {name: module for name, module in adapted.items() if getattr(module, ROUTERS_NAME, module).shares()}
 
 
 def _kind(module: nn.Module) -> type[nn.Module]:
-    return type(getattr(module, "base_layer", module))
+    attention: nn.Module = getattr(module, "base_layer", module)
+    return type(attention)
 
 
-def _two_tokens(model: nn.Module) -> dict[str, torch.Tensor]:
+def _two_tokens(model: Any) -> dict[str, torch.Tensor]:
     weight = model.get_input_embeddings().weight
     tokens = torch.arange(2, device="cpu" if weight.is_meta else weight.device)[None]
     is_encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
     return {"input_ids": tokens} | ({"decoder_input_ids": tokens} if is_encoder_decoder else {})
 
 
-def _note_call(module: nn.Module, args: tuple) -> None:
-    module.was_called = True
+def _note_call(module: nn.Module, args: tuple[Any, ...]) -> None:
+    setattr(module, _WAS_CALLED, True)
 
 
-def _check_pass(model: nn.Module, args: tuple, output: object) -> None:
+def _check_pass(model: nn.Module, args: tuple[Any, ...], output: object) -> None:
     if torch.compiler.is_compiling():
         return
     # Routers that were built in after the hooks were set are called by the modules that are watched.
-    modules = {name: module for name, module in _mixing(model).items() if "was_called" in vars(module)}
+    modules = {name: module for name, module in _mixing(model).items() if _WAS_CALLED in vars(module)}
     kinds = {_kind(module) for module in modules.values() if module.was_called}
     missed = [name for name, module in modules.items() if _kind(module) not in kinds]
     if missed:

@@ -19,10 +19,11 @@ def base_of(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, PeftModel):
         return model
-    if model.active_peft_config.is_prompt_learning:
+    config = model.active_peft_config
+    if config.is_prompt_learning:
         raise ValueError(
-            f"MoICE cannot be put over {model.peft_type.value}: virtual tokens have no place among the positions that "
-            "MoICE rotates. Use a tuner that works inside layers, such as LoRA."
+            f"MoICE cannot be put over {config.peft_type.value}: virtual tokens have no place among the positions "
+            "that MoICE rotates. Use a tuner that works inside layers, such as LoRA."
         )
     return model.get_base_model()
 

@@ -9,7 +9,8 @@ the base model.
 import copy
 import dataclasses
 import functools
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -37,7 +38,8 @@ def make_standalone(model: PreTrainedModel) -> PreTrainedModel:
     Its class changes. Its config is exchanged for a copy, because other models may have been made from it.
     """
     # Both may be standalone already, where something was merged into a model a second time.
-    original, original_config = (getattr(type(item), "original_class", type(item)) for item in (model, model.config))
+    original: type[PreTrainedModel] = getattr(type(model), "original_class", type(model))
+    original_config: type[PreTrainedConfig] = getattr(type(model.config), "original_class", type(model.config))
     config = copy.copy(model.config)
     config.__class__ = standalone_config_class(original_config)
     config.base_model_type = original_config.model_type
@@ -59,8 +61,8 @@ def _exchange_config(model: PreTrainedModel, old: PreTrainedConfig, new: PreTrai
 
 def describe_routers(model: nn.Module) -> dict[str, Any]:
     """What a config has to record of the routers built into `model`, in JSON's types."""
-    routers: list[dict] = []
-    layers: dict[str, dict] = {}
+    routers: list[dict[str, Any]] = []
+    layers: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules():
         if not isinstance(module, BuiltInRouters):
             continue
@@ -86,13 +88,18 @@ def describe_routers(model: nn.Module) -> dict[str, Any]:
 
 def install_described(model: PreTrainedModel, description: dict[str, Any]) -> None:
     """Give `model` the routers that its config describes, freshly initialized."""
-    ropes: dict[tuple, LayerRope] = {}
+    ropes: dict[tuple[int, str | None, RotaryLayout], LayerRope] = {}
     for name, layer in description["layers"].items():
         attention = _submodule(model, name)
         if hasattr(attention, ROUTERS_NAME):
             # A model that builds its decoder through an auto class, which gave it a standalone one.
             continue
         own = LayerProbe(model).find_rotary(_name_of(model, attention), layer.get("rope_theta"))
+        if own is None:
+            raise ValueError(
+                f"The config names the attention module {name!r}, but that of {type(model).__name__} has no rotary "
+                "embedding. Load the checkpoint with the code of the model that it was saved from."
+            )
         rotary = own.module
         layer_type, layout, direction = layer["layer_type"], RotaryLayout(**layer["layout"]), layer["direction"]
         length = layer.get("original_length")
@@ -117,25 +124,38 @@ def _submodule(model: PreTrainedModel, name: str) -> nn.Module:
             f"The config names the attention module {name!r}, but {type(model).__name__} has {found or 'none'} in its "
             "place. Load the checkpoint with the auto class that it was saved from."
         )
-    return modules[found[0]]
+    submodule: nn.Module = modules[found[0]]
+    return submodule
 
 
 def _name_of(model: nn.Module, module: nn.Module) -> str:
-    return next(name for name, candidate in model.named_modules() if candidate is module)
+    name: str = next(name for name, candidate in model.named_modules() if candidate is module)
+    return name
 
 
-@functools.cache
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _made_once(make: Callable[P, R]) -> Callable[P, R]:
+    """`functools.cache`, whose types refuse a class as an argument where its instances are not hashable."""
+    cached: Any = functools.cache(make)
+    made_once: Callable[P, R] = cached
+    return made_once
+
+
+@_made_once
 def standalone_config_class(original: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """The config class of standalone models whose base has configs of class `original`."""
 
-    class StandaloneConfig(original):
+    class StandaloneConfig(original):  # type: ignore[misc, valid-type]  # a base known at run time only
         model_type = MODEL_TYPE
         base_model_type: str = original.model_type
-        moice: dict | None = None
+        moice: dict[str, Any] | None = None
 
         original_class = original
 
-        def __reduce__(self):
+        def __reduce__(self) -> tuple[Any, ...]:
             return _new_instance, (standalone_config_class, original), self.__dict__
 
     StandaloneConfig.__name__ = StandaloneConfig.__qualname__ = f"MoICE{original.__name__}"
@@ -149,12 +169,17 @@ def standalone_config_class(original: type[PreTrainedConfig]) -> type[PreTrained
 
 def standalone_model_class(original: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The class of standalone models whose base is of class `original`."""
-    return _model_class(original, standalone_config_class(original.config_class))
+    return _model_class(original, standalone_config_class(_config_class_of(original)))
 
 
-@functools.cache
+def _config_class_of(model_class: type[PreTrainedModel]) -> type[PreTrainedConfig]:
+    assert model_class.config_class is not None  # only abstract classes have none
+    return model_class.config_class
+
+
+@_made_once
 def _model_class(original: type[PreTrainedModel], standalone_config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
-    class StandaloneModel(original):
+    class StandaloneModel(original):  # type: ignore[misc, valid-type]  # a base known at run time only
         original_class = original
         config_class = standalone_config
         _keep_in_fp32_modules_strict: ClassVar[set[str]] = {
@@ -177,12 +202,12 @@ def _model_class(original: type[PreTrainedModel], standalone_config: type[PreTra
             # transformers leaves out the initialization of some buffers in models that are not its own.
             return original.is_custom_code()
 
-        def __reduce__(self):
+        def __reduce__(self) -> tuple[Any, ...]:
             return _new_instance, (standalone_model_class, original), self.__dict__
 
     StandaloneModel.__name__ = StandaloneModel.__qualname__ = f"MoICE{original.__name__}"
     # Families whose checkpoints differ from their modules (fused experts, ...) stay in their checkpoint format.
-    for identifier in (original.__name__, original.config_class.model_type):
+    for identifier in (original.__name__, _config_class_of(original).model_type):
         conversions = get_checkpoint_conversion_mapping(identifier)
         if conversions is not None:
             register_checkpoint_conversion_mapping(StandaloneModel.__name__, conversions, overwrite=True)
@@ -196,9 +221,11 @@ class MoICEAutoConfig(PreTrainedConfig):
     model_type = MODEL_TYPE
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> PreTrainedConfig:
+    def from_dict(  # type: ignore[override]  # transformers promises `cls`, and `AutoConfig` does not ask for it
+        cls, config_dict: dict[str, Any], **kwargs: Any
+    ) -> PreTrainedConfig:
         base_model_type = config_dict.get("base_model_type")
-        if base_model_type not in CONFIG_MAPPING or not config_dict.get("moice"):
+        if base_model_type is None or base_model_type not in CONFIG_MAPPING or not config_dict.get("moice"):
             raise ValueError(
                 f"This is not the config of a model with MoICE routers built in: 'base_model_type' is "
                 f"{base_model_type!r} and 'moice' is {'set' if config_dict.get('moice') else 'missing'}. Write it "
@@ -207,8 +234,8 @@ class MoICEAutoConfig(PreTrainedConfig):
         return standalone_config_class(CONFIG_MAPPING[base_model_type]).from_dict(config_dict, **kwargs)
 
 
-def _new_instance(make_class, original: type) -> Any:
-    made = make_class(original)
+def _new_instance(make_class: Callable[[type], type], original: type) -> Any:
+    made: Any = make_class(original)
     return made.__new__(made)
 
 

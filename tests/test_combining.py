@@ -81,8 +81,9 @@ class TestAddWeightedAdapter:
         assert (model.peft_config["mean"].router_dim, model.peft_config["mean"].router_scope) == (4, "layer")
 
     def test_cat_with_angles_by_layer_type(self):
-        first = MoICEConfig(rope_bases={"full": [1e6, 2e6], "sliding": [1e4, 3e4]}, top_k=1, router_dim=2)
-        second = MoICEConfig(rope_bases=[5e5], top_k=1, router_dim=2)
+        resolved = {"top_k": 1, "router_dim": 2, "hidden_act": "silu"}
+        first = MoICEConfig(rope_bases={"full": [1e6, 2e6], "sliding": [1e4, 3e4]}, **resolved)
+        second = MoICEConfig(rope_bases=[5e5], **resolved)
         for order in ([first, second], [second, first]):
             config = combined_config(["a", "b"], order, [0.5, 0.5], "cat", None)
             assert config.rope_bases == {"full": [1e6, 5e5, 2e6], "sliding": [1e4, 3e4, 5e5]}

@@ -34,6 +34,15 @@ def test_resolving_twice_changes_nothing():
     assert config.rope_bases == resolved
 
 
+def test_routers_of_a_config_that_no_model_has_resolved():
+    config = MoICEConfig(rope_bases=[1e4, 2e4], top_k=1, router_dim=2)
+    with pytest.raises(ValueError, match="Inject the adapter first"):
+        config.router_specs()
+    config.hidden_act = "silu"
+    (spec,) = config.router_specs()
+    assert (spec.rope_bases, spec.top_k, spec.router_dim, spec.hidden_act) == ([1e4, 2e4], 1, 2, "silu")
+
+
 def test_a_single_angle_need_not_be_the_models_own():
     config = MoICEConfig(rope_bases=[30_000.0])
     config.resolve_bases({None: 10_000.0})

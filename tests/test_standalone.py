@@ -21,6 +21,7 @@ from transformers import (
     AutoTokenizer,
     Gemma2Config,
     Gemma3TextConfig,
+    GPT2Config,
     MixtralConfig,
     Phi3Config,
     PreTrainedModel,
@@ -29,6 +30,7 @@ from transformers import (
 
 from peft_moice import MoICEConfig
 from peft_moice.pretraining import add_routers
+from peft_moice.standalone import install_described
 
 FAMILIES = {
     "gemma2": (Gemma2Config, {"sliding_window": 6, "attn_implementation": "eager"}),
@@ -337,3 +339,21 @@ def test_buffers_that_are_not_saved_come_back(tmp_path):
         buffers = dict(AutoModelForCausalLM.from_pretrained(tmp_path).named_buffers())
         for name, buffer in expected.items():
             assert torch.equal(buffers[name], buffer)
+
+
+def test_routers_of_a_mean_keep_their_own_coefficients_of_the_balance_loss(llama):
+    """With adapters of different coefficients, the config of their mean has none to share among the routers."""
+    model = get_peft_model(load(llama), wide_config(router_aux_loss_coef=0.1), adapter_name="a")
+    model.add_adapter("b", wide_config(router_aux_loss_coef=0.2))
+    model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "mean")
+    config = model.peft_config["mean"]
+    assert config.router_aux_loss_coef is None
+    built = add_routers(load(llama), config)
+    assert [router["router_aux_loss_coef"] for router in built.config.moice["routers"]] == [0.1, 0.2]
+
+
+def test_a_description_that_meets_a_model_without_rotary_embedding():
+    model = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=32))
+    description = {"routers": [], "layers": {"transformer.h.0.attn": {"rope_theta": 1e4}}}
+    with pytest.raises(ValueError, match=r"'transformer.h.0.attn', but that of GPT2LMHeadModel has no rotary embed"):
+        install_described(model, description)

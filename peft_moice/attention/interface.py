@@ -9,35 +9,42 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedConfig
 
 from ..rope import RotationTable
 from ..rope.positions import Positions, packed_query_start, paged_cache
+from .call import Attend
 from .operator import mixed_attention
 
 ATTENTION_NAME = "moice"
 _KEYWORD = "moice"
 _BACKEND_ATTRIBUTE = "_moice_backend"
+_CONFIG = "config"
+"""Where an attention module has its config. By name, because to type checkers attributes of modules are tensors."""
 
 
 @dataclass
 class _Backend:
     """What a wrapped attention module would have called without us."""
 
-    config: object
+    config: PreTrainedConfig
     """The model's own config, read at call time, so that `set_attn_implementation` keeps working."""
     interface: AttentionInterface
     """The modeling file's interface, which may override functions locally."""
-    eager: Callable
+    eager: Attend | None
     """The modeling file's eager attention."""
 
-    def function(self) -> Callable:
-        return self.interface.get_interface(self.config._attn_implementation, self.eager)
+    def function(self) -> Attend:
+        name = self.config._attn_implementation
+        # Without an eager function in the modeling file, transformers finds only what the interface itself holds.
+        function: Attend = self.interface.get_interface(name, self.eager)  # type: ignore[arg-type]
+        return function
 
 
 class _InterceptedConfig:
@@ -55,20 +62,26 @@ class _InterceptedConfig:
         # Copying and pickling ask for special methods before there is a backend.
         if name == _BACKEND_ATTRIBUTE or name.startswith("__"):
             raise AttributeError(name)
-        return getattr(getattr(self, _BACKEND_ATTRIBUTE).config, name)
+        return getattr(_backend(self).config, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(getattr(self, _BACKEND_ATTRIBUTE).config, name, value)
+        setattr(_backend(self).config, name, value)
+
+
+def _backend(config: object) -> _Backend:
+    """The backend behind the config of an intercepted attention module."""
+    backend: _Backend = getattr(config, _BACKEND_ATTRIBUTE)
+    return backend
 
 
 class _AttentionView:
     """An attention module with the model's own config, for attention functions that read `module.config`."""
 
-    def __init__(self, module: nn.Module, config: object):
+    def __init__(self, module: nn.Module, config: PreTrainedConfig):
         self.module = module
         self.config = config
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)
 
 
@@ -104,7 +117,7 @@ class MixtureCall:
 
     def attend(
         self,
-        attend: Callable,
+        attend: Attend,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -114,6 +127,7 @@ class MixtureCall:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compute the mixture in place of `attend`, the model's own attention, which `backend` names."""
         implementation = self.implementation
+        query_start: int | torch.Tensor
         query_positions = key_positions = None
         if _is_packed(options):
             query_start = packed_query_start(options["cu_seq_lens_q"], options["cu_seq_lens_k"], query, key)
@@ -145,18 +159,28 @@ class MixtureCall:
         )
 
 
-def moice_attention_forward(module: nn.Module, query, key, value, attention_mask, moice=None, **kwargs):
+def moice_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    moice: Any = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The function that transformers' attention interface knows as `"moice"`.
 
     With a `moice` keyword (a [`MixtureCall`] or anything with its `attend` method) it computes that; without one it is
     the model's own attention.
     """
-    backend = getattr(module.config, _BACKEND_ATTRIBUTE)
+    backend = _backend(module.config)
     view, function = _AttentionView(module, backend.config), backend.function()
     if moice is None:
         return function(view, query, key, value, attention_mask, **kwargs)
 
-    def attend(q, k, v, mask, **options):
+    def attend(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         return function(view, q, k, v, mask, **options)
 
     if kwargs.get("is_causal") is None and not getattr(module, "is_causal", True):
@@ -165,7 +189,9 @@ def moice_attention_forward(module: nn.Module, query, key, value, attention_mask
     if _is_packed(kwargs):
         key, value = _write_once(module, key, value, kwargs)
     name = backend.config._attn_implementation
-    return moice.attend(attend, query, key, value, attention_mask, backend=name, **kwargs)
+    output: tuple[torch.Tensor, torch.Tensor | None]
+    output = moice.attend(attend, query, key, value, attention_mask, backend=name, **kwargs)
+    return output
 
 
 def _implementation_for_packed(name: str) -> str:
@@ -174,7 +200,7 @@ def _implementation_for_packed(name: str) -> str:
     return "delegated" if name == "auto" else name
 
 
-def _is_packed(kwargs: dict) -> bool:
+def _is_packed(kwargs: dict[str, Any]) -> bool:
     """Whether an attention function is called by continuous batching, which alone says where to write the cache."""
     return "write_index" in kwargs
 
@@ -182,11 +208,15 @@ def _is_packed(kwargs: dict) -> bool:
 class _WrittenCache:
     """Stands in for a paged cache that has taken up this pass's keys and values already."""
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, kwargs: dict):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return key_states, value_states
 
 
-def _write_once(module: nn.Module, key, value, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+def _write_once(
+    module: nn.Module, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Let continuous batching's cache take up keys and values, and return all keys and values of its sequences.
 
     Up to transformers 5.23 it is the attention function that writes this cache, so a mixture, which may call the
@@ -199,12 +229,13 @@ def _write_once(module: nn.Module, key, value, kwargs: dict) -> tuple[torch.Tens
         )
     cache = paged_cache((), kwargs)
     if cache is not None:
-        if "kwargs" not in inspect.signature(cache.update).parameters:
+        update: Callable[..., tuple[torch.Tensor, torch.Tensor]] = cache.update
+        if "kwargs" not in inspect.signature(update).parameters:
             raise ValueError(
                 f"MoICE cannot write the cache of continuous batching in transformers {transformers.__version__}. "
                 "Upgrade it to 5.19 or later, or use `generate`."
             )
-        key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+        key, value = update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
         kwargs["cache"] = _WrittenCache()
     return key, value
 
@@ -216,31 +247,34 @@ def uses_attention_interface(module: nn.Module) -> bool:
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names and hasattr(module, "config")
 
 
-def _own_forward(module: nn.Module) -> Callable:
+def _own_forward(module: nn.Module) -> FunctionType:
     """The forward that the modeling file defines, below decorators."""
-    return inspect.unwrap(type(module).forward)
+    forward: FunctionType = inspect.unwrap(type(module).forward)
+    return forward
 
 
 def intercept(module: nn.Module) -> None:
     """Make an attention module call our function. Undone by [`restore`]; the config object itself is not touched."""
-    if not isinstance(module.config, _InterceptedConfig):
+    config = getattr(module, _CONFIG)
+    if not isinstance(config, _InterceptedConfig):
         names = _own_forward(module).__globals__
-        backend = _Backend(module.config, names["ALL_ATTENTION_FUNCTIONS"], names.get("eager_attention_forward"))
-        module.config = _InterceptedConfig(backend)
+        backend = _Backend(config, names["ALL_ATTENTION_FUNCTIONS"], names.get("eager_attention_forward"))
+        setattr(module, _CONFIG, _InterceptedConfig(backend))
 
 
-def own_config(module: nn.Module) -> object:
+def own_config(module: nn.Module) -> PreTrainedConfig:
     """The model's own config of an attention module, intercepted or not."""
-    config = module.config
-    return getattr(config, _BACKEND_ATTRIBUTE).config if isinstance(config, _InterceptedConfig) else config
+    config = getattr(module, _CONFIG)
+    own: PreTrainedConfig = config if not isinstance(config, _InterceptedConfig) else _backend(config).config
+    return own
 
 
-def exchange_config(module: nn.Module, config: object) -> None:
+def exchange_config(module: nn.Module, config: PreTrainedConfig) -> None:
     """Give a module another config of its own, whether it is intercepted or not."""
     if isinstance(module.config, _InterceptedConfig):
-        getattr(module.config, _BACKEND_ATTRIBUTE).config = config
+        _backend(module.config).config = config
     else:
-        module.config = config
+        setattr(module, _CONFIG, config)
 
 
 def bypassed(what: str) -> RuntimeError:
@@ -254,4 +288,4 @@ def bypassed(what: str) -> RuntimeError:
 
 def restore(module: nn.Module) -> None:
     """Give the module its own config object back."""
-    module.config = own_config(module)
+    setattr(module, _CONFIG, own_config(module))

@@ -353,7 +353,7 @@ def _is_same(computed: torch.Tensor, received: torch.Tensor) -> bool:
     tolerance = 4 * torch.finfo(received.dtype).eps
     computed = computed.to(received)
     try:
-        computed, received = torch.broadcast_tensors(computed, received)  # type: ignore[no-untyped-call]
+        computed, received = torch.broadcast_tensors(computed, received)
     except RuntimeError:
         return False
     return torch.allclose(computed, received, rtol=tolerance, atol=tolerance)

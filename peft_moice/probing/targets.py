@@ -1,6 +1,7 @@
 """Which modules of a model MoICE adapts, and what to tell users whose choice cannot be adapted."""
 
 import copy
+import re
 from typing import Any
 
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -29,7 +30,7 @@ def decoder_of(model: nn.Module) -> nn.Module:
     return decoder if any(map(uses_attention_interface, decoder.modules())) else model
 
 
-def is_target(config: MoICEConfig, name: str) -> object:
+def is_target(config: MoICEConfig, name: str) -> bool | re.Match[str] | None:
     """As PEFT's `check_target_module_exists`, but `layers_to_transform` holds for every target.
 
     PEFT takes targets that are written out in full whatever layer they lie in, and finds no index in names that begin

@@ -28,7 +28,8 @@ def send_late_gradients(loss: torch.Tensor, leaves: list[tuple[MixesAngles, str,
     gradients = torch.autograd.grad(loss, [leaf for *_, leaf in leaves], retain_graph=True)
     root = torch.zeros((), device=loss.device, requires_grad=True)
     places = [(layer, name) for layer, name, _ in leaves]
-    carrier: torch.Tensor = _LeaveGradients.apply(loss, root, places, *gradients)
+    # torch has no types for `apply`.
+    carrier: torch.Tensor = _LeaveGradients.apply(loss, root, places, *gradients)  # type: ignore[no-untyped-call]
     return carrier
 
 
