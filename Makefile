@@ -10,13 +10,16 @@ CONSTRAINTS ?= constraints.txt
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: demo test lint clean
+.PHONY: demo test quick lint clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/repair_lost_in_the_middle.py $(DEMO_OPTIONS)
 
 test: $(VENV)/test
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest $(PYTEST_OPTIONS)
+
+quick: $(VENV)/test
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest $(PYTEST_OPTIONS) -m 'not slow'
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ from .registration import register
 from .self_check import check
 from .stacking import unwrapped
 from .training import BalanceLossMixin, collect_balance_loss
+from .versions import warn_of_untested_versions
 
 __version__ = "0.1.0"
 
@@ -29,4 +30,5 @@ __all__ = [
     "write_model_card",
 ]
 
+warn_of_untested_versions()
 register()

@@ -8,7 +8,7 @@ from torch import nn
 
 from .attention import MixtureCall, intercept
 from .config import RouterSpec
-from .mixture import LayerMixture, Member, MixesAngles
+from .mixture import LayerMixture, MixesAngles, RouterShare
 from .rope import LayerRope
 from .router import MoICERouter
 
@@ -34,19 +34,20 @@ class BuiltInRouters(MixesAngles, nn.ModuleList):
         self.rope = rope
         self.num_heads = num_heads
         self.router_specs = specs
-        rope.prepare(LayerMixture(self.members(), rope).rope_bases())
+        rope.prepare(LayerMixture(self.shares(), rope).rope_bases())
 
-    def members(self) -> list[Member]:
+    def shares(self) -> list[RouterShare]:
         routers = zip(self, self.router_specs, strict=True)
-        return [Member(str(index), router, spec, spec.weight) for index, (router, spec) in enumerate(routers)]
+        return [RouterShare(str(index), router, spec, spec.weight) for index, (router, spec) in enumerate(routers)]
 
     def install(self, attention: nn.Module) -> None:
         """Make `attention` apply the routers. Undone by [`remove`][BuiltInRouters.remove]."""
         intercept(attention)
+        self.layer_idx = _index(attention)
         setattr(attention, ROUTERS_NAME, self)
         self._handles = (
             attention.register_forward_pre_hook(self._add_mixture, with_kwargs=True),
-            attention.register_forward_hook(_check_mixture, with_kwargs=True),
+            attention.register_forward_hook(self._finish, with_kwargs=True),
         )
 
     def remove(self, attention: nn.Module) -> None:
@@ -55,26 +56,29 @@ class BuiltInRouters(MixesAngles, nn.ModuleList):
             handle.remove()
         delattr(attention, ROUTERS_NAME)
 
-    def _add_mixture(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        layer_idx = getattr(attention, "layer_idx", None)
-        call = LayerMixture(self.members(), self.rope).call_of_pass(layer_idx, args, kwargs, self)
+    def _add_mixture(self, attention: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        call = LayerMixture(self.shares(), self.rope).call_of_pass(_index(attention), args, kwargs)
         return args, kwargs if call is None else {**kwargs, **call.as_keyword()}
 
+    def _finish(self, attention: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        self.finish(MixtureCall.among(kwargs), _index(attention))
 
-def _check_mixture(attention: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-    MixtureCall.among(kwargs).check_was_asked(getattr(attention, "layer_idx", None))
+
+def _index(attention: nn.Module) -> int | None:
+    # As it is now: those who drop layers count the remaining ones anew.
+    return getattr(attention, "layer_idx", None)
 
 
-def build_in(attention: nn.Module, rope: LayerRope, num_heads: int, members: list[Member]) -> None:
-    """Build copies of the members' routers into an attention module, in place. Undone by [`take_out`]."""
+def build_in(attention: nn.Module, rope: LayerRope, num_heads: int, shares: list[RouterShare]) -> None:
+    """Build copies of the shares' routers into an attention module, in place. Undone by [`take_out`]."""
     # Built-in routers are frozen, so training has no balance loss for them.
-    specs = [dataclasses.replace(m.spec, weight=m.weight, router_aux_loss_coef=0.0) for m in members]
+    specs = [dataclasses.replace(s.spec, weight=s.weight, router_aux_loss_coef=0.0) for s in shares]
     routers = []
-    for member in members:
+    for share in shares:
         # Made anew, because a copy would take along what others have hooked onto the adapter's router. In float32
         # whatever the model's dtype, as PEFT keeps adapters, so that a reloaded model chooses the same experts.
-        router = MoICERouter.from_spec(member.spec, rope.layer_type, num_heads, member.router.head_dim)
-        router.to(member.router.gate_proj.device, torch.float32).load_state_dict(member.router.state_dict())
+        router = MoICERouter.from_spec(share.spec, rope.layer_type, num_heads, share.router.head_dim)
+        router.to(share.router.gate_proj.device, torch.float32).load_state_dict(share.router.state_dict())
         routers.append(router.requires_grad_(False))
     BuiltInRouters(routers, specs, rope, num_heads).install(attention)
 

@@ -3,12 +3,15 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from .training import OBSERVER, RouterPass, hooked_model
+from .mixture import RouterRecord
+from .training.balance import PassRecords
+from .training.hooks import RouterHooks, hooks_of
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +47,10 @@ class MoICECallback(TrainerCallback):
         self.statistics = RouterStatistics()
         self.start: dict[str, list[list[float]]] | None = None
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        setattr(hooked_model(self.trainer.model), OBSERVER, self.statistics)
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._hooks().observer = self.statistics
         if state.global_step > 0 and self.start is None:
             path = self._start_path(args, state)
             if path.is_file():
@@ -53,16 +58,27 @@ class MoICECallback(TrainerCallback):
             else:
                 logger.warning("%s is missing, so moice/drift counts from step %d.", path, state.global_step)
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.statistics.clear()
         self.statistics.enabled = self.start is None or _is_logged(args, state, state.global_step + 1)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.start is None and self.statistics.sums:
             self.start = {name: sums.gates().tolist() for name, sums in self._reduced().items()}
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs):
-        if "loss" not in (logs or {}) or not self.statistics.sums:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if "loss" not in (logs or {}) or not self.statistics.sums or self.start is None:
             return
         reduced = self._reduced()
         self.statistics.clear()
@@ -85,19 +101,25 @@ class MoICECallback(TrainerCallback):
                 details[f"{layer}/drift"] = drift[row].item()
         # The method of the base class: trainers that extend it flush metrics of their own.
         Trainer.log(self.trainer, summary)
-        reporters = tuple(INTEGRATION_TO_CALLBACK.values())
+        reporters: tuple[type[TrainerCallback], ...] = tuple(INTEGRATION_TO_CALLBACK.values())
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, reporters):
                 callback.on_log(args, state, control, logs=details, model=self.trainer.model)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         path = self._start_path(args, state)
         if self.start is not None and state.is_world_process_zero and path.parent.is_dir():
             path.write_text(json.dumps(self.start))
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        delattr(hooked_model(self.trainer.model), OBSERVER)
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._hooks().observer = None
         self.statistics.clear()
+
+    def _hooks(self) -> RouterHooks:
+        assert self.trainer.model is not None
+        return hooks_of(self.trainer.model)
 
     def _reduced(self) -> "dict[str, LayerSums]":
         """The sums over all processes, on the CPU."""
@@ -108,7 +130,7 @@ class MoICECallback(TrainerCallback):
 
     def _start_path(self, args: TrainingArguments, state: TrainerState) -> Path:
         """Where a checkpoint keeps the mean gates of the first step."""
-        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / _START_FILE
+        return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / _START_FILE
 
 
 def _is_logged(args: TrainingArguments, state: TrainerState, step: int) -> bool:
@@ -167,7 +189,7 @@ class RouterStatistics:
         sums: the sums.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.enabled = False
         self.sums: dict[str, LayerSums] = {}
 
@@ -175,27 +197,29 @@ class RouterStatistics:
         self.sums = {}
 
     @torch.no_grad()
-    def __call__(self, passed: RouterPass) -> None:
+    def __call__(self, passed: PassRecords) -> None:
         if not self.enabled:
             return
-        mask = passed.token_mask()
-        for name, layer_logits in passed.logits.items():
-            top_k, num_experts = passed.specs[name].top_k, layer_logits[0].shape[-1]
+        for name, records in passed.records.items():
+            num_experts = records[0][1].logits.shape[-1]
             values = torch.stack(
                 [
-                    _sums_of_layer(logits, gates, top_k, mask).to(layer_logits[0].device)
-                    for logits, gates in zip(layer_logits, passed.gates[name], strict=True)
+                    _sums_of_layer(record, passed.token_mask(layer, record)).to(records[0][1].logits.device)
+                    for layer, record in records
                 ]
             )
             if name in self.sums:
                 self.sums[name].values += values
             else:
-                self.sums[name] = LayerSums(values, num_experts, [layer.layer_idx for layer in passed.layers[name]])
+                # Layers that do not know their index are counted.
+                indices = [i if layer.layer_idx is None else layer.layer_idx for i, (layer, _) in enumerate(records)]
+                self.sums[name] = LayerSums(values, num_experts, indices)
 
 
-def _sums_of_layer(logits: torch.Tensor, gates: torch.Tensor, top_k: int, mask: torch.Tensor | None) -> torch.Tensor:
-    """One row of [`LayerSums`] for logits and gates `[B, H, S, N]`."""
-    log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+def _sums_of_layer(record: RouterRecord, mask: torch.Tensor | None) -> torch.Tensor:
+    """One row of [`LayerSums`] over the tokens of `mask` `[B, S]`."""
+    top_k, gates = record.share.spec.top_k, record.gates
+    log_probs = torch.log_softmax(record.logits, dim=-1, dtype=torch.float32)
     probs = log_probs.exp()
     picks = torch.zeros_like(probs).scatter_(-1, torch.topk(probs, top_k, dim=-1).indices, 1.0)
     entropy = -(probs * log_probs).sum(dim=-1, keepdim=True)

@@ -1,6 +1,7 @@
 """Whether stored routers fit the model and the config they are loaded into."""
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from .layer import MoICELayer
@@ -43,6 +44,22 @@ def check_stored_routers(model: nn.Module, adapter_name: str, state_dict: dict[s
         # Partitioned parameters (ZeRO-3) are empty outside of a gathering context.
         if parameter.numel() and parameter.shape != state_dict[key].shape:
             raise ValueError(_shape_message(key, tuple(state_dict[key].shape), tuple(parameter.shape)))
+
+
+def discard_if_never_loaded(model: nn.Module, adapter_name: str) -> None:
+    """Remove an adapter that loading has put in place, and whose stored weights were refused, from a `PeftModel`.
+
+    An adapter that may have been trained is left alone: one that has been loaded before, or whose routers are not
+    frozen.
+    """
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    frozen = not any(parameter.requires_grad for parameter in _router_parameters(model, adapter_name).values())
+    if not isinstance(model, PeftModel) or not getattr(config, "awaits_weights", False) or not frozen:
+        return
+    if len(model.peft_config) == 1:
+        model.base_model.unload()
+    else:
+        model.delete_adapter(adapter_name)
 
 
 def _router_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:

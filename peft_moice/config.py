@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
@@ -68,7 +69,8 @@ class MoICEConfig(PeftConfig):
             every head its own, as in the paper's text.
         hidden_act: activation of the routers, a name in transformers' `ACT2FN`. Default: the model's own.
         router_aux_loss_coef: weight of the balance loss that training adds to `outputs.loss`. With K = N that loss is
-            constant. Default: 0.3, as in the official release.
+            a constant, which is reported in `outputs.aux_loss` but not added. Default: 0.3, as in the official
+            release.
         init_weights: True (default) draws router weights from normal(0, 0.02) as the official code does, which starts
             near the equal mixture of all angles. "identity" adds a scale per head, zero at first, on the distance from
             the model's own angle: a fresh adapter then computes what the base model computes. False draws weights
@@ -76,9 +78,10 @@ class MoICEConfig(PeftConfig):
         target_modules: attention modules to adapt, as names, suffixes or one regular expression. Default: every
             attention module of the decoder that has a rotary embedding.
         exclude_modules: modules to leave out, likewise.
-        layers_to_transform: indices of the layers to adapt. Default: all.
+        layers_to_transform: indices of the layers to adapt, whatever the targets. Default: all.
         layers_pattern: name of the list of layers, if it is not a common one. Used with `layers_to_transform`.
-        modules_to_save: further modules to train and save with the adapter.
+        modules_to_save: further modules to train and save with the adapter, by the ends of their names. Those that
+            reach into adapted attention modules, as "norm" reaches `q_norm`, are resolved to names in full.
         trainable_token_indices: token indices whose embeddings are trained, see PEFT's `LoraConfig`.
         implementation: "auto" (default), or the name of the attention implementation to force, see
             [`attention.mixed_attention`]. "triton" (kernels for CUDA) is never chosen by "auto".
@@ -109,6 +112,9 @@ class MoICEConfig(PeftConfig):
     implementation: str = field(default="auto")
     members: list[dict] | None = field(default=None)
 
+    awaits_weights: ClassVar[bool] = False
+    """Set on a config that was read from a file, until the weights beside it have been loaded."""
+
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType[PEFT_TYPE_NAME]
@@ -118,6 +124,13 @@ class MoICEConfig(PeftConfig):
         self._check_targets()
         self._check_angles()
         self._check_router()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "MoICEConfig":
+        """Read a config that was saved, see PEFT's `PeftConfig`."""
+        config = super().from_pretrained(*args, **kwargs)
+        config.awaits_weights = True
+        return config
 
     @property
     def num_experts(self) -> int:

@@ -9,7 +9,7 @@ from torch import nn
 from .attention import intercept, own_config, restore
 from .built_in import build_in, take_out
 from .config import MoICEConfig, RouterSpec
-from .mixture import LayerMixture, Member, MixesAngles
+from .mixture import LayerMixture, MixesAngles, RouterShare
 from .rope import LayerRope
 from .router import MoICERouter
 
@@ -83,7 +83,7 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
             self.rope.release(self._rope_bases_of(adapter_name))
 
     def _rope_bases_of(self, adapter_name: str) -> tuple[float, ...]:
-        return LayerMixture(self._members_of([adapter_name]), self.rope).rope_bases()
+        return LayerMixture(self._shares_of([adapter_name]), self.rope).rope_bases()
 
     def reset_moice_parameters(self, adapter_name: str, init_weights: bool | str = True) -> None:
         """Draw the routers' weights anew, see [`MoICERouter.reset_parameters`]."""
@@ -96,10 +96,10 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
         router = self.moice_router[adapter_name]
         return list(router) if isinstance(router, nn.ModuleList) else [router]
 
-    def members(self) -> list[Member]:
+    def shares(self) -> list[RouterShare]:
         if self.disable_adapters or self.merged:
             return []
-        return self._members_of(self.active_adapters)
+        return self._shares_of(self.active_adapters)
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         if self.disable_adapters and self.merged:
@@ -111,39 +111,39 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
                     "Length of `adapter_names` should be the same as the number of inputs, but got "
                     f"{len(adapter_names)} and {hidden_states.shape[0]}. Give one name per row of the batch."
                 )
-            mixture = self._mixture_of_rows(adapter_names)
+            shares, own_weight = self._shares_of_rows(adapter_names)
         else:
-            mixture = LayerMixture(self.members(), self.rope)
+            shares, own_weight = self.shares(), 0.0
         if self.merged:
             # Routers built into the attention module look at the pass themselves.
             return self.base_layer(*args, **kwargs)
-        return mixture.run(self.base_layer, getattr(self.base_layer, "layer_idx", None), args, kwargs, self)
+        mixture = LayerMixture(shares, self.rope, own_weight)
+        return self.mix(mixture, self.base_layer, getattr(self.base_layer, "layer_idx", None), args, kwargs)
 
-    def _members_of(self, adapter_names: list[str]) -> list[Member]:
+    def _shares_of(self, adapter_names: list[str]) -> list[RouterShare]:
         """The routers of those adapters that this layer has, in equal shares per adapter."""
         names = [name for name in adapter_names if name in self.moice_router]
-        members = []
+        shares = []
         for name in names:
             specs = self.router_specs[name]
             for index, (router, spec) in enumerate(zip(self.routers(name), specs, strict=True)):
-                member_name = name if len(specs) == 1 else f"{name}.{index}"
-                members.append(Member(member_name, router, spec, spec.weight / len(names)))
-        return members
+                share_name = name if len(specs) == 1 else f"{name}.{index}"
+                shares.append(RouterShare(share_name, router, spec, spec.weight / len(names)))
+        return shares
 
-    def _mixture_of_rows(self, adapter_names: list[str]) -> LayerMixture:
-        """Each row of the batch under the adapter that it names, or under the model's own angle."""
+    def _shares_of_rows(self, adapter_names: list[str]) -> tuple[list[RouterShare], torch.Tensor]:
+        """Shares `[B]` that give each row of the batch the adapter that it names, and those of the own angle."""
         if self.merged:
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        members = []
+        shares = []
         for name in dict.fromkeys(adapter_names):
             rows = torch.tensor([float(row == name) for row in adapter_names])
-            for member in self._members_of([name]):
-                member.weight = member.weight * rows
-                members.append(member)
-        own = torch.tensor([float(row not in self.moice_router) for row in adapter_names])
-        return LayerMixture(members, self.rope, own_weight=own)
+            for share in self._shares_of([name]):
+                share.weight = share.weight * rows
+                shares.append(share)
+        return shares, torch.tensor([float(row not in self.moice_router) for row in adapter_names])
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Build the routers of `adapter_names` (default: the active ones) into the attention module.
@@ -167,7 +167,7 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
         if self.merged:
             take_out(self.base_layer)
         self.merged_adapters.extend(names)
-        build_in(self.base_layer, self.rope, self.num_heads, self._members_of(self.merged_adapters))
+        build_in(self.base_layer, self.rope, self.num_heads, self._shares_of(self.merged_adapters))
 
     def unmerge(self) -> None:
         """Take merged routers out of the attention module, which is then what it was before."""

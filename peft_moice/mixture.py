@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
-from .attention import MixtureCall
+from .attention import MixtureCall, bypassed
 from .config import RouterSpec
 from .rope import LayerRope, RotationTable
 from .rope.longrope import rope_of_pass
@@ -17,11 +17,11 @@ from .router import MoICERouter
 
 
 @dataclass
-class Member:
+class RouterShare:
     """One router's part in a layer's mixture.
 
     Attributes:
-        name: under which its logits are collected.
+        name: under which its records are collected.
         router: the router.
         spec: its angles and `top_k`.
         weight: its share of the mixture, a number or one per row of the batch `[B]`. The shares of a row sum to one,
@@ -35,167 +35,186 @@ class Member:
 
 
 @dataclass
-class LayerMixture:
-    """The weighted mean of its members' mixtures, with equal angles computed once.
+class RouterRecord:
+    """What one router decided in one forward pass of one layer.
 
     Attributes:
-        members: the routers that take part.
+        share: the router and its part in the layer.
+        logits: `[B, H, S, N]`, in the graph of the pass.
+        gates: `[B, H, S, N]` in float32, without gradient.
+    """
+
+    share: RouterShare
+    logits: torch.Tensor
+    gates: torch.Tensor
+
+
+class Recorder(Protocol):
+    """Receives what layers decide."""
+
+    def take(self, layer: "MixesAngles", records: list[RouterRecord]) -> None: ...
+
+
+class Gating(NamedTuple):
+    """A layer's decision about its queries.
+
+    Attributes:
+        gates: `[B, H, S, N]` in float32 over the layer's distinct angles.
+        picked: `[B, H, S, N]`, true where the gate has a gradient; None for where it is not zero.
+        records: one per router.
+    """
+
+    gates: torch.Tensor
+    picked: torch.Tensor | None
+    records: list[RouterRecord]
+
+
+@dataclass
+class LayerMixture:
+    """The weighted mean of its routers' mixtures, with equal angles computed once.
+
+    Attributes:
+        shares: the routers that take part.
         rope: the layer's rotary embedding.
         own_weight: share of the model's own angle, a number or one per row of the batch `[B]`. Default: 0.
     """
 
-    members: list[Member]
+    shares: list[RouterShare]
     rope: LayerRope
     own_weight: float | torch.Tensor = 0.0
 
     def rope_bases(self) -> tuple[float, ...]:
-        """The distinct base angles `[N]`: in the order of a single member, else the smallest first.
+        """The distinct base angles `[N]`: in the order of a single router, else the smallest first.
 
         So combinations of the same adapters in another order have the same tables of rotations.
         """
-        of_members = [tuple(member.spec.bases_of(self.rope.layer_type)) for member in self.members]
+        of_shares = [tuple(share.spec.bases_of(self.rope.layer_type)) for share in self.shares]
         has_own = isinstance(self.own_weight, torch.Tensor) or bool(self.own_weight)
-        if len(of_members) == 1 and not has_own:
-            return tuple(dict.fromkeys(of_members[0]))
+        if len(of_shares) == 1 and not has_own:
+            return tuple(dict.fromkeys(of_shares[0]))
         return tuple(
-            sorted({*((self.rope.rope_theta,) if has_own else ()), *(b for bases in of_members for b in bases)})
+            sorted({*((self.rope.rope_theta,) if has_own else ()), *(b for bases in of_shares for b in bases)})
         )
 
-    def gates(
-        self, query: torch.Tensor, rope_bases: tuple[float, ...], layer: "MixesAngles | None" = None
-    ) -> torch.Tensor:
-        """Gates `[B, H, S, N]` in float32 over `rope_bases` for queries `[B, H, S, D]`.
-
-        `layer` is told the logits and gates of every member.
-        """
-        mixed = None
-        for member in self.members:
-            logits = member.router(query)
-            if layer is not None:
-                logits = layer.track_logits(member.name, logits)
-            gates = member.router.gates(logits, member.spec.top_k)
-            if layer is not None and layer.router_gates is not None:
-                layer.router_gates[member.name] = gates.detach()
-            columns = [rope_bases.index(base) for base in member.spec.bases_of(self.rope.layer_type)]
-            if columns != list(range(len(rope_bases))):
-                index = torch.tensor(columns, device=gates.device)
-                gates = gates.new_zeros(*gates.shape[:-1], len(rope_bases)).index_add(-1, index, gates)
-            gates = _weighted(gates, member.weight)
+    def gate(self, query: torch.Tensor, rope_bases: tuple[float, ...]) -> Gating:
+        """The gates over `rope_bases` for queries `[B, H, S, D]`."""
+        mixed: torch.Tensor | None = None
+        picked: torch.Tensor | None = None
+        records = []
+        for share in self.shares:
+            columns = [rope_bases.index(base) for base in share.spec.bases_of(self.rope.layer_type)]
+            logits = share.router(query)
+            gates, learns = share.router.gate(logits, share.spec.top_k)
+            records.append(RouterRecord(share, logits, gates.detach()))
+            if learns is not None:
+                learns = _in_columns(learns.float(), columns, len(rope_bases)) > 0
+                picked = learns if picked is None else picked | learns
+            gates = _weighted(_in_columns(gates, columns, len(rope_bases)), share.weight)
             mixed = gates if mixed is None else mixed + gates
         if isinstance(self.own_weight, torch.Tensor) or self.own_weight:
             own = query.new_zeros(*query.shape[:-1], len(rope_bases), dtype=torch.float32)
             own[..., rope_bases.index(self.rope.rope_theta)] = 1.0
             own = _weighted(own, self.own_weight)
             mixed = own if mixed is None else mixed + own
-        return mixed
+        assert mixed is not None  # there is a router, or a share of the model's own angle
+        return Gating(mixed, None if picked is None else picked | (mixed != 0), records)
 
     def implementation(self) -> str:
-        """The implementation that the members force, or "auto"."""
-        forced = {member.spec.implementation for member in self.members} - {"auto"}
+        """The implementation that the routers' configs force, or "auto"."""
+        forced = {share.spec.implementation for share in self.shares} - {"auto"}
         if len(forced) > 1:
             raise ValueError(
-                f"The routers {[member.name for member in self.members]} force different implementations "
+                f"The routers {[share.name for share in self.shares]} force different implementations "
                 f"{sorted(forced)}. Set `implementation` to the same value, or to 'auto', in their configs."
             )
         return forced.pop() if forced else "auto"
 
-    def run(
-        self,
-        attention: Callable,
-        layer_idx: int | None,
-        args: tuple,
-        kwargs: dict[str, Any],
-        layer: "MixesAngles | None" = None,
-    ) -> Any:
-        """Call an attention module so that its attention function computes this mixture.
+    def call_of_pass(self, layer_idx: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> MixtureCall | None:
+        """What makes an attention module compute this mixture, or None without routers: its own attention is meant.
 
-        Without members it computes what it always does; the pass is noted on its cache all the same.
+        The pass is noted on its cache in either case. Has to be called before the module runs.
 
         Args:
-            attention: the module; its attention function has to be intercepted.
-            layer_idx: the layer's index in the cache.
-            args: positional arguments of the call.
-            kwargs: keyword arguments of the call.
-            layer: is told the router logits and gates of this pass.
-
-        Raises:
-            RuntimeError: the module computed attention without the mixture.
+            layer_idx: the layer's index in the cache; None where it has no place in one.
+            args: positional arguments of the attention module.
+            kwargs: its keyword arguments.
         """
-        call = self.call_of_pass(layer_idx, args, kwargs, layer)
-        if call is None:
-            return attention(*args, **kwargs)
-        output = attention(*args, **call.as_keyword(), **kwargs)
-        call.check_was_asked(layer_idx)
-        return output
-
-    def call_of_pass(
-        self, layer_idx: int | None, args: tuple, kwargs: dict[str, Any], layer: "MixesAngles | None" = None
-    ) -> MixtureCall | None:
-        """What makes an attention module compute this mixture, or None without members; arguments as for [`run`]."""
-        mixes = bool(self.members)
+        mixes = len(self.shares) > 0  # torch 2.11 cannot trace the truth of a list
         positions = positions_of_pass(layer_idx, args, kwargs, mixes)
         rope = rope_of_pass(self.rope, positions, mixes)
         if not mixes:
             return None
         rope_bases = self.rope_bases()
         rotations: RotationTable = rope.table(rope_bases)
+        records: list[RouterRecord] = []
 
         def gate(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-            gates = self.gates(query, rope_bases, layer)
-            # An identity scale of zero closes gates that have a gradient all the same.
-            closed_gates_learn = any(member.router.identity_scale is not None for member in self.members)
-            picked = torch.ones_like(gates, dtype=torch.bool) if closed_gates_learn and gates.requires_grad else None
-            return gates, picked
+            gating = self.gate(query, rope_bases)
+            records.extend(gating.records)
+            return gating.gates, gating.picked
 
-        return MixtureCall(gate, rotations, positions, self.implementation())
+        # An identity scale adds the model's own angle to what its router picks.
+        top_k = sum(share.spec.top_k + share.spec.identity for share in self.shares)
+        top_k += isinstance(self.own_weight, torch.Tensor)
+        return MixtureCall(gate, rotations, positions, records, min(top_k, len(rope_bases)), self.implementation())
 
 
 class MixesAngles(nn.Module):
     """Base of modules that apply a [`LayerMixture`].
 
     Attributes:
-        router_logits: None, or a dict in which forward passes leave the logits `[B, H, S, N]` of their routers.
-        router_gates: likewise for their gates, without gradient.
-        late_gradients: gradients of the balance loss that wait for reentrant checkpointing to run the layer again,
-            by router, oldest first; None where none are due.
+        layer_idx: the layer's index in the model and in caches.
+        recorder: receives the records of forward passes; None (default) where nobody asks for them.
         was_called: whether a pass has called the module; noted until [`watch_first_pass`] has seen all of them.
     """
 
-    router_logits: dict[str, torch.Tensor] | None = None
-    router_gates: dict[str, torch.Tensor] | None = None
-    late_gradients: dict[str, list[torch.Tensor]] | None = None
+    layer_idx: int | None
+    recorder: Recorder | None = None
     was_called: bool = False
 
-    def members(self) -> list[Member]:
+    def shares(self) -> list[RouterShare]:
         """The routers that take part in a forward pass."""
         raise NotImplementedError
 
-    def track_logits(self, name: str, logits: torch.Tensor) -> torch.Tensor:
-        """Note the logits of a router, and return what the pass should go on with."""
-        if self.router_logits is not None:
-            self.router_logits[name] = logits
-        elif self.late_gradients is not None and logits.requires_grad and self.late_gradients.get(name):
-            logits = _AddGradient.apply(logits, self.late_gradients[name].pop(0))
-        return logits
+    def mix(
+        self,
+        mixture: LayerMixture,
+        attention: Callable[..., Any],
+        layer_idx: int | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Call `attention` so that it computes `mixture`, see [`LayerMixture.call_of_pass`].
+
+        Raises:
+            RuntimeError: it computed attention without the mixture.
+        """
+        call = mixture.call_of_pass(layer_idx, args, kwargs)
+        if call is None:
+            return attention(*args, **kwargs)
+        output = attention(*args, **call.as_keyword(), **kwargs)
+        self.finish(call, layer_idx)
+        return output
+
+    def finish(self, call: MixtureCall, layer_idx: int | None) -> None:
+        """Make sure that `call` was computed, and hand its records over."""
+        if not call.records:
+            raise bypassed(f"The attention module of layer {layer_idx} did not ask for its mixture")
+        if self.recorder is not None:
+            self.recorder.take(self, call.records)
 
 
-class _AddGradient(torch.autograd.Function):
-    """The identity, with `gradient` added to the gradient on the way back."""
-
-    @staticmethod
-    def forward(ctx, values: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(gradient)
-        return values.view_as(values)
-
-    @staticmethod
-    def backward(ctx, grad_output: torch.Tensor):
-        (gradient,) = ctx.saved_tensors
-        return grad_output + gradient.to(grad_output.dtype), None
+def _in_columns(values: torch.Tensor, columns: list[int], size: int) -> torch.Tensor:
+    """Values `[..., M]` in the given columns of `[..., size]`, zero elsewhere."""
+    if columns == list(range(size)):
+        return values
+    index = torch.tensor(columns, device=values.device)
+    return values.new_zeros(*values.shape[:-1], size).index_add(-1, index, values)
 
 
 def mixes_angles(model: nn.Module) -> bool:
     """Whether some layer of `model` mixes angles in its next pass."""
-    return any(isinstance(module, MixesAngles) and module.members() for module in model.modules())
+    return any(isinstance(module, MixesAngles) and module.shares() for module in model.modules())
 
 
 def watch_positions(model: nn.Module) -> None:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from .attention import IMPLEMENTATIONS
 from .built_in import BuiltInRouters
-from .checkpoint import check_stored_routers
+from .checkpoint import check_stored_routers, discard_if_never_loaded
 from .combining import combine_routers, combined_config
 from .config import MoICEConfig
 from .layer import BASE_MODEL_NAME, MoICELayer
@@ -68,11 +68,6 @@ class MoICEModel(BaseTuner):
                 "The model has MoICE adapters already. Add another with `model.add_adapter(name, config)`."
             )
         model = base_of(model)
-        if hasattr(getattr(model, "config", None), "moice"):
-            raise ValueError(
-                f"{type(model).__name__} has routers built in already. Put an adapter on the base model that it was "
-                "merged from."
-            )
         configs = peft_config.values() if isinstance(peft_config, dict) else [peft_config]
         with restored_on_error(model, *configs):
             if hasattr(model, "peft_config") and not getattr(model, "_hf_peft_config_loaded", False):
@@ -85,6 +80,11 @@ class MoICEModel(BaseTuner):
     @all_or_nothing
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add the routers of `adapter_name` to the targeted modules. Called by PEFT, see its `BaseTuner`."""
+        if hasattr(getattr(model, "config", None), "moice"):
+            raise ValueError(
+                f"{type(model).__name__} has routers built in already. Put an adapter on the base model that it was "
+                "merged from."
+            )
         self._kept_out: list[tuple[nn.Module, str, nn.Module]] = []
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for parent, child_name, layer in self._kept_out:
@@ -123,7 +123,8 @@ class MoICEModel(BaseTuner):
             peft_config.router_dim = peft_config.num_experts
         if peft_config.top_k == peft_config.num_experts > 1 and peft_config.router_aux_loss_coef > 0:
             logger.info(
-                "top_k equals the number of angles (%d), so the balance loss is a constant without gradient.",
+                "top_k equals the number of angles (%d), so the balance loss is a constant without gradient: it is "
+                "reported, but not added to the loss.",
                 peft_config.num_experts,
             )
         return peft_config
@@ -414,6 +415,9 @@ class MoICEModel(BaseTuner):
         remove_hooks(self.model)
         detach_rotary_hooks(self.model)
         unwatch_first_pass(self.model)
+        if merge:
+            # No layers of a tuner are left; what else PEFT does is to untie embeddings that have become different.
+            return super()._unload_and_optionally_merge(merge=True)
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model
@@ -471,7 +475,12 @@ class MoICEModel(BaseTuner):
         cls, model: nn.Module, config: MoICEConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        check_stored_routers(model, adapter_name, state_dict)
+        try:
+            check_stored_routers(model, adapter_name, state_dict)
+        except ValueError:
+            discard_if_never_loaded(model, adapter_name)
+            raise
+        config.awaits_weights = False
         return state_dict
 
 

@@ -66,6 +66,11 @@ class MoICERouter(nn.Module):
         return self.down_proj.shape[-2]
 
     @property
+    def is_trainable(self) -> bool:
+        # Not `parameters()`: during a forward pass, FSDP1 has plain tensors in their place.
+        return self.gate_proj.requires_grad or self.up_proj.requires_grad or self.down_proj.requires_grad
+
+    @property
     def head_dim(self) -> int:
         return self.gate_proj.shape[-1]
 
@@ -89,26 +94,31 @@ class MoICERouter(nn.Module):
         """Expert logits `[B, H, S, N]` of `query` `[B, H, S, D]`."""
         query = query.to(self.gate_proj.dtype)
         hidden = self.act_fn(query @ self.gate_proj.mT) * (query @ self.up_proj.mT)
-        return hidden @ self.down_proj.mT
+        logits: torch.Tensor = hidden @ self.down_proj.mT
+        return logits
 
-    def gates(self, logits: torch.Tensor, top_k: int) -> torch.Tensor:
+    def gate(self, logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Gates `[B, H, S, N]` in float32 from `logits` `[B, H, S, N]`, with the identity scale applied.
+
+        Second, `[B, H, S, N]`, true where a gate has a gradient: an identity scale of zero closes gates by which it
+        learns all the same. None where no scale learns, and gates have a gradient where they are not zero.
 
         Raises:
             ValueError: the identity scale is offloaded.
         """
         gates = select_experts(logits, top_k)
         if self.identity_scale is None:
-            return gates
+            return gates, None
         if self.identity_scale.is_meta and not gates.is_meta:
             raise ValueError(
                 "The weights of a router are offloaded, and accelerate brings them back for its `forward` alone, "
                 "without the identity scale. Offload the base model first, and add or load the adapter afterwards."
             )
         scale = self.identity_scale.float()[:, None, None]
-        own_angle = gates.new_zeros(gates.shape[-1])
-        own_angle[0] = 1.0
-        return own_angle + scale * (gates - own_angle)
+        own = gates.new_zeros(gates.shape[-1])
+        own[0] = 1.0
+        learns = (gates != 0) | (own != 0) if scale.requires_grad else None
+        return own + scale * (gates - own), learns
 
     def extra_repr(self) -> str:
         scope = "layer" if self.gate_proj.dim() == 2 else "head"
@@ -147,36 +157,36 @@ def balance_loss(
     Returns:
         A float32 scalar.
     """
-    return balance_losses(router_logits, top_k, token_mask, lambda values: values.sum(dim=(0, 1))[None])[0]
+    masks = [token_mask] * len(router_logits)
+    return balance_losses(router_logits, top_k, masks, lambda values: values.sum(dim=(0, 1))[None])[0]
 
 
 def balance_losses(
     router_logits: list[torch.Tensor],
     top_k: int,
-    token_mask: torch.Tensor | None,
+    token_masks: list[torch.Tensor | None],
     sum_tokens: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """The [`balance_loss`] of each of M groups of tokens on its own, `[M]` in float32; 0 for a group without tokens.
 
     Args:
-        router_logits: as for [`balance_loss`].
-        top_k: likewise.
-        token_mask: likewise.
+        router_logits: one tensor `[B, H, S, N]` per layer; S may differ from layer to layer.
+        top_k: as for [`balance_loss`].
+        token_masks: one mask `[B, S]` per layer, or None where all tokens count.
         sum_tokens: maps values `[B, S, ...]` of tokens to their sums `[M, ...]` over the tokens of each group.
     """
     device, num_experts = router_logits[0].device, router_logits[0].shape[-1]
-    batch, _, length, _ = router_logits[0].shape
-    counts = torch.ones(batch, length, device=device)
-    if token_mask is not None:
-        counts = counts * token_mask.to(device)
-    chosen, probs, num_heads = 0.0, 0.0, 0
-    for logits in router_logits:
+    chosen, probs, rows = (torch.zeros((), device=device) for _ in range(3))
+    for logits, mask in zip(router_logits, token_masks, strict=True):
+        batch, heads, length, _ = logits.shape
+        counts = torch.ones(batch, length, device=logits.device)
+        if mask is not None:
+            counts = counts * mask.to(logits.device)
         layer_probs = torch.softmax(logits, dim=-1, dtype=torch.float32)
         picks = torch.topk(layer_probs, top_k, dim=-1).indices
-        chosen = chosen + torch.zeros_like(layer_probs).scatter_(-1, picks, 1.0).sum(dim=1).to(device)  # [B, S, N]
-        probs = probs + layer_probs.sum(dim=1).to(device)
-        num_heads += logits.shape[1]
-    rows = (num_heads * sum_tokens(counts)).clamp(min=1.0)[:, None]
-    shares = sum_tokens(chosen * counts[..., None]) / rows  # [M, N]
-    means = sum_tokens(probs * counts[..., None]) / rows
-    return num_experts * torch.sum(shares * means, dim=-1)
+        layer_chosen = torch.zeros_like(layer_probs).scatter_(-1, picks, 1.0)
+        chosen = chosen + sum_tokens(layer_chosen.sum(dim=1) * counts[..., None]).to(device)  # [M, N]
+        probs = probs + sum_tokens(layer_probs.sum(dim=1) * counts[..., None]).to(device)
+        rows = rows + heads * sum_tokens(counts).to(device)  # [M]
+    rows = rows.clamp(min=1.0)[:, None]
+    return num_experts * torch.sum((chosen / rows) * (probs / rows), dim=-1)

@@ -72,20 +72,18 @@ def check(model: nn.Module, **inputs: Any) -> None:
 
 
 def _adapted(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that the model calls for attention: wrappers, and those with routers built in."""
+    """The modules that the model calls for attention: wrappers, and those with routers built in and no wrapper."""
     return {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, MixesAngles) or hasattr(module, ROUTERS_NAME)
-        if not isinstance(module, BuiltInRouters)
+        if not isinstance(module, BuiltInRouters) and not name.endswith(".base_layer")
     }
 
 
 def _mixing(model: nn.Module) -> dict[str, nn.Module]:
     """Those of the adapted modules that have routers at work."""
-    return {
-        name: module for name, module in _adapted(model).items() if getattr(module, ROUTERS_NAME, module).members()
-    }
+    return {name: module for name, module in _adapted(model).items() if getattr(module, ROUTERS_NAME, module).shares()}
 
 
 def _kind(module: nn.Module) -> type[nn.Module]:
@@ -106,7 +104,8 @@ def _note_call(module: nn.Module, args: tuple) -> None:
 def _check_pass(model: nn.Module, args: tuple, output: object) -> None:
     if torch.compiler.is_compiling():
         return
-    modules = _mixing(model)
+    # Routers that were built in after the hooks were set are called by the modules that are watched.
+    modules = {name: module for name, module in _mixing(model).items() if "was_called" in vars(module)}
     kinds = {_kind(module) for module in modules.values() if module.was_called}
     missed = [name for name, module in modules.items() if _kind(module) not in kinds]
     if missed:

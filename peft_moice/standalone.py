@@ -6,6 +6,7 @@ A standalone model is an instance of a subclass of its own class, made on demand
 the base model.
 """
 
+import copy
 import dataclasses
 import functools
 from typing import Any, ClassVar
@@ -17,6 +18,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from .attention import exchange_config, own_config
 from .built_in import ROUTERS_NAME, BuiltInRouters
 from .config import RouterSpec
 from .mixture import watch_positions
@@ -24,7 +26,7 @@ from .probing import LayerProbe
 from .rope import LayerRope, RotaryLayout
 from .router import MoICERouter
 from .self_check import watch_first_pass
-from .training import register_hooks
+from .training import register_hooks, remove_hooks
 
 MODEL_TYPE = "moice"
 
@@ -32,17 +34,27 @@ MODEL_TYPE = "moice"
 def make_standalone(model: PreTrainedModel) -> PreTrainedModel:
     """Turn a transformers model whose attention modules have routers built in into a standalone model, in place.
 
-    Its class and the class of its config change; the objects stay the same.
+    Its class changes. Its config is exchanged for a copy, because other models may have been made from it.
     """
-    config_class = standalone_config_class(type(model.config))
-    base_model_type = model.config.model_type
-    description = describe_routers(model)
-    model.config.__class__ = config_class
-    model.config.base_model_type = base_model_type
-    model.config.moice = description
-    model.__class__ = standalone_model_class(type(model))
+    # Both may be standalone already, where something was merged into a model a second time.
+    original, original_config = (getattr(type(item), "original_class", type(item)) for item in (model, model.config))
+    config = copy.copy(model.config)
+    config.__class__ = standalone_config_class(original_config)
+    config.base_model_type = original_config.model_type
+    config.moice = describe_routers(model)
+    _exchange_config(model, model.config, config)
+    model.__class__ = standalone_model_class(original)
     model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), ROUTERS_NAME}
     return model
+
+
+def _exchange_config(model: PreTrainedModel, old: PreTrainedConfig, new: PreTrainedConfig) -> None:
+    for module in model.modules():
+        if isinstance(module, BuiltInRouters):
+            if module.rope.config is old:
+                module.rope.config = new
+        elif hasattr(module, "config") and own_config(module) is old:
+            exchange_config(module, new)
 
 
 def describe_routers(model: nn.Module) -> dict[str, Any]:
@@ -80,9 +92,10 @@ def install_described(model: PreTrainedModel, description: dict[str, Any]) -> No
         if hasattr(attention, ROUTERS_NAME):
             # A model that builds its decoder through an auto class, which gave it a standalone one.
             continue
-        rotary = LayerProbe(model).find_rotary(_name_of(model, attention), layer.get("rope_theta")).module
+        own = LayerProbe(model).find_rotary(_name_of(model, attention), layer.get("rope_theta"))
+        rotary = own.module
         layer_type, layout, turn = layer["layer_type"], RotaryLayout(**layer["layout"]), layer["direction"]
-        rope = LayerRope(type(rotary), rotary.config, layer_type, layout, turn, layer.get("original_length"))
+        rope = LayerRope(type(rotary), rotary.config, layer_type, layout, turn, layer.get("original_length"), own=own)
         rope = ropes.setdefault((id(rotary), layer_type, layout), rope)
         specs = [RouterSpec(**description["routers"][index], weight=weight) for index, weight in layer["routers"]]
         routers = [MoICERouter.from_spec(spec, layer_type, layer["num_heads"], layer["head_dim"]) for spec in specs]
@@ -94,16 +107,16 @@ def install_described(model: PreTrainedModel, description: dict[str, Any]) -> No
 def _submodule(model: PreTrainedModel, name: str) -> nn.Module:
     """The module called `name` in the model that was saved, which may have had a head that `model` lacks, or lack
     one that `model` has."""
-    prefix = f"{model.base_model_prefix}."
-    for candidate in (name, name.removeprefix(prefix), prefix + name):
-        try:
-            return model.get_submodule(candidate)
-        except AttributeError:
-            continue
-    raise ValueError(
-        f"The config names the attention module {name!r}, which {type(model).__name__} does not have. Load the "
-        "checkpoint with the auto class that it was saved from."
-    )
+    modules = dict(model.named_modules())
+    found = [other for other in modules if f".{name}".endswith(f".{other}") or other.endswith(f".{name}")]
+    if name in modules:
+        found = [name]
+    if len(found) != 1:
+        raise ValueError(
+            f"The config names the attention module {name!r}, but {type(model).__name__} has {found or 'none'} in its "
+            "place. Load the checkpoint with the auto class that it was saved from."
+        )
+    return modules[found[0]]
 
 
 def _name_of(model: nn.Module, module: nn.Module) -> str:
@@ -141,6 +154,7 @@ def standalone_model_class(original: type[PreTrainedModel]) -> type[PreTrainedMo
 @functools.cache
 def _model_class(original: type[PreTrainedModel], standalone_config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
     class StandaloneModel(original):
+        original_class = original
         config_class = standalone_config
         _keep_in_fp32_modules_strict: ClassVar[set[str]] = {
             *(original._keep_in_fp32_modules_strict or ()),
@@ -150,6 +164,9 @@ def _model_class(original: type[PreTrainedModel], standalone_config: type[PreTra
         def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
             super().__init__(config, *args, **kwargs)
             install_described(self, config.moice)
+            # Auto classes may have built a decoder that is a standalone model, too.
+            for module in self.modules():
+                remove_hooks(module)
             register_hooks(self)
             watch_positions(self)
             watch_first_pass(self)

@@ -2,6 +2,7 @@
 
 import pytest
 from hypothesis import settings
+from tiny_models import FAMILIES, adapted_model, save_tiny_model
 
 # Property tests draw the same examples in every run, so that a failure can be had again.
 settings.register_profile("seeded", derandomize=True)
@@ -14,6 +15,30 @@ def pytest_addoption(parser):
         action="store_true",
         help="check every feature on every family that transformers knows, for docs/make_support_matrix.py",
     )
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory) -> dict[str, str]:
+    """Folders of one tiny model per family, which tests only read."""
+    return {family: save_tiny_model(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def llama(bases) -> str:
+    return bases["llama"]
+
+
+@pytest.fixture
+def adapted(llama):
+    """A tiny llama with one adapter that decides firmly."""
+    return adapted_model(llama)
+
+
+@pytest.fixture
+def adapter(adapted, tmp_path) -> str:
+    """The folder of that adapter."""
+    adapted.save_pretrained(tmp_path / "adapter")
+    return str(tmp_path / "adapter")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import DistributedType, PartialState
-from test_trainer import SGD, adapted, arguments_of, padded, rows
+from test_trainer import SGD, BalancedTrainer, adapted, arguments_of, cross_entropy, padded, rows
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 from transformers import Trainer, TrainingArguments
 
@@ -58,6 +58,13 @@ def main(model_folder: str, output: str, *assignments: str) -> None:
         for kind in ("loss", "moice/balance_loss"):
             result[kind] = [entry for entry in trainer.state.log_history if kind in entry]
         Path(output, "result.json").write_text(json.dumps(result))
+    if not os.environ.get("ACCELERATE_USE_FSDP"):
+        # The same steps with the loss computed outside the model.
+        outside = BalancedTrainer(
+            adapted(model_folder), training_arguments, padded, train_dataset=rows(), compute_loss_func=cross_entropy
+        )
+        outside.train()
+        save(outside, f"{output}/outside")
     # A process that leaves while another still talks to it is aborted.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()

@@ -4,16 +4,12 @@ import copy
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
-from tiny_models import decide, layers_of, load, logits_of, router_state, save_tiny_model, token_ids, wide_config
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from tiny_models import decide, layers_of, load, logits_of, router_state, token_ids, wide_config
 
 from peft_moice import MoICEConfig, MoICELayer, load_official_checkpoint
 from peft_moice.rollback import restored_on_error
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> str:
-    return save_tiny_model(tmp_path_factory.mktemp("llama"))
 
 
 def state_of(model: torch.nn.Module) -> dict:
@@ -135,3 +131,47 @@ def test_hooks_registered_before_still_have_handles_that_work(llama):
     assert torch.equal(logits_of(base), logits_of(load(llama)))
     assert base(token_ids(), labels=token_ids()).loss.requires_grad
     assert not router_state(base)
+
+
+@pytest.fixture
+def misfit(llama, tmp_path) -> str:
+    """The folder of an adapter whose weights lack a layer that its config names."""
+    model = get_peft_model(load(llama), wide_config())
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    save_file({k: v for k, v in weights.items() if "layers.2." not in k}, tmp_path / "adapter_model.safetensors")
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_a_refused_file(llama, misfit, low_cpu_mem_usage):
+    base = load(llama)
+    expected = logits_of(base)
+    with pytest.raises(ValueError, match="lacks 3 of 9 router weights"):
+        PeftModel.from_pretrained(base, misfit, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert not layers_of(base)
+    assert torch.equal(logits_of(base), expected)
+
+
+def test_a_refused_file_of_a_second_adapter(llama, misfit):
+    model = get_peft_model(load(llama), wide_config(), adapter_name="one").eval()
+    decide(model, "one")
+    expected, names = logits_of(model), {name: p.requires_grad for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="lacks 3 of 9 router weights"):
+        model.load_adapter(misfit, "two")
+    assert (set(model.peft_config), model.active_adapters) == ({"one"}, ["one"])
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == names
+    assert torch.equal(logits_of(model), expected)
+
+
+def test_refused_weights_leave_a_trained_adapter_alone(llama, misfit):
+    model = get_peft_model(load(llama), wide_config()).eval()
+    decide(model)
+    before = state_of(model)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="lacks 3 of 9 router weights"):
+            set_peft_model_state_dict(model, load_file(f"{misfit}/adapter_model.safetensors"))
+        assert state_of(model) == before
+        with pytest.raises(ValueError, match="lacks 3 of 9 router weights"):
+            model.load_adapter(misfit, "default")
+        assert state_of(model) == before

@@ -9,23 +9,11 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_mod
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tiny_models import decide, layers_of, load, logits_of, save_tiny_model, wide_config
+from tiny_models import layers_of, load, logits_of, save_tiny_model, wide_config
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from peft_moice import MoICEConfig
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture
-def adapted(llama):
-    model = get_peft_model(load(llama), wide_config()).eval()
-    decide(model)
-    return model
 
 
 @pytest.fixture

@@ -77,8 +77,11 @@ def test_forward_loss_and_gradients(golden, implementation):
     model = golden.model(implementation).train()
     outputs = model(input_ids=golden["input_ids"], labels=golden["input_ids"], output_router_logits=True)
     assert_close(outputs.logits, golden["logits"])
-    assert_close(outputs.loss, golden["loss"])
     assert_close(outputs.aux_loss, golden["aux_loss"])
+    # The official code adds the balance loss even where all experts are kept and it is a constant.
+    keeps_all = golden.settings["topk"] == len(golden.settings["bases"])
+    constant = golden.settings["router_aux_loss_coef"] * outputs.aux_loss if keeps_all else 0.0
+    assert_close(outputs.loss + constant, golden["loss"])
     assert len(outputs.router_logits) == 2
     for index, logits in enumerate(outputs.router_logits):
         expected = golden[f"router_logits/{index}"].transpose(1, 2)

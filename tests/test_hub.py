@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import ModelCard, RepoUrl
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny_models import decide, load, logits_of, router_state, save_tiny_model, token_ids, wide_config
+from tiny_models import decide, load, logits_of, router_state, token_ids, wide_config
 
 from peft_moice import MoICEConfig, hub, push_to_hub, write_model_card
 
@@ -79,23 +79,11 @@ class FakeHub:
 
 
 @pytest.fixture
-def llama(tmp_path):
-    return save_tiny_model(tmp_path / "llama")
-
-
-@pytest.fixture
 def fake_hub(tmp_path, llama, monkeypatch):
     fake = FakeHub(tmp_path / "home")
     fake.upload_folder(repo_id=BASE_ID, folder_path=llama)
     monkeypatch.setattr(hub, "HfApi", fake)
     return fake
-
-
-@pytest.fixture
-def adapted(llama):
-    model = get_peft_model(load(llama), wide_config()).eval()
-    decide(model)
-    return model
 
 
 @pytest.mark.slow

@@ -8,18 +8,13 @@ import torch
 from accelerate import dispatch_model
 from peft import PeftModel, get_peft_model
 from peft.utils import merge_utils
-from tiny_models import decide, layers_of, load, logits_of, router_state, save_tiny_model, token_ids, wide_config
+from tiny_models import decide, layers_of, load, logits_of, router_state, token_ids, wide_config
 
 from peft_moice import MoICEConfig
 from peft_moice.combining import combined_config
 from peft_moice.mixture import LayerMixture
 
 OTHER = {"base_multipliers": [1.0, 3.0, 0.3], "top_k": 1, "router_scope": "head"}
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> str:
-    return save_tiny_model(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture
@@ -140,7 +135,7 @@ class TestAddWeightedAdapter:
 
         def gates(name: str, bases: tuple[float, ...]) -> torch.Tensor:
             layer.set_adapter([name])
-            return LayerMixture(layer.members(), layer.rope).gates(query, bases)
+            return LayerMixture(layer.shares(), layer.rope).gate(query, bases).gates
 
         bases = tuple(model.peft_config["mean"].rope_bases)
         assert len(bases) == 6

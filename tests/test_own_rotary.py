@@ -8,6 +8,7 @@ import torch
 from families import tiny_model, tokens
 from peft import get_peft_model
 from torch import nn
+from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel, LlamaRotaryEmbedding
 
 from peft_moice import MoICEConfig, MoICELayer
@@ -69,6 +70,16 @@ def test_a_change_after_merging_is_refused():
     edit_frequencies(merged)
     with pytest.raises(ValueError, match="rotary embedding has changed"):
         merged(tokens())
+
+
+@torch.no_grad()
+def test_a_change_after_reloading_a_merged_model_is_refused(tmp_path):
+    get_peft_model(llama(), MoICEConfig(**WIDE)).merge_and_unload().save_pretrained(tmp_path)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    reloaded(tokens())
+    edit_frequencies(reloaded)
+    with pytest.raises(ValueError, match="rotary embedding has changed"):
+        reloaded(tokens())
 
 
 @torch.no_grad()

@@ -68,16 +68,17 @@ def real_logits(model, arguments: dict[str, torch.Tensor]) -> torch.Tensor:
     return logits if mask is None or mask.dim() == 4 else logits[mask.cumsum(dim=-1) > 0]
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+# Eager attention adds its mask, which cannot be boolean then.
+@pytest.mark.parametrize(
+    "name, attention",
+    [*((name, "sdpa") for name in CASES), *((name, "eager") for name in CASES if "boolean" not in name)],
+)
 @torch.no_grad()
 def test_one_angle_equals_a_model_with_that_rope_theta(name, attention):
     model, own, base = one_angle(), rotated(), tiny_model("llama")
     model.get_base_model().set_attn_implementation(attention)
     own.set_attn_implementation(attention)
     arguments = case(name)
-    if arguments.get("attention_mask", torch.zeros(1)).dtype == torch.bool and attention == "eager":
-        pytest.skip("eager attention adds its mask")
     expected = real_logits(own, arguments)
     if not name.startswith("constant"):
         assert (real_logits(base, arguments) - expected).abs().max() > 1e-3 * expected.abs().max()

@@ -148,6 +148,22 @@ def test_a_cache_that_was_cropped_forgets_the_jump(family):
     logits(mixture(family, implementation="reference"))
 
 
+@torch.no_grad()
+def test_one_buffer_for_the_positions_of_all_passes():
+    """Drafts of two tokens that are taken back, with positions written in place."""
+
+    def logits(model) -> torch.Tensor:
+        cache, buffer, found = dynamic_cache(model), torch.empty(1, 2, dtype=torch.long), []
+        fill(model, cache, [span(*range(5))])
+        for seed, places in ((1, [9, 10]), (2, [30, 31]), (3, [5, 6])):
+            buffer.copy_(torch.tensor([places]))
+            found.append(run(model, cache, tokens(length=2, seed=seed), buffer))
+            cache.crop(-2)
+        return torch.cat(found, dim=1)
+
+    assert_close(logits(one_angle("gemma3_text")), logits(rotated("gemma3_text")))
+
+
 class TestPaddedRows:
     @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
     @pytest.mark.parametrize("parts", [(6, 6), (2, 2, 8), (1,) * 12, (4, 1, 1, 4, 2)])
@@ -228,11 +244,25 @@ def test_rows_that_are_repeated_selected_or_permuted():
     cache.batch_select_indices(torch.tensor([0, 2, 3]))
     with pytest.raises(ValueError, match="the rows of the batch have changed"):
         run(model, cache, step[:3], after[:3])
+    assert cache.get_seq_length(0) == cache.get_seq_length(1) == 6, "refused after a layer had taken keys up"
     cache = dynamic_cache(model)
     run(model, cache, ids, torch.tensor([[*range(6)], [*range(30, 36)]]))
     cache.reorder_cache(torch.tensor([1, 0]))
     with pytest.raises(ValueError, match="the rows of the batch have changed"):
         run(model, cache, step[:2], torch.tensor([[36, 37], [6, 7]]))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@torch.no_grad()
+def test_padded_rows_that_are_selected_count_on(family):
+    model, mask = mixture(family, implementation="grouped"), (torch.arange(14) >= torch.tensor([[0], [3], [1]])).long()
+    ids, place, rows = tokens(batch=3, length=14), positions_of(mask), torch.tensor([2, 1])
+    cache = dynamic_cache(model)
+    run(model, cache, ids[:, :11], place[:, :11], mask[:, :11])
+    cache.batch_select_indices(rows)
+    actual = run(model, cache, ids[rows, 11:], place[rows, 11:], mask[rows])
+    for row, logits in zip(rows.tolist(), actual, strict=True):
+        assert_close(logits, model(ids[row : row + 1, mask[row].bool()], use_cache=False).logits[0, -3:])
 
 
 class TestKeysThatNobodyToldAbout:

@@ -1,16 +1,20 @@
-"""`modules_to_save` that reach into adapted attention modules."""
+"""Adapters that train more than routers: whole modules, also inside of attention, and embeddings of single tokens."""
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import decide, layers_of, load, logits_of, save_tiny_model, token_ids, wide_config
+from safetensors.torch import load_file
+from tiny_models import decide, layers_of, load, logits_of, token_ids, wide_config
+from transformers import AutoModelForCausalLM
+from versions import needs_transformers
 
 NAMES = ["embed_tokens", "norm"]
 
 
-@pytest.fixture(scope="module")
-def qwen3(tmp_path_factory) -> str:
-    return save_tiny_model(tmp_path_factory.mktemp("qwen3"), "qwen3")
+@pytest.fixture
+def qwen3(bases) -> str:
+    """A model whose attention modules have norms of their own."""
+    return bases["qwen3"]
 
 
 def adapted(qwen3: str, **options) -> PeftModel:
@@ -27,6 +31,13 @@ def saved_parameters(model: PeftModel, adapter_name: str = "default") -> dict[st
 def change(model: PeftModel, adapter_name: str = "default") -> None:
     for parameter in saved_parameters(model, adapter_name).values():
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+
+
+def train(model: torch.nn.Module) -> None:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    model.train()(input_ids=token_ids(), labels=token_ids()).loss.backward()
+    optimizer.step()
+    model.eval()
 
 
 def test_the_same_modules_are_trained_as_with_lora(qwen3):
@@ -102,10 +113,72 @@ def test_disabled_merged_and_unloaded(qwen3):
     assert not layers_of(unloaded) and not any("modules_to_save" in name for name, _ in unloaded.named_modules())
 
 
-@pytest.mark.parametrize("name", ["attn", "self_attn"])
+@pytest.mark.parametrize("name", ["attn", "_attn"])
 def test_names_that_mean_what_is_adapted_are_refused_before_anything_is_replaced(qwen3, name):
     model = load(qwen3)
     with pytest.raises(ValueError, match=rf"`modules_to_save` holds '{name}'.*exclude_modules"):
         get_peft_model(model, wide_config(modules_to_save=[name]))
     assert not layers_of(model)
     assert torch.equal(logits_of(model), logits_of(load(qwen3)))
+
+
+@needs_transformers("5.18", "loses `modules_to_save` in its own loader of adapters")
+def test_transformers_loads_modules_inside_of_attention(qwen3, tmp_path):
+    model = get_peft_model(load(qwen3), wide_config(modules_to_save=["norm"]))
+    train(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path)), logits_of(model))
+
+
+@needs_transformers("5.18", "loses `modules_to_save` in its own loader of adapters")
+def test_modules_to_save(llama, tmp_path):
+    model = get_peft_model(load(llama), wide_config(modules_to_save=["lm_head"])).eval()
+    decide(model)
+    train(model)
+    expected = logits_of(model)
+    model.save_pretrained(tmp_path)
+    keys = set(load_file(tmp_path / "adapter_model.safetensors"))
+    assert "base_model.model.lm_head.weight" in keys and len(keys) == 10
+    for loaded in (
+        PeftModel.from_pretrained(load(llama), tmp_path),
+        AutoModelForCausalLM.from_pretrained(tmp_path),
+        PeftModel.from_pretrained(load(llama), tmp_path, low_cpu_mem_usage=True),
+    ):
+        assert torch.equal(logits_of(loaded), expected)
+    with model.disable_adapter():
+        assert torch.equal(logits_of(model), logits_of(load(llama)))
+
+
+@needs_transformers("5.18", "loses `trainable_token_indices` in its own loader of adapters")
+def test_trainable_token_indices(llama, tmp_path):
+    model = get_peft_model(load(llama), wide_config(trainable_token_indices=[3, 5])).eval()
+    decide(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    ids = token_ids()
+    ids[:, :2] = torch.tensor([3, 5])
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    expected = logits_of(model, ids)
+    embeddings = model.get_input_embeddings()
+    before = load(llama).get_input_embeddings()
+    with torch.no_grad():
+        changed = (embeddings(torch.arange(64)) != before(torch.arange(64))).any(dim=-1)
+    assert changed.nonzero().flatten().tolist() == [3, 5]
+    model.save_pretrained(tmp_path)
+    for loaded in (
+        PeftModel.from_pretrained(load(llama), tmp_path),
+        AutoModelForCausalLM.from_pretrained(tmp_path),
+    ):
+        assert torch.equal(logits_of(loaded, ids), expected)
+
+
+def test_merging_beside_trained_tokens(llama):
+    model = get_peft_model(load(llama), wide_config(trainable_token_indices=[3, 5])).eval()
+    decide(model)
+    model.get_input_embeddings().token_adapter.trainable_tokens_delta["default"].data.normal_()
+    ids = token_ids()
+    ids[:, :2] = torch.tensor([3, 5])
+    expected = logits_of(model, ids)
+    assert not torch.allclose(expected, logits_of(load(llama), ids), atol=1e-3)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits_of(merged, ids), expected, rtol=1e-5, atol=1e-6)

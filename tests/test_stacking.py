@@ -1,20 +1,17 @@
 """MoICE over LoRA."""
 
+import inspect
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
-from tiny_models import decide, load, logits_of, save_tiny_model, token_ids, wide_config
+from tiny_models import decide, load, logits_of, token_ids, wide_config
 
 from peft_moice import unwrapped
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> str:
-    return save_tiny_model(tmp_path_factory.mktemp("llama"))
 
 
 def lora_config() -> LoraConfig:
@@ -162,15 +159,15 @@ def test_prompt_learning_over_moice(llama, config_class):
             own = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         assert (own - logits).abs().max() > 1e-3
 
+        # PEFT hands the prefix over under its old name while generating, and loses it where there is a new one.
+        keeps_prefix = "past_key_values" in inspect.signature(type(moice.get_base_model()).forward).parameters
         mask = torch.ones_like(ids)
         options = {"do_sample": False, "max_new_tokens": 3, "pad_token_id": 0, "eos_token_id": None}
         generated = model.generate(input_ids=ids, attention_mask=mask, **options)
-        for length in range(ids.shape[1], generated.shape[1]):
-            so_far = generated[:, :length]
-            picked = model(input_ids=so_far, attention_mask=torch.ones_like(so_far)).logits[:, -1].argmax(dim=-1)
-            assert torch.equal(picked, generated[:, length])
+        reference = over("reference")[1]
+        assert torch.equal(generated, reference.generate(input_ids=ids, attention_mask=mask, **options))
 
         mask[1, :2] = 0
-        if config_class is PrefixTuningConfig:
+        if config_class is PrefixTuningConfig and keeps_prefix:
             with pytest.raises(ValueError, match="do not count up from the keys in the cache"):
                 model.generate(input_ids=ids, attention_mask=mask, **options)

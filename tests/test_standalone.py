@@ -10,12 +10,14 @@ import pytest
 import torch
 from families import tiny_model
 from peft import LoraConfig, get_peft_model
-from tiny_models import SHAPE, decide, load, logits_of, save_tiny_model, token_ids, wide_config
+from tiny_models import SHAPE, WIDE, decide, load, logits_of, save_tiny_model, token_ids, wide_config
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     Gemma2Config,
     Gemma3TextConfig,
@@ -25,6 +27,9 @@ from transformers import (
     pipeline,
 )
 
+from peft_moice import MoICEConfig
+from peft_moice.pretraining import add_routers
+
 FAMILIES = {
     "gemma2": (Gemma2Config, {"sliding_window": 6, "attn_implementation": "eager"}),
     "gemma3": (Gemma3TextConfig, {"sliding_window": 6}),
@@ -32,11 +37,6 @@ FAMILIES = {
     "mixtral": (MixtralConfig, {"num_local_experts": 4}),
 }
 PYTHON = [sys.executable, "-W", "ignore", "-c"]
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> str:
-    return save_tiny_model(tmp_path_factory.mktemp("llama"))
 
 
 def base_folder(family: str, folder) -> str:
@@ -141,6 +141,99 @@ def test_tied_weights(tmp_path):
     again = load(tmp_path / "merged")
     assert again.lm_head.weight is again.model.embed_tokens.weight
     assert torch.equal(logits_of(again), logits_of(model))
+
+
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_embeddings_that_training_has_untied(tmp_path, module):
+    folder = save_tiny_model(tmp_path / "base", tie_word_embeddings=True)
+    model = get_peft_model(load(folder), wide_config(modules_to_save=[module])).eval()
+    decide(model)
+    for name, parameter in model.named_parameters():
+        if f"{module}.modules_to_save.default" in name:
+            parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1
+    expected = logits_of(model)
+    with pytest.warns(UserWarning, match="no longer tied after merging"):
+        merged_model = model.merge_and_unload()
+    torch.testing.assert_close(logits_of(merged_model), expected, rtol=0, atol=1e-6)
+    merged_model.save_pretrained(tmp_path / "merged")
+    again = load(tmp_path / "merged")
+    assert again.lm_head.weight is not again.model.embed_tokens.weight
+    assert torch.equal(logits_of(again), logits_of(merged_model))
+
+
+@pytest.mark.parametrize(
+    ("auto_class", "output"),
+    [
+        (AutoModel, "last_hidden_state"),
+        (AutoModelForQuestionAnswering, "start_logits"),
+        (AutoModelForSequenceClassification, "logits"),
+        (AutoModelForTokenClassification, "logits"),
+    ],
+)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_every_auto_class(family, auto_class, output, tmp_path):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **SHAPE)
+    model = get_peft_model(auto_class.from_config(config).eval(), MoICEConfig(base_multipliers=WIDE, top_k=2))
+    decide(model)
+    with torch.no_grad():
+        expected = model(token_ids())[output]
+        merged_model = model.merge_and_unload()
+        torch.testing.assert_close(merged_model(token_ids())[output], expected, rtol=0, atol=1e-6)
+        merged_model.save_pretrained(tmp_path)
+        again = auto_class.from_pretrained(tmp_path).eval()
+        assert torch.equal(again(token_ids())[output], merged_model(token_ids())[output])
+    assert type(again) is type(merged_model)
+    # The config that the base model was made from still makes such models.
+    assert type(again).__name__ == f"MoICE{type(auto_class.from_config(config)).__name__}"
+
+
+def test_the_balance_loss_of_a_model_within_a_model(tmp_path):
+    """Reloading builds the decoder of a classifier by an auto class, as a model with routers of its own."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", **SHAPE, num_labels=3)
+    routed = MoICEConfig(base_multipliers=WIDE, top_k=2, router_aux_loss_coef=0.5)
+    model = add_routers(AutoModelForSequenceClassification.from_config(config), routed)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    outputs = [m.train()(token_ids(), labels=torch.tensor([0, 2])) for m in (model, again)]
+    assert outputs[0].loss - model.eval()(token_ids(), labels=torch.tensor([0, 2])).loss > 0.1
+    assert torch.equal(outputs[0].loss, outputs[1].loss)
+
+
+def test_merging_twice_is_merging_once(llama):
+    model = get_peft_model(load(llama), wide_config()).eval()
+    decide(model)
+    once = model.merge_and_unload()
+    expected = logits_of(once)
+    twice = model.merge_and_unload()
+    assert twice is once
+    assert (type(twice).__name__, type(twice.config).__name__) == ("MoICELlamaForCausalLM", "MoICELlamaConfig")
+    assert twice.config.base_model_type == "llama"
+    assert torch.equal(logits_of(twice), expected)
+    with pytest.raises(ValueError, match="has routers built in already"):
+        model.add_adapter("second", wide_config())
+    assert torch.equal(logits_of(twice), expected)
+
+
+def test_compiled(llama):
+    model, expected = merged(llama)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(logits_of(compiled), expected, rtol=0, atol=1e-5)
+    for layer in model.model.layers:
+        layer.self_attn.compile(backend="eager")
+    torch.testing.assert_close(logits_of(model), expected, rtol=0, atol=1e-5)
+
+
+def test_routers_of_half_precision_are_built_in_in_float32(llama, tmp_path):
+    model = get_peft_model(load(llama, dtype=torch.bfloat16), wide_config(), autocast_adapter_dtype=False).eval()
+    decide(model)
+    expected = logits_of(model)
+    standalone = model.merge_and_unload()
+    assert {p.dtype for name, p in standalone.named_parameters() if "moice" in name} == {torch.float32}
+    assert (logits_of(standalone) - expected).abs().median() < 0.02 * expected.abs().max()
+    standalone.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(load(tmp_path)), logits_of(standalone))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -8,12 +8,13 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from tiny_models import decide, layers_of, load, router_state, save_tiny_model, token_ids, wide_config
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
 from peft_moice import BalanceLossMixin
 from peft_moice.callback import MoICECallback
 from peft_moice.router import balance_loss
+from peft_moice.training.hooks import hooks_of
 
 SGD = {"optim": "sgd", "learning_rate": 10.0, "max_grad_norm": 0.0}
 """Without normalization, so that a gradient of the wrong size shows."""
@@ -115,6 +116,32 @@ def test_the_balance_loss_shows_in_these_steps(llama, tmp_path, expected):
 def test_steps_do_not_depend_on_accumulation(llama, tmp_path, expected, size, accumulation):
     arguments = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
     assert_equal(trained(llama, tmp_path, **arguments), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_balance_loss_of_a_classifier_does_not_depend_on_accumulation(llama, tmp_path):
+    """Sequences of several lengths, each with one label. (transformers' own loss of classifiers does depend on it.)"""
+
+    def classified(sequences: list[dict]) -> dict[str, torch.Tensor]:
+        return {**padded(sequences), "labels": torch.stack([row["input_ids"][0] % 3 for row in sequences])}
+
+    def step(coef: float, **sizes: int) -> torch.Tensor:
+        torch.manual_seed(0)
+        base = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=3)
+        model = get_peft_model(base, wide_config(task_type="SEQ_CLS", router_aux_loss_coef=coef))
+        decide(model)
+        arguments = arguments_of(tmp_path, max_steps=1, **SGD, **sizes)
+        Trainer(model, arguments, classified, train_dataset=rows()).train()
+        return torch.cat([value.flatten() for value in router_state(model).values()])
+
+    whole, cut = (
+        step(0.5, **sizes) - step(0.0, **sizes)
+        for sizes in (
+            {"per_device_train_batch_size": 8},
+            {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+        )
+    )
+    assert whole.abs().max() > 1e-2
+    torch.testing.assert_close(cut, whole, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -256,21 +283,29 @@ def test_callback_logs_what_the_routers_do(llama, tmp_path):
     trainer.add_callback(MoICECallback(trainer))
     collected = []
     for layer in layers_of(model):
-        layer.register_forward_hook(lambda layer, args, output: collected.append(dict(layer.router_logits or {})))
+        layer.moice_router["default"].register_forward_hook(
+            lambda router, args, logits: collected.append((logits.detach(), router.gate(logits, 2)[0].detach()))
+        )
     masks = []
     model.get_base_model().register_forward_pre_hook(
         lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
     )
     trainer.train()
 
-    # Logits of the last step, over its four passes of three layers.
-    logits = [[entry["default"].detach() for entry in collected[-12:]][layer::3] for layer in range(3)]
-    kept = [
-        torch.cat(
-            [part.transpose(1, 2)[mask.bool()].flatten(0, 1) for part, mask in zip(layer, masks[-4:], strict=True)]
-        )
-        for layer in logits
-    ]  # [rows, N] per layer
+    def rows_of(step: int, kind: int) -> list[torch.Tensor]:
+        """Logits (kind 0) or gates (1) `[rows, N]` of each of three layers, over the four passes of a step."""
+        passes = slice(4 * step, 4 * step + 4)
+        return [
+            torch.cat(
+                [
+                    part[kind].transpose(1, 2)[mask.bool()].flatten(0, 1)
+                    for part, mask in zip(collected[layer::3][passes], masks[passes], strict=True)
+                ]
+            )
+            for layer in range(3)
+        ]
+
+    kept = rows_of(2, 0)
     histories = [entry for entry in trainer.state.log_history if "moice/balance_loss" in entry]
     assert [entry["step"] for entry in histories] == [1, 2, 3]
     last = histories[-1]
@@ -279,14 +314,17 @@ def test_callback_logs_what_the_routers_do(llama, tmp_path):
     probs = pooled.softmax(-1)
     assert last["moice/entropy"] == pytest.approx(torch.special.entr(probs).sum(-1).mean().item(), rel=1e-5)
     assert histories[0]["moice/drift"] == 0.0
-    assert 0 < last["moice/drift"] < 1
+    moved = [(last - first) for first, last in zip(*([g.mean(0) for g in rows_of(s, 1)] for s in (0, 2)), strict=True)]
+    drift = torch.stack(moved).abs().sum(-1).mean().item() / 2
+    assert last["moice/drift"] == pytest.approx(drift, rel=1e-4)
+    assert drift > 1e-3
     assert not any("layer" in key for entry in trainer.state.log_history for key in entry)
 
     events = EventAccumulator(str(next(tmp_path.rglob("events.*")).parent))
     events.Reload()
     for index, rows_of_layer in enumerate(kept):
         picks = torch.nn.functional.one_hot(rows_of_layer.topk(2).indices, 4).sum(1).float().mean(0)
-        gates = layers_of(model)[index].moice_router["default"].gates(rows_of_layer[None, None], 2)[0, 0].mean(0)
+        gates = layers_of(model)[index].moice_router["default"].gate(rows_of_layer[None, None], 2)[0][0, 0].mean(0)
         for expert in range(4):
             prefix = f"train/moice/layer_{index:02d}"
             assert events.Scalars(f"{prefix}/load_{expert}")[-1].value == pytest.approx(picks[expert].item(), rel=1e-5)
@@ -301,7 +339,7 @@ def test_callback_does_not_change_training(llama, tmp_path, expected):
     trainer.add_callback(MoICECallback(trainer))
     trainer.train()
     assert_equal(router_state(model), expected, rtol=0, atol=0)
-    assert not hasattr(model.get_base_model(), "moice_observer")
+    assert hooks_of(model).observer is None
 
 
 def test_callback_resumes_its_drift(llama, tmp_path):

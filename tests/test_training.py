@@ -6,15 +6,27 @@ import pickle
 import warnings
 import weakref
 from functools import partial
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
-from peft import get_peft_model
-from tiny_models import SHAPE, decide, layers_of, load, save_tiny_model, token_ids, wide_config
-from transformers import AutoModelForCausalLM, MixtralConfig
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_models import SHAPE, WIDE, decide, layers_of, load, save_tiny_model, token_ids, wide_config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    MixtralConfig,
+    T5GemmaConfig,
+    T5GemmaForConditionalGeneration,
+    T5GemmaModuleConfig,
+)
 
 from peft_moice import MoICEModel, collect_balance_loss
-from peft_moice.router import balance_loss
+from peft_moice.attention import IMPLEMENTATIONS
+from peft_moice.mixture import LayerMixture
+from peft_moice.router import balance_loss, select_experts
 from peft_moice.training import add_balance_loss
 
 COEF = 0.5
@@ -59,8 +71,57 @@ def test_reaches_the_loss(llama, way):
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_reaches_the_loss_of_copies(llama, copy_of):
     ids = token_ids()
-    plain, trained, balance = loss_without_and_with(copy_of(adapted(llama)), input_ids=ids, labels=ids)
+    twin = copy_of(adapted(llama))
+    plain, trained, balance = loss_without_and_with(twin, input_ids=ids, labels=ids)
     torch.testing.assert_close(trained, plain + COEF * balance)
+    unloaded = twin.unload()
+    assert add_balance_loss not in unloaded._forward_hooks.values()
+    assert torch.equal(unloaded.train()(input_ids=ids, labels=ids).loss, load(llama)(input_ids=ids, labels=ids).loss)
+
+
+class Wrapper(torch.nn.Module):
+    """A module of one's own around a model, adapted as a whole."""
+
+    def __init__(self, model: torch.nn.Module, returned):
+        super().__init__()
+        self.model, self.returned = model, returned
+
+    def forward(self, input_ids, labels=None):
+        return self.returned(self.model(input_ids, labels=labels))
+
+
+class LossLast(NamedTuple):
+    logits: torch.Tensor
+    loss: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    "returned, loss_of",
+    [
+        (lambda outputs: outputs.loss, lambda outputs: outputs),
+        (lambda outputs: {"loss": outputs.loss, "logits": outputs.logits}, lambda outputs: outputs["loss"]),
+        (lambda outputs: (outputs.loss, outputs.logits), lambda outputs: outputs[0]),
+        (lambda outputs: LossLast(outputs.logits, outputs.loss), lambda outputs: outputs.loss),
+        (lambda outputs: SimpleNamespace(loss=outputs.loss), lambda outputs: outputs.loss),
+    ],
+    ids=["scalar", "dict", "tuple", "named tuple", "object"],
+)
+def test_reaches_the_loss_of_a_module_of_ones_own(llama, returned, loss_of):
+    ids = token_ids()
+    expected = adapted(llama)(input_ids=ids, labels=ids)
+    model = get_peft_model(Wrapper(load(llama), returned), wide_config(task_type=None, router_aux_loss_coef=COEF))
+    decide(model)
+    outputs = model.train()(ids, labels=ids)
+    torch.testing.assert_close(loss_of(outputs), expected.loss)
+    if isinstance(outputs, dict):
+        torch.testing.assert_close(outputs["aux_loss"], expected.aux_loss)
+
+
+def test_a_module_that_returns_logits_is_told_that_its_loss_lacks_the_balance_loss(llama):
+    model = get_peft_model(Wrapper(load(llama), lambda outputs: outputs.logits), wide_config(task_type=None))
+    decide(model)
+    with pytest.warns(UserWarning, match="the balance loss of MoICE has no part in it"):
+        model.train()(token_ids()).logsumexp(-1).mean().backward()
 
 
 def test_reaches_the_first_element_of_a_tuple(llama):
@@ -123,6 +184,19 @@ def test_padding_does_not_count(llama):
     torch.testing.assert_close(again, trained)
 
 
+def test_the_mask_of_tokens_behind_a_cache_is_its_end(llama):
+    """Here the padding lies in the cache, where no router of this pass stands."""
+    model, ids = adapted(llama), token_ids(2, 14)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    with torch.no_grad():
+        cache = model.eval()(ids[:, :8], attention_mask=mask[:, :8], use_cache=True).past_key_values
+    outputs = model.train()(
+        ids[:, 8:], attention_mask=mask, past_key_values=cache, labels=ids[:, 8:], output_router_logits=True
+    )
+    torch.testing.assert_close(outputs.aux_loss, balance_loss(list(outputs.router_logits), 2).detach())
+
+
 def test_every_active_adapter_has_its_own(llama):
     model, ids = adapted(llama), token_ids()
     model.add_adapter("b", wide_config(base_multipliers=[1.0, 3.0], top_k=1, router_aux_loss_coef=2.0))
@@ -144,6 +218,53 @@ def test_is_absent_from_evaluation_and_where_adapters_are_disabled(llama):
     outputs = model(input_ids=ids, labels=ids)
     assert not hasattr(outputs, "aux_loss")
     assert not hasattr(outputs, "router_logits")
+
+
+def test_the_constant_of_all_experts_is_reported_but_not_added(llama):
+    model, ids = adapted(llama, top_k=None), token_ids()
+    outputs = model(input_ids=ids, labels=ids)
+    assert torch.equal(outputs.loss, model.eval()(input_ids=ids, labels=ids).loss)
+    torch.testing.assert_close(outputs.aux_loss, torch.tensor(4.0))
+
+
+@pytest.mark.parametrize("checkpointing", [None, "reentrant"])
+def test_frozen_routers_add_nothing_to_the_loss_nor_to_other_gradients(llama, checkpointing):
+    ids, results = token_ids(), []
+    for coef in (0.0, COEF):
+        model = adapted(llama, router_aux_loss_coef=coef).requires_grad_(False)
+        use_checkpointing(model, checkpointing)
+        for layer in layers_of(model):
+            layer.q_proj.requires_grad_(True)
+        outputs = model(input_ids=ids, labels=ids)
+        outputs.loss.backward()
+        results.append([outputs.loss, *gradients_of(model)])
+    assert outputs.aux_loss > 1.0
+    assert all(torch.equal(actual, expected) for actual, expected in zip(*results, strict=True))
+
+
+def test_training_an_adapter_that_was_loaded_frozen_is_said(llama, tmp_path):
+    adapted(llama).save_pretrained(tmp_path)
+    ids = token_ids()
+    frozen = PeftModel.from_pretrained(load(llama), tmp_path)
+    use_checkpointing(frozen, "reentrant")
+    with pytest.warns(UserWarning, match=r"routers of \['default'\].*is_trainable=True"):
+        frozen.train()(input_ids=ids, labels=ids)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The model is in training mode")
+        with torch.no_grad():
+            frozen(input_ids=ids, labels=ids)
+        with frozen.disable_adapter():
+            frozen(input_ids=ids, labels=ids)
+        # Prompts may be trained through a model whose weights are frozen.
+        embeddings = frozen.get_input_embeddings()(ids).detach().requires_grad_()
+        frozen(inputs_embeds=embeddings, labels=ids).loss.backward()
+        frozen.eval()(input_ids=ids, labels=ids)
+        trainable = PeftModel.from_pretrained(load(llama), tmp_path, is_trainable=True)
+        trainable.train()(input_ids=ids, labels=ids)
+        below = get_peft_model(load(llama), LoraConfig(target_modules=["q_proj"]))
+        stacked = PeftModel.from_pretrained(below, tmp_path)
+        below.base_model.requires_grad_(True)
+        stacked.train()(input_ids=ids, labels=ids)
 
 
 @pytest.mark.parametrize("checkpointing", [None, "reentrant"])
@@ -193,9 +314,7 @@ def test_gradient_checkpointing_leaves_loss_and_gradients(llama, kind, order):
         for loss in losses:
             loss.backward()
         results.append([*losses, *gradients_of(model)])
-        kept = [(m.router_logits, m.late_gradients) for m in model.modules() if hasattr(m, "router_logits")]
-        assert not any(logits for logits, _ in kept), "the recomputed pass left router logits behind"
-        assert not any(any(late.values()) for _, late in kept if late), "gradients were left behind"
+        assert not any(layer.recorder for layer in layers_of(model)), "records or gradients were left behind"
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected)
 
@@ -267,6 +386,70 @@ def test_part_of_a_batch_balances_every_sequence_on_its_own(llama):
     torch.testing.assert_close(with_balance.loss - plain, COEF * expected)
 
 
+def test_labels_of_whole_sequences(llama):
+    """Every sequence counts by its labels, whatever its length."""
+    torch.manual_seed(0)
+    base = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=3)
+    model = get_peft_model(base, wide_config(task_type="SEQ_CLS", router_aux_loss_coef=COEF)).train()
+    decide(model)
+    batch = batch_of(range(8), packed=False)
+    batch["labels"] = torch.tensor([0, 1, 2, -100, 0, 1, 2, 0])
+    outputs = model(**batch, num_items_in_batch=torch.tensor(7), output_router_logits=True)
+    logits, mask = outputs.router_logits, batch["attention_mask"]
+    balances = [balance_loss([layer[i : i + 1] for layer in logits], 2, mask[i : i + 1]) for i in range(8) if i != 3]
+    plain = model.eval()(**batch, num_items_in_batch=torch.tensor(7)).loss
+    torch.testing.assert_close(outputs.loss - plain, COEF * torch.stack(balances).mean())
+
+
+def test_labels_of_tokens_are_not_shifted(llama):
+    """Token classification predicts the label at its own place, so the first one of a sequence counts."""
+    torch.manual_seed(0)
+    base = AutoModelForTokenClassification.from_pretrained(llama, num_labels=3)
+    base.dropout.p = 0.0
+    model = get_peft_model(base, wide_config(task_type="TOKEN_CLS", router_aux_loss_coef=COEF)).train()
+    decide(model)
+    ids = token_ids(2, 9)
+    labels = (ids % 3).clone()
+    labels[0, 1:] = -100
+    outputs = model(input_ids=ids, labels=labels, output_router_logits=True)
+    parts = model(input_ids=ids, labels=labels, num_items_in_batch=torch.tensor(10))
+    balances = [balance_loss([layer[i : i + 1] for layer in outputs.router_logits], 2) for i in range(2)]
+    plain = model.eval()(input_ids=ids, labels=labels).loss
+    torch.testing.assert_close(outputs.loss - plain, COEF * balance_loss(list(outputs.router_logits), 2))
+    torch.testing.assert_close(parts.aux_loss, ((balances[0] + 9 * balances[1]) / 10).detach())
+
+
+@pytest.fixture(scope="module")
+def t5gemma() -> T5GemmaForConditionalGeneration:
+    part = {**SHAPE, "num_hidden_layers": 2, "sliding_window": 16, "query_pre_attn_scalar": 16}
+    parts = {side: T5GemmaModuleConfig(**part) for side in ("encoder", "decoder")}
+    torch.manual_seed(0)
+    return T5GemmaForConditionalGeneration(T5GemmaConfig(**parts, **SHAPE, dropout_rate=0.0)).eval()
+
+
+@pytest.mark.parametrize("source_length", [5, 9])
+def test_routers_of_a_decoder_behind_an_encoder_count_the_tokens_of_the_targets(t5gemma, source_length):
+    """Sources are as long as the targets or shorter, and padded otherwise."""
+    model = get_peft_model(copy.deepcopy(t5gemma), wide_config(task_type="SEQ_2_SEQ_LM", router_aux_loss_coef=COEF))
+    decide(model)
+    source, target = token_ids(2, source_length), token_ids(2, 9, seed=1)
+    source_mask = torch.ones_like(source)
+    source_mask[1, 2:] = 0
+    target[0, 4:] = -100
+    batch = {"input_ids": source, "attention_mask": source_mask, "labels": target}
+    outputs = model.train()(**batch, output_router_logits=True)
+    assert all(logits.shape[-2] == 9 for logits in outputs.router_logits)
+    # The decoder reads a start token and the targets, the last one excepted.
+    target_mask = torch.ones_like(target)
+    target_mask[0, 5:] = 0
+    balance = balance_loss(list(outputs.router_logits), 2, target_mask)
+    plain = model.eval()(**batch).loss
+    torch.testing.assert_close(outputs.loss - plain, COEF * balance, rtol=1e-5, atol=1e-6)
+    explicit = model.train()(**batch, decoder_attention_mask=target_mask, num_items_in_batch=torch.tensor(13))
+    rows = [balance_loss([x[i : i + 1] for x in outputs.router_logits], 2, target_mask[i : i + 1]) for i in range(2)]
+    torch.testing.assert_close(explicit.aux_loss, ((4 * rows[0] + 9 * rows[1]) / 13).detach())
+
+
 def test_balance_loss_for_losses_computed_outside_the_model(llama):
     inside = adapted(llama)
     expected = accumulated(inside, 2)
@@ -333,6 +516,62 @@ def test_passes_are_freed_without_the_garbage_collector(llama):
         assert [ref() for ref in kept] == [None, None]
     finally:
         gc.enable()
+
+
+def test_a_pass_that_breaks_off_leaves_nothing_recording(llama):
+    model, ids = adapted(llama), token_ids()
+    handle = layers_of(model)[1].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(input_ids=ids)
+    handle.remove()
+    outputs = model.eval()(input_ids=ids)
+    assert not hasattr(outputs, "router_logits")
+    assert not any(layer.recorder for layer in layers_of(model))
+
+
+@pytest.mark.parametrize("start", [0.0, 0.6])
+@pytest.mark.parametrize("implementation", sorted(set(IMPLEMENTATIONS) - {"triton"}))
+def test_the_gradient_of_the_identity_scale_is_that_of_finite_differences(llama, implementation, start):
+    """The output of a layer is linear in its scales, so that a difference over a step of 1 is exact."""
+    model = adapted(llama, init_weights="identity", implementation=implementation)
+    inputs = {}
+    for layer in layers_of(model):
+        layer.moice_router["default"].identity_scale.data.fill_(start)
+        layer.register_forward_pre_hook(lambda *call: inputs.update({call[0]: call[1:]}), with_kwargs=True)
+    model(token_ids(), use_cache=False)
+    for layer, (args, kwargs) in list(inputs.items()):
+
+        def weighted_output(layer=layer, args=args, kwargs=kwargs) -> torch.Tensor:
+            output = layer(*args, **kwargs)[0]
+            return (output * torch.linspace(-1, 1, output.numel()).view(output.shape)).sum()
+
+        scale = layer.moice_router["default"].identity_scale
+        (actual,) = torch.autograd.grad(weighted_output(), scale)
+        expected = torch.zeros(4)
+        with torch.no_grad():
+            for head in range(4):
+                scale[head] += 1
+                expected[head] = weighted_output()
+                scale[head] -= 1
+            expected -= weighted_output()
+        assert expected.abs().max() > 0.05  # far above the tolerance
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_an_identity_scale_that_learns_picks_the_chosen_experts_and_the_own_angle(llama):
+    """So its training costs K + 1 attentions at most, not N."""
+    model = adapted(llama, init_weights="identity")
+    layer = layers_of(model)[0]
+    layer.moice_router["default"].identity_scale.data.zero_()
+    query = torch.randn(2, 4, 5, 16, generator=torch.Generator().manual_seed(0))
+    mixture = LayerMixture(layer.shares(), layer.rope)
+    gating = mixture.gate(query, mixture.rope_bases())
+    expected = select_experts(layer.moice_router["default"](query), 2) > 0
+    expected[..., WIDE.index(1.0)] = True
+    assert torch.equal(gating.picked, expected)
+    assert expected.sum(-1).max() == 3 == mixture.call_of_pass(0, (torch.zeros(2, 5, 32),), {}).top_k
+    layer.moice_router.requires_grad_(False)
+    assert mixture.gate(query, mixture.rope_bases()).picked is None
 
 
 def test_router_logits_of_a_mixture_of_experts_model_are_left_alone():

@@ -7,19 +7,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from peft import get_peft_model
-from tiny_models import decide, layers_of, load, logits_of, router_state, save_tiny_model, token_ids, wide_config
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> str:
-    return save_tiny_model(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture
-def adapted(llama):
-    model = get_peft_model(load(llama), wide_config()).eval()
-    decide(model)
-    return model
+from tiny_models import decide, layers_of, load, logits_of, router_state, token_ids, wide_config
 
 
 def test_a_projection_can_be_exchanged(adapted, llama):
@@ -41,15 +29,17 @@ def test_causality_can_be_lifted(adapted):
     assert (logits_of(adapted)[:, 0] - logits_of(adapted, later)[:, 0]).abs().max() > 1e-3
 
 
-def test_layers_can_be_dropped_and_counted_anew(adapted):
-    decoder = adapted.base_model.model.model
+@pytest.mark.parametrize("merged", [False, True])
+def test_layers_can_be_dropped_and_counted_anew(adapted, merged):
+    model = adapted.merge_and_unload() if merged else adapted
+    decoder = model.model if merged else model.base_model.model.model
     decoder.layers = torch.nn.ModuleList(list(decoder.layers)[1:])
     decoder.config.num_hidden_layers = 2
     for index, layer in enumerate(decoder.layers):
         layer.self_attn.layer_idx = index
     options = {"max_new_tokens": 4, "do_sample": False}
-    generated = adapted.generate(input_ids=token_ids(), **options)
-    assert torch.equal(generated, adapted.generate(input_ids=token_ids(), use_cache=False, **options))
+    generated = model.generate(input_ids=token_ids(), **options)
+    assert torch.equal(generated, model.generate(input_ids=token_ids(), use_cache=False, **options))
 
 
 def test_what_the_attention_module_lacks_stays_on_the_wrapper(adapted):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -81,6 +82,22 @@ def decide(model: torch.nn.Module, adapter_name: str = "default", seed: int = 0)
         if adapter_name in layer.moice_router:
             for parameter in layer.moice_router[adapter_name].parameters():
                 parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.7)
+
+
+def adapted_model(folder: str, **overrides) -> PeftModel:
+    """A tiny model with one adapter that decides firmly."""
+    model = get_peft_model(load(folder), wide_config(**overrides)).eval()
+    decide(model)
+    return model
+
+
+def two_adapters(folder: str, **second) -> PeftModel:
+    """A tiny model with the adapters "one" and "two" (active: "one"), whose routers differ."""
+    model = get_peft_model(load(folder), wide_config(), adapter_name="one").eval()
+    model.add_adapter("two", wide_config(**second))
+    decide(model, "one", seed=1)
+    decide(model, "two", seed=2)
+    return model
 
 
 def layers_of(model: torch.nn.Module) -> list[MoICELayer]:

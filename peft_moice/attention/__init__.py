@@ -1,6 +1,15 @@
 """The operator: attention under several rotary base angles, mixed by gates."""
 
-from .interface import MixtureCall, intercept, own_config, restore
+from .interface import MixtureCall, bypassed, exchange_config, intercept, own_config, restore
 from .operator import IMPLEMENTATIONS, mixed_attention
 
-__all__ = ["IMPLEMENTATIONS", "MixtureCall", "intercept", "mixed_attention", "own_config", "restore"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "MixtureCall",
+    "bypassed",
+    "exchange_config",
+    "intercept",
+    "mixed_attention",
+    "own_config",
+    "restore",
+]

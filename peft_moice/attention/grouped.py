@@ -19,16 +19,22 @@ from .call import AttentionCall
 from .cpu_limits import why_not_on_cpu
 from .masks import additive
 
-_fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
+_FUSED = "_scaled_dot_product_flash_attention_for_cpu"
+"""PyTorch's private operator, and with `_backward` its gradient."""
 _ROWS_PER_TRIANGLE = 192
 _MIN_TOKENS, _MAX_TOKENS = 64, 1024
 
 
 def why_not(call: AttentionCall) -> str | None:
     """See [`Implementation`]."""
-    return why_not_on_cpu(call)
+    return why_not_on_cpu(call) or _why_no_operator()
+
+
+def _why_no_operator() -> str | None:
+    for name in (_FUSED, f"{_FUSED}_backward"):
+        if not hasattr(torch.ops.aten, name):
+            return f"it needs the operator `aten::{name}`, which PyTorch {torch.__version__} does not have"
+    return None
 
 
 def run(call: AttentionCall) -> tuple[torch.Tensor, None]:
@@ -68,10 +74,11 @@ class _Block:
 
 def _attend(query, key, value, blocks: list[_Block], scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention output `[B, H, S, D]` and log-sum-exp `[B, H, S]` over the keys of all blocks."""
+    fused = getattr(torch.ops.aten, _FUSED)
     output = log_sum = None
     for block in blocks:
         tensors = (query[..., block.rows, :], key[..., block.keys, :], value[..., block.keys, :])
-        part, part_log_sum = _fused(*tensors, 0.0, block.is_causal, attn_mask=block.mask, scale=scaling)
+        part, part_log_sum = fused(*tensors, 0.0, block.is_causal, attn_mask=block.mask, scale=scaling)
         if part.shape[-2] == query.shape[-2] and block.is_first:
             output, log_sum = part, part_log_sum
             continue
@@ -93,11 +100,12 @@ def _attend_backward(
     grad_output, query, key, value, output, log_sum, blocks: list[_Block], scaling: float, grad_key, grad_value
 ) -> torch.Tensor:
     """Gradient of `query`; those of `key` and `value` are added to `grad_key` and `grad_value`."""
+    fused_backward = getattr(torch.ops.aten, f"{_FUSED}_backward")
     grad_query = torch.zeros_like(query)
     for block in blocks:
         rows, keys = (..., block.rows, slice(None)), (..., block.keys, slice(None))
         # With the output and log-sum-exp over all keys, a block gives its own share of the gradients.
-        grads = _fused_backward(
+        grads = fused_backward(
             *(grad_output[rows], query[rows], key[keys], value[keys], output[rows], log_sum[..., block.rows]),
             *(0.0, block.is_causal),
             attn_mask=block.mask,

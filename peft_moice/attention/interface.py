@@ -5,6 +5,7 @@ keyword arguments on to it. So a wrapped module gets a stand-in for its config t
 of one forward pass travels to it as a keyword argument: no forward is copied and no transformers module is patched.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -79,15 +80,17 @@ class MixtureCall:
         gate: maps queries `[B, H, S, D]` to gates `[B, H, S, N]` and a mask of the picked experts (or None).
         rotations: further rotations of the N experts.
         positions: where queries and keys stand.
+        records: what `gate` decided, once it was asked.
+        top_k: the most experts that a row picks.
         implementation: name of the operator's implementation.
-        was_asked: whether the attention function has asked for the mixture.
     """
 
     gate: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
     rotations: RotationTable
     positions: Positions
+    records: list[Any]
+    top_k: int | None = None
     implementation: str = "auto"
-    was_asked: bool = False
 
     def as_keyword(self) -> dict[str, "MixtureCall"]:
         """The keyword argument under which an attention module passes the mixture on."""
@@ -98,11 +101,6 @@ class MixtureCall:
         """The call among the keyword arguments of an attention module."""
         call: MixtureCall = kwargs[_KEYWORD]
         return call
-
-    def check_was_asked(self, layer_idx: int | None) -> None:
-        """Raise a RuntimeError unless the attention function has asked for the mixture."""
-        if not self.was_asked:
-            raise bypassed(f"The attention module of layer {layer_idx} did not ask for its mixture")
 
     def attend(
         self,
@@ -115,7 +113,6 @@ class MixtureCall:
         **options: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compute the mixture in place of `attend`, the model's own attention, which `backend` names."""
-        self.was_asked = True
         implementation = self.implementation
         query_positions = key_positions = None
         if _is_packed(options):
@@ -125,6 +122,9 @@ class MixtureCall:
             query_start, query_positions, key_positions = self.positions.resolve(
                 query.shape[0], query.shape[-2], key.shape[-2], attention_mask
             )
+        # Under autocast, rotated queries and keys may be in float32 and values in half precision.
+        dtype = functools.reduce(torch.promote_types, (query.dtype, key.dtype, value.dtype))
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         gates, picked = self.gate(query)
         return mixed_attention(
             query,
@@ -140,6 +140,7 @@ class MixtureCall:
             picked=picked,
             implementation=implementation,
             backend=backend,
+            top_k=self.top_k,
             **options,
         )
 
@@ -232,6 +233,14 @@ def own_config(module: nn.Module) -> object:
     """The model's own config of an attention module, intercepted or not."""
     config = module.config
     return getattr(config, _BACKEND_ATTRIBUTE).config if isinstance(config, _InterceptedConfig) else config
+
+
+def exchange_config(module: nn.Module, config: object) -> None:
+    """Give a module another config of its own, whether it is intercepted or not."""
+    if isinstance(module.config, _InterceptedConfig):
+        getattr(module.config, _BACKEND_ATTRIBUTE).config = config
+    else:
+        module.config = config
 
 
 def bypassed(what: str) -> RuntimeError:

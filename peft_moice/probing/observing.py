@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .running import undisturbed
 from .targets import attention_module_names, decoder_of
@@ -46,7 +47,7 @@ def observe(model: nn.Module) -> dict[nn.Module, Observation]:
     """
     received: dict[nn.Module, Observation] = {}
 
-    def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         names = list(inspect.signature(type(module).forward).parameters)[1:]
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         hidden_states = args[0] if args else kwargs["hidden_states"]
@@ -58,13 +59,14 @@ def observe(model: nn.Module) -> dict[nn.Module, Observation]:
             any(_are_encoder_states(value) for value in arguments.values()),
         )
 
-    def need_gradients(module: nn.Module, args: tuple, output: Any) -> Any:
+    def need_gradients(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         return output.requires_grad_() if isinstance(output, torch.Tensor) else output
 
     names = attention_module_names(model)
     handles = [model.get_submodule(name).register_forward_pre_hook(record, with_kwargs=True) for name in names]
-    if hasattr(model, "get_input_embeddings") and isinstance(model.get_input_embeddings(), nn.Module):
-        handles.append(model.get_input_embeddings().register_forward_hook(need_gradients))
+    embeddings = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    if isinstance(embeddings, nn.Module):
+        handles.append(embeddings.register_forward_hook(need_gradients))
     device = getattr(model, "device", None) or next(model.parameters()).device
     failure = None
     try:

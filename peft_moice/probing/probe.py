@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..attention.interface import uses_attention_interface
-from ..rope import LayerRope
+from ..rope import LayerRope, RotaryLayout
 from ..rope.frequencies import inverse_frequencies, original_length, rope_parameters, rotary_with_theta
 from ..rope.own_rotary import OwnRotary
 from .layouts import Capture, best_layout, error_of, explains
@@ -59,11 +59,11 @@ class LayerProbe:
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self._ropes: dict[tuple, LayerRope] = {}
+        self._ropes: dict[tuple[int, str | None, RotaryLayout], LayerRope] = {}
         # Rotary embeddings by where they hang, so that layers share what is known of them.
         self._rotaries: dict[tuple[int, str], OwnRotary] = {}
         # Some families hand keys and values from layer to layer; one such hand-over per angle and set of positions.
-        self._shared_keys: dict[tuple, dict] = {}
+        self._shared_keys: dict[tuple[float, tuple[int, ...]], dict[torch.dtype, dict[str, Any]]] = {}
         self._observations: dict[nn.Module, Observation] | None = None
         self._failure: UnobservedError | None = None
         # Whether attention modules of a class run without position embeddings too.
@@ -139,7 +139,7 @@ class LayerProbe:
             )
         layout, direction = best
         switch = None
-        if parameters.get("rope_type") == "longrope":
+        if parameters.get("rope_type") == "longrope" and limit is not None:
             # One more token, at a position that makes the long factors hold for all.
             capture = self._capture(module, found, build, thetas, (*positions, limit))
             capture.positions = positions
@@ -176,7 +176,7 @@ class LayerProbe:
                 if isinstance(child, nn.ModuleList) and len(child) > 0 and all(map(_is_rotary, child)):
                     if rope_theta is None:
                         return self._observed_rotary(module, child)
-                    thetas = [rotary.config.rope_parameters["rope_theta"] for rotary in child]
+                    thetas = [rope_parameters(rotary.config, None)["rope_theta"] for rotary in child]
                     return self._rotary_at(child, str(thetas.index(rope_theta)))
             for attribute, child in ancestor.named_children():
                 if _is_rotary(child):
@@ -282,9 +282,10 @@ class LayerProbe:
                 "what this layer receives depends on the model, and the model could not be run to see "
                 f"({self._failure})"
             ) from self._failure.__cause__
-        if module not in self._observations:
+        observation = (self._observations or {}).get(module)
+        if observation is None:
             raise UnsupportedLayerError("what this layer receives depends on the model, and running it did not tell")
-        return self._observations[module]
+        return observation
 
     def _capture(
         self,
@@ -313,13 +314,13 @@ def _layer_type(module: nn.Module, rotary: nn.Module) -> str | None:
     """The module's key into `rope_parameters` where the model has angles per layer type, else None."""
     if not isinstance(getattr(rotary, "rope_type", None), dict):
         return None
-    layer_type = getattr(module, "layer_type", None)
+    layer_type: str | None = getattr(module, "layer_type", None)
     if layer_type is None:
-        layer_types = getattr(module.config, "layer_types", None)
+        layer_types: Any = getattr(module.config, "layer_types", None)
         if layer_types is None or not hasattr(module, "layer_idx"):
             raise UnsupportedLayerError("the model has angles per layer type, but this layer has no type")
         layer_type = layer_types[module.layer_idx]
-    if layer_type not in rotary.config.rope_parameters:
+    if layer_type not in rope_parameters(rotary.config, None):
         raise UnsupportedLayerError(f"the model's config has no rope parameters for layers of type {layer_type!r}")
     return layer_type
 
@@ -352,7 +353,7 @@ def _is_same(computed: torch.Tensor, received: torch.Tensor) -> bool:
     tolerance = 4 * torch.finfo(received.dtype).eps
     computed = computed.to(received)
     try:
-        computed, received = torch.broadcast_tensors(computed, received)
+        computed, received = torch.broadcast_tensors(computed, received)  # type: ignore[no-untyped-call]
     except RuntimeError:
         return False
     return torch.allclose(computed, received, rtol=tolerance, atol=tolerance)

@@ -2,9 +2,9 @@
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -23,7 +23,19 @@ class UnsupportedLayerError(ValueError):
 class QueryKeyCapture(Exception):
     """Stands in for a mixture, and leaves the forward pass with the queries and keys it was given."""
 
-    def attend(self, attend, query, key, value, attention_mask, **kwargs):
+    query: torch.Tensor
+    key: torch.Tensor
+    kwargs: dict[str, Any]
+
+    def attend(
+        self,
+        attend: Callable[..., Any],
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        **kwargs: Any,
+    ) -> NoReturn:
         self.query, self.key, self.kwargs = query, key, kwargs
         raise self
 
@@ -34,7 +46,7 @@ def run_up_to_attention(
     rotaries: Sequence[nn.Module | None],
     layer_type: str | None,
     positions: tuple[int, ...],
-    shared_keys: Sequence[dict[torch.dtype, dict]],
+    shared_keys: Sequence[dict[torch.dtype, dict[str, Any]]],
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Queries `[1, H, S, D]` and keys that `module` hands to its attention function under each of `rotaries`.
 
@@ -72,7 +84,7 @@ def _run(
     rotary: nn.Module | None,
     layer_type: str | None,
     positions: tuple[int, ...],
-    shared_keys: dict[torch.dtype, dict],
+    shared_keys: dict[torch.dtype, dict[str, Any]],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As [`run_up_to_attention`], with `weights` in place of the module's own."""
     weight = next((p for p in module.parameters() if p.is_floating_point() and not p.is_meta), None)
@@ -101,8 +113,9 @@ def _run(
             capture = _call(module, _with_uneven_vectors(module, weights), hidden_states, arguments)
     finally:
         restore(module)
-        if hasattr(module, "_hf_hook"):
-            module._hf_hook.post_forward(module, ())
+        hook: Any = getattr(module, "_hf_hook", None)
+        if hook is not None:
+            hook.post_forward(module, ())
     _refuse_own_key_selection(module, capture)
     return capture.query.detach(), capture.key.detach()
 
@@ -242,7 +255,8 @@ def _with_uneven_vectors(module: nn.Module, weights: dict[str, torch.Tensor]) ->
 def _hidden_states(module: nn.Module, length: int) -> torch.Tensor:
     """Random input `[1, length, hidden size]`; where no projection reads the hidden size, of the first one's."""
     widths = [child.in_features for child in module.modules() if hasattr(child, "in_features")]
-    width = module.config.hidden_size
+    config: Any = module.config
+    width = config.hidden_size
     if widths and width not in widths:
         width = widths[0]
     return torch.randn(1, length, width, generator=torch.Generator().manual_seed(0), device="cpu", dtype=torch.float32)

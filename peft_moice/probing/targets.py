@@ -1,12 +1,13 @@
 """Which modules of a model MoICE adapts, and what to tell users whose choice cannot be adapted."""
 
 import copy
+from typing import Any
 
-from peft import PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from ..attention.interface import uses_attention_interface
+from ..config import MoICEConfig
 
 
 def attention_module_names(model: nn.Module) -> list[str]:
@@ -22,12 +23,13 @@ def attention_module_names(model: nn.Module) -> list[str]:
 
 def decoder_of(model: nn.Module) -> nn.Module:
     """The part of `model` that reads and writes text."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    decoder: nn.Module = model if get_decoder is None else get_decoder()
     # Where a model calls something else its decoder (ModernBERT: the head), all of it is searched.
     return decoder if any(map(uses_attention_interface, decoder.modules())) else model
 
 
-def is_target(config: PeftConfig, name: str) -> object:
+def is_target(config: MoICEConfig, name: str) -> object:
     """As PEFT's `check_target_module_exists`, but `layers_to_transform` holds for every target.
 
     PEFT takes targets that are written out in full whatever layer they lie in, and finds no index in names that begin

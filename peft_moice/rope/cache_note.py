@@ -36,9 +36,9 @@ class CacheNote:
         self._num_looked_at = 0  # leading keys whose positions are known to count up, where `in_order` holds
         self._num_untold = 0  # leading keys that nobody told about
         self._num_blank = 0  # leading keys without an entry in the positions
-        self._rows_are_known = True
         self._token: object = None
         self._ids: torch.Tensor | None = None
+        self._version: int | None = None
         self._first_of_pass = True
         self._past = 0
 
@@ -69,13 +69,14 @@ class CacheNote:
 
     def num_past(self, cache: Cache, layer_idx: int, num_queries: int, told: ToldPositions | None) -> int:
         """Number of keys in `cache` before this pass."""
-        if told is not None and (self._is_noted(told) or (layer_idx >= len(cache.layers) and self._ids is told.ids)):
+        if told is not None and (
+            self._is_noted(told) or (layer_idx >= len(cache.layers) and self._has_same_ids(told))
+        ):
             # Some layers borrow the keys of others, or come more than once in a pass.
             return self._past
         past = cache.get_seq_length(layer_idx)
         if isinstance(past, torch.Tensor) and past.device.type != "cpu" and num_queries == 1 and self.num_keys:
-            same_pass = told is not None and self._ids is told.ids
-            return self._past if same_pass else self.num_keys
+            return self._past if told is not None and self._has_same_ids(told) else self.num_keys
         return int(past)
 
     def add(self, ids: torch.Tensor, past: int, batch: int, told: ToldPositions) -> None:
@@ -89,13 +90,13 @@ class CacheNote:
         """
         end = past + ids.shape[-1]
         # A model with several rotary embeddings gives the same tensor to all of them.
-        if self._is_noted(told) or (self._ids is told.ids and end == self.num_keys):
+        if self._is_noted(told) or (self._has_same_ids(told) and end == self.num_keys):
             return
         self._begin_at(past, batch)
         in_order = self.in_order
         self._write(ids, past)
-        self._token, self._ids, self._past, self.num_keys = told.token, told.ids, past, end
-        self._first_of_pass = True
+        self._token, self._past, self.num_keys, self._first_of_pass = told.token, past, end, True
+        self._ids, self._version = told.ids, _version(told.ids)
         self.continues = in_order is True and past > 0 and self._goes_on(ids)
         if not self.continues and in_order is not False:
             self.in_order = None
@@ -129,7 +130,7 @@ class CacheNote:
     def positions_of_keys(self, offset: int, num_keys: int, mask: Any) -> torch.Tensor:
         """Positions `[rows, T]` of the keys from `offset` on. Unused places behind them count up.
 
-        Keys that nobody told about are numbered from 0, without those that `mask` hides.
+        Keys that nobody told about are numbered from 0, without those that `mask` hides, as `generate` does.
         """
         assert self._positions is not None
         end = offset + num_keys
@@ -140,7 +141,10 @@ class CacheNote:
         blank = self._num_blank - offset
         if blank > 0:
             counted = torch.arange(offset, self._num_blank, device=positions.device)[None]
-            if isinstance(mask, torch.Tensor) and mask.shape[-1] == num_keys and offset == 0:
+            if offset > 0:
+                # No mask goes back to the beginning, so these are taken to lead up to those that were told.
+                counted = positions[:, blank : blank + 1] + counted - self._num_blank
+            elif isinstance(mask, torch.Tensor) and mask.shape[-1] == num_keys:
                 real = mask.bool() if mask.dim() == 2 else visible_keys(mask).any(dim=-2)
                 counted = real[:, :blank].to(positions.device).long().cumsum(dim=-1) - 1
             rows = max(counted.shape[0], positions.shape[0])
@@ -150,7 +154,7 @@ class CacheNote:
 
     def is_guess(self, ids: torch.Tensor) -> bool:
         """Whether the keys before the pass at `ids` may stand elsewhere than noted."""
-        if self._num_untold > 0 or not self._rows_are_known:
+        if self._num_untold > 0:
             return True
         last = self._last(self._past)
         if last is None or not can_look(ids) or last.shape[0] == 1 or bool((last == last[0]).all()):
@@ -163,10 +167,13 @@ class CacheNote:
     def _is_noted(self, told: ToldPositions) -> bool:
         return told.token is not None and self._token is told.token
 
+    def _has_same_ids(self, told: ToldPositions) -> bool:
+        return self._ids is told.ids and self._version == _version(told.ids)
+
     def _begin_at(self, past: int, batch: int) -> None:
         """Make the note one of `past` keys of `batch` rows."""
         if past == 0:
-            self._positions, self.in_order, self._rows_are_known = None, True, True
+            self._positions, self.in_order = None, True
         elif past > self.num_keys:
             # Keys came that nobody told about, in compiled passes for one, which count up.
             last = self._last(self.num_keys)
@@ -190,8 +197,10 @@ class CacheNote:
         elif batch % rows == 0:
             self._positions = self._positions.repeat_interleave(batch // rows, dim=0)
         else:
-            self._positions = self._positions[:1].expand(batch, -1).clone()
-            self._rows_are_known = False
+            # Rows were selected, and nobody told which.
+            self._positions = None
+            self._num_untold = self._num_blank = self.num_keys
+            self.in_order = None
 
     def _last(self, past: int) -> torch.Tensor | None:
         """Positions `[rows, 1]` of the last of `past` keys."""
@@ -216,7 +225,7 @@ class CacheNote:
             old[:, past:end] = ids.to(old.device)
             self._positions = old
 
-    def __deepcopy__(self, memo: dict) -> "CacheNote":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CacheNote":
         copied = CacheNote()
         copied.__dict__.update(self.__dict__)
         copied._token = copied._ids = None
@@ -226,3 +235,8 @@ class CacheNote:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_token": None, "_ids": None}
+
+
+def _version(ids: torch.Tensor) -> int | None:
+    """Changes where a tensor is written in place, as by loops that keep one buffer for positions."""
+    return None if ids.is_inference() else ids._version

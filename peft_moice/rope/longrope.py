@@ -7,6 +7,7 @@ has keys of both kinds, which no further rotation can make agree; it is refused.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -62,7 +63,8 @@ def rope_of_pass(rope: LayerRope, positions: Positions, mixes: bool = True) -> L
         )
     is_long = None
     if positions.cache is not None:
-        watch = _watch_compiled if torch.compiler.is_compiling() else _watch
+        # After a graph break, plain Python may go on with what compiled code began.
+        watch = _watch_compiled if torch.compiler.is_compiling() or positions.note is None else _watch
         is_long = watch(positions, rope.original_length, mixes)
     return rope.with_factors(positions.ids.max() >= rope.original_length if is_long is None else is_long)
 
@@ -111,7 +113,7 @@ def _watch_static(positions: Positions, original_length: int, factors: _Factors,
     assert positions.cache is not None
     if mixes and factors.kind == "both":
         raise ValueError(_disagreement("both", "long", original_length))
-    capacity = positions.cache.layers[positions.layer_idx].max_cache_len
+    capacity = _capacity(positions)
     if mixes and factors.kind == "short" and capacity + factors.shift > original_length:
         raise ValueError(
             f"A static cache of {capacity} places can outgrow the model's original length of {original_length} "
@@ -130,7 +132,7 @@ def _watch_compiled(positions: Positions, original_length: int, mixes: bool) -> 
     if isinstance(past, torch.Tensor):
         if before is not None:
             return _watch_static(positions, original_length, before, mixes)
-        fits = cache.layers[positions.layer_idx].max_cache_len <= original_length
+        fits = _capacity(positions) <= original_length
     else:
         length = past + ids.shape[-1]
         if before is not None:
@@ -145,6 +147,14 @@ def _watch_compiled(positions: Positions, original_length: int, mixes: bool) -> 
             "'longrope'. Run the prompt, which fills the cache, without compilation."
         )
     return None
+
+
+def _capacity(positions: Positions) -> int:
+    """Number of places in this layer of a static cache."""
+    assert positions.cache is not None
+    layer: Any = positions.cache.layers[positions.layer_idx]
+    capacity: int = layer.max_cache_len
+    return capacity
 
 
 def _disagreement(before: str, now: str, original_length: int) -> str:

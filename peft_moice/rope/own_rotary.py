@@ -1,6 +1,7 @@
 """The rotary embedding module of a model, and whether it rotates by the frequencies that its config gives."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,17 +28,18 @@ class OwnRotary:
     _accepted: dict[str | None, torch.Tensor] = field(default_factory=dict, repr=False)
     _seen: dict[str | None, tuple[torch.Tensor, int | None]] = field(default_factory=dict, repr=False)
 
-    def __deepcopy__(self, memo: dict) -> "OwnRotary":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OwnRotary":
         holder = memo.get(id(self.holder), self.holder)
         return OwnRotary(holder, self.attribute, dict(self._accepted))
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "holder": None, "_seen": {}}
 
     @property
     def module(self) -> nn.Module:
         """The rotary embedding that the model has now."""
-        return getattr(self.holder, self.attribute)
+        rotary: nn.Module = getattr(self.holder, self.attribute)
+        return rotary
 
     def disagreement(self, layer_type: str | None) -> str | None:
         """How the frequencies differ from those that the config gives or gave when this was asked first.
@@ -80,11 +82,12 @@ class OwnRotary:
 def _own_frequencies(rotary: nn.Module, layer_type: str | None) -> torch.Tensor:
     """The inverse frequencies `[P]` that `rotary` starts from."""
     prefix = "" if layer_type is None else f"{layer_type}_"
-    frequencies = getattr(rotary, f"{prefix}inv_freq")
+    frequencies: torch.Tensor = getattr(rotary, f"{prefix}inv_freq")
     if original_length(rotary.config, layer_type) is None:
         return frequencies
     # These rope types overwrite `inv_freq` at run time.
-    return getattr(rotary, f"{prefix}original_inv_freq", frequencies)
+    original: torch.Tensor = getattr(rotary, f"{prefix}original_inv_freq", frequencies)
+    return original
 
 
 def _agree(buffer: torch.Tensor, frequencies: torch.Tensor) -> bool:

@@ -127,7 +127,9 @@ class Positions:
             )
 
 
-def positions_of_pass(layer_idx: int | None, args: tuple, kwargs: dict, mixes: bool = True) -> Positions:
+def positions_of_pass(
+    layer_idx: int | None, args: tuple[Any, ...], kwargs: dict[str, Any], mixes: bool = True
+) -> Positions:
     """Where the tokens of this pass stand; notes it on the cache, if there is one.
 
     Has to be called before the attention module runs (a static cache moves its length in place), and in passes that
@@ -144,18 +146,17 @@ def positions_of_pass(layer_idx: int | None, args: tuple, kwargs: dict, mixes: b
             code that goes on with a cache whose keys do not count up.
     """
     told, cache = positions_told(args, kwargs), find_cache(args, kwargs)
-    ids = told.ids if told is not None else None
-    if ids is not None:
-        ids = ids[0] if ids.dim() > 2 else ids
-        ids = None if ids.is_meta else ids
+    batch, num_queries = (args[0] if args else kwargs["hidden_states"]).shape[:2]
+    ids = None if told is None else told.of_tokens(batch, num_queries)
     positions = Positions(ids, cache=cache, told=told, is_paged=paged_cache(args, kwargs) is not None)
     positions.in_order = torch.compiler.is_compiling()
     if mixes:
         positions.refuse_several_dimensions()
-    if cache is None:
-        return positions
     # Families that share an attention module among layers name the layer in the call.
-    positions.layer_idx = kwargs.get("layer_idx", layer_idx)
+    layer_idx = kwargs.get("layer_idx", layer_idx)
+    if cache is None or layer_idx is None:
+        return positions
+    positions.layer_idx = layer_idx
     if mixes:
         positions.query_start, positions.key_offset = _static_place(layer_idx, args, kwargs, cache)
     if torch.compiler.is_compiling():
@@ -163,7 +164,6 @@ def positions_of_pass(layer_idx: int | None, args: tuple, kwargs: dict, mixes: b
             CacheNote.refuse_compiled(cache)
         positions.past = cache.get_seq_length(positions.layer_idx)
         return positions
-    batch, num_queries = (args[0] if args else kwargs["hidden_states"]).shape[:2]
     note = positions.note = CacheNote.on(cache)
     past = note.num_past(cache, positions.layer_idx, num_queries, told)
     if ids is None or told is None:
@@ -178,14 +178,14 @@ def positions_of_pass(layer_idx: int | None, args: tuple, kwargs: dict, mixes: b
     return positions
 
 
-def _find_mask(args: tuple, kwargs: dict) -> Any:
+def _find_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The attention mask among an attention module's arguments."""
     if "attention_mask" in kwargs:
         return kwargs["attention_mask"]
     return next((value for value in args if isinstance(value, torch.Tensor) and value.dim() == 4), None)
 
 
-def find_cache(args: tuple, kwargs: dict) -> Cache | None:
+def find_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
     """The key-value cache among the arguments of a model or an attention module, whatever they call it."""
     for value in (*kwargs.values(), *args):
         if isinstance(value, EncoderDecoderCache):
@@ -195,12 +195,12 @@ def find_cache(args: tuple, kwargs: dict) -> Cache | None:
     return None
 
 
-def paged_cache(args: tuple, kwargs: dict) -> PagedAttentionCache | None:
+def paged_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> PagedAttentionCache | None:
     """The cache of continuous batching among the arguments of a module or an attention function."""
     return next((value for value in (*kwargs.values(), *args) if isinstance(value, PagedAttentionCache)), None)
 
 
-def query_start(layer_idx: int, args: tuple, kwargs: dict) -> int | torch.Tensor | None:
+def query_start(layer_idx: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | torch.Tensor | None:
     """Index of the first query among the keys that an attention function will receive.
 
     Keys are numbered from 0 in the order in which they arrive, so query s stands at `query_start + s`.
@@ -223,7 +223,7 @@ def query_start(layer_idx: int, args: tuple, kwargs: dict) -> int | torch.Tensor
 
 
 def _static_place(
-    layer_idx: int, args: tuple, kwargs: dict, cache: Cache
+    layer_idx: int, args: tuple[Any, ...], kwargs: dict[str, Any], cache: Cache
 ) -> tuple[int | torch.Tensor | None, int | None]:
     """In a static cache, the index of the first query among the keys, and the order of the first key; else None."""
     if not any(isinstance(layer, StaticLayer) for layer in cache.layers):

@@ -38,14 +38,14 @@ def detach_rotary_hooks(model: nn.Module) -> None:
                 module._forward_hooks_with_kwargs.pop(handle_id, None)
 
 
-def _rope_types(rotary: nn.Module) -> dict[str, str]:
-    """Rope types by the prefix that their attributes have, which is empty where all layers have the same."""
+def _rope_types(rotary: nn.Module) -> dict[str, Any]:
+    """Names of rope types by the prefix that their attributes have, which is empty where all layers have the same."""
     rope_type = getattr(rotary, "rope_type", None)
     return {f"{kind}_": value for kind, value in rope_type.items()} if isinstance(rope_type, dict) else {"": rope_type}
 
 
 def _check_growth(
-    model: nn.Module, mixes: Callable[[nn.Module], bool], rotary: nn.Module, args: tuple, output: Any
+    model: nn.Module, mixes: Callable[[nn.Module], bool], rotary: nn.Module, args: tuple[Any, ...], output: Any
 ) -> None:
     """Refuse angles of the rope type dynamic that have grown beyond the original length.
 

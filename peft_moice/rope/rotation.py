@@ -5,6 +5,7 @@ the difference of the inverse frequencies, `R(θ_j) = R(θ_j - θ_0) R(θ_0)`, a
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -31,19 +32,20 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layout: Rotary
 
     Leading dimensions are broadcast. Works in float32 and returns the dtype of `x`.
     """
-    before, rotated, after = x.split([layout.start, layout.size, x.shape[-1] - layout.start - layout.size], dim=-1)
-    rotated = rotated.to(torch.promote_types(x.dtype, torch.float32))
+    sizes = [layout.start, layout.size, x.shape[-1] - layout.start - layout.size]
+    before, own, after = torch.split(x, sizes, dim=-1)
+    own = own.to(torch.promote_types(x.dtype, torch.float32))
     if layout.interleaved:
-        first, second = rotated[..., 0::2], rotated[..., 1::2]
+        first, second = own[..., 0::2], own[..., 1::2]
     else:
-        first, second = rotated.chunk(2, dim=-1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    turned = torch.stack(turned, dim=-1).flatten(-2) if layout.interleaved else torch.cat(turned, dim=-1)
-    turned = turned.to(x.dtype)
+        first, second = own.chunk(2, dim=-1)
+    pair = (first * cos - second * sin, second * cos + first * sin)
+    rotated = torch.stack(pair, dim=-1).flatten(-2) if layout.interleaved else torch.cat(pair, dim=-1)
+    rotated = rotated.to(x.dtype)
     if layout.size == x.shape[-1]:
-        return turned
-    leading = turned.shape[:-1]
-    return torch.cat((before.expand(*leading, -1), turned, after.expand(*leading, -1)), dim=-1)
+        return rotated
+    leading = rotated.shape[:-1]
+    return torch.cat((before.expand(*leading, -1), rotated, after.expand(*leading, -1)), dim=-1)
 
 
 class RotationTable:
@@ -63,10 +65,10 @@ class RotationTable:
         self.is_identity = (deltas == 0).all(dim=-1).tolist()
         self._tables: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_tables": {}}
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RotationTable":
         return self
 
     @property
@@ -84,8 +86,8 @@ class RotationTable:
             padded = max(_MIN_TABLE_LENGTH, 1 << (length - 1).bit_length())
             # The table outlives this pass, so a pass in inference mode must not make it unfit for training.
             with torch.inference_mode(False):
-                table = _cos_sin(torch.arange(padded, dtype=torch.float64), self.deltas)
-                table = self._tables[device] = tuple(t.to(device) for t in table)
+                cos, sin = _cos_sin(torch.arange(padded, dtype=torch.float64), self.deltas)
+                table = self._tables[device] = (cos.to(device), sin.to(device))
         return table[0][:, :length], table[1][:, :length]
 
     def cos_sin_at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,8 +28,14 @@ class ToldPositions:
 
     ids: torch.Tensor
     token: object | None = field(default_factory=object)
-    orders: list[tuple[Any, tuple, Order]] = field(default_factory=list)
+    orders: list[tuple[Any, tuple[int, int | None], Order]] = field(default_factory=list)
     is_text: bool = False
+
+    def of_tokens(self, batch: int, num_tokens: int) -> torch.Tensor | None:
+        """`ids` as `[B or 1, S]`, of the first of several dimensions; None if of other tokens."""
+        ids = self.ids[0] if self.ids.dim() == 3 else self.ids
+        fits = ids.dim() == 2 and ids.shape[0] in (1, batch) and ids.shape[1] == num_tokens
+        return ids if fits and not ids.is_meta else None
 
 
 def can_look(ids: torch.Tensor) -> bool:
@@ -37,7 +43,7 @@ def can_look(ids: torch.Tensor) -> bool:
     return ids.device.type == "cpu" or ids.shape[-1] > 1
 
 
-def tell_positions(rotary: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+def tell_positions(rotary: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Forward hook of rotary embeddings: lets the positions travel with the cosines."""
     if torch.compiler.is_compiling():
         return
@@ -52,11 +58,11 @@ def _first_tensor(value: Any) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
-def positions_told(args: tuple, kwargs: dict) -> ToldPositions | None:
+def positions_told(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ToldPositions | None:
     """The positions of this pass: those that the rotary embedding was given, else the layer's own argument."""
     if not torch.compiler.is_compiling():
         for value in (*kwargs.values(), *args):
-            told = getattr(_first_tensor(value), _ATTRIBUTE, None)
+            told: ToldPositions | None = getattr(_first_tensor(value), _ATTRIBUTE, None)
             if told is not None:
                 return told
     ids = kwargs.get("position_ids")

@@ -1,0 +1,13 @@
+"""The balance loss on its way into the training loss, and the router logits on theirs to the caller."""
+
+from .hooks import add_balance_loss, register_hooks, remove_hooks
+from .losses_outside import BalanceLossMixin, CollectedBalanceLoss, collect_balance_loss
+
+__all__ = [
+    "BalanceLossMixin",
+    "CollectedBalanceLoss",
+    "add_balance_loss",
+    "collect_balance_loss",
+    "register_hooks",
+    "remove_hooks",
+]

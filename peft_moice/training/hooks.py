@@ -1,0 +1,148 @@
+"""The two forward hooks of the model that computes the loss.
+
+A loss added in the tuner's own forward would be lost wherever PEFT or transformers call that model directly: with
+`task_type` unset, or after `model.add_adapter`.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ..mixture import MixesAngles
+from .balance import PassRecords, mixing_layers
+from .outputs import add_entry, add_to_loss, warn_if_left_out
+
+_NAME = "moice_hooks"
+
+
+@dataclass
+class RouterHooks:
+    """The hooks of one model, kept by it under `moice_hooks`.
+
+    Attributes:
+        handles: torch's handles of the hooks.
+        current: the pass that is going on, if anybody asked for its records.
+        observer: called with the records of every training pass; see `callback.py`.
+        collected: takes the balance losses in place of `outputs.loss`; see [`collect_balance_loss`].
+    """
+
+    handles: list[RemovableHandle] = field(default_factory=list)
+    current: PassRecords | None = None
+    observer: Callable[[PassRecords], None] | None = None
+    collected: list[PassRecords] | None = None
+
+
+def register_hooks(model: nn.Module) -> None:
+    """Register both hooks on `model`, unless they are there already."""
+    if _NAME not in vars(model):
+        hooks = RouterHooks()
+        hooks.handles.append(model.register_forward_pre_hook(start_recording, with_kwargs=True))
+        hooks.handles.append(model.register_forward_hook(add_balance_loss, with_kwargs=True))
+        setattr(model, _NAME, hooks)
+
+
+def remove_hooks(model: nn.Module) -> None:
+    """Undo [`register_hooks`]."""
+    hooks: RouterHooks | None = vars(model).get(_NAME)
+    if hooks is not None:
+        for handle in hooks.handles:
+            handle.remove()
+        delattr(model, _NAME)
+
+
+def hooks_of(model: nn.Module) -> RouterHooks:
+    """The hooks of the module below `model` (PEFT's or an engine's wrapper) that has them.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for module in model.modules():
+        hooks: RouterHooks | None = vars(module).get(_NAME)
+        if hooks is not None:
+            return hooks
+    raise ValueError(f"{type(model).__name__} has no MoICE adapter. Add one with `peft.get_peft_model` first.")
+
+
+def start_recording(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook: ask the layers for their records, if the pass trains or its router logits are requested."""
+    hooks = hooks_of(model)
+    if hooks.current is not None:
+        # Left by a pass that was broken off.
+        _stop_recording(model, hooks)
+    if not (model.training or kwargs.get("output_router_logits")):
+        return
+    layers = mixing_layers(model)
+    if model.training and torch.is_grad_enabled():
+        _check_training(model, layers, args, kwargs)
+    hooks.current = PassRecords(model, args, kwargs)
+    for layer in layers:
+        layer.recorder = hooks.current
+
+
+def add_balance_loss(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
+    """Forward hook: add `router_aux_loss_coef` times the balance loss of every active adapter to the loss.
+
+    The loss is `outputs` itself if that is a scalar, the entry or attribute `loss`, or a scalar at the start of a
+    tuple. Added is what routers learn from: the balance loss of trainable routers that keep fewer experts than they
+    have. `outputs.aux_loss` holds the balance loss of all active routers, without the coefficient, and with
+    `output_router_logits=True`, `outputs.router_logits` holds a tuple of `[B, H, S, N]` logits, one per layer (a dict
+    of such tuples with several active adapters). Where the model has attributes of these names, ours are called
+    `outputs.moice_aux_loss` and `outputs.moice_router_logits`.
+    """
+    hooks = hooks_of(model)
+    passed = hooks.current
+    if passed is None:
+        return outputs
+    _stop_recording(model, hooks)
+    if not passed.records:
+        return outputs
+    if kwargs.get("output_router_logits"):
+        add_entry(outputs, "router_logits", passed.router_logits())
+    if not model.training:
+        return outputs
+    if hooks.observer is not None and torch.is_grad_enabled():
+        hooks.observer(passed)
+    if hooks.collected is not None:
+        if torch.is_grad_enabled():
+            hooks.collected.append(passed)
+        return outputs
+    extra = passed.balance_loss(passed.arguments.get("labels"), passed.arguments.get("num_items_in_batch"))
+    if passed.aux_loss is None:
+        return outputs
+    warn_if_left_out(extra, outputs)
+    add_entry(outputs, "aux_loss", passed.aux_loss)
+    return add_to_loss(outputs, extra)
+
+
+def _stop_recording(model: nn.Module, hooks: RouterHooks) -> None:
+    # From here on, the second forward pass of gradient checkpointing must not leave anything behind.
+    for layer in mixing_layers(model):
+        layer.recorder = None
+    hooks.current = None
+
+
+def _check_training(
+    model: nn.Module, layers: list[MixesAngles], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    shares = [share for layer in layers for share in layer.shares()]
+    if any(share.router.is_trainable for share in shares):
+        if (getattr(model, "tp_size", None) or 1) > 1:
+            raise ValueError(
+                "Routers cannot be trained under tensor parallelism: every process would see the gradient of its own "
+                "heads only. Train with data parallelism, FSDP or DeepSpeed; for inference, call `model.eval()`."
+            )
+    elif shares and not torch.compiler.is_compiling():
+        inputs = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        if not any(tensor.requires_grad for tensor in (*inputs, *model.parameters())):
+            warnings.warn(
+                f"The model is in training mode, but all of its weights are frozen, the routers of "
+                f"{sorted({share.name for share in shares})} among them, so nothing will be trained. Load an adapter "
+                "to train it with `PeftModel.from_pretrained(model, adapter, is_trainable=True)`; for inference, call "
+                "`model.eval()`.",
+                stacklevel=2,
+            )

@@ -1,0 +1,139 @@
+"""Several adapters in one model: switched, active together, deleted, on other layers."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny_models import SHAPE, WIDE, decide, layers_of, load, logits_of, token_ids, two_adapters, wide_config
+from transformers import AutoModelForSeq2SeqLM, T5GemmaConfig
+from transformers.models.t5gemma.configuration_t5gemma import T5GemmaModuleConfig
+
+from peft_moice import MoICEConfig, MoICEModel
+from peft_moice.mixture import LayerMixture
+from peft_moice.router import select_experts
+
+
+def test_set_and_delete_adapter(llama):
+    model = two_adapters(llama)
+    one = logits_of(model)
+    model.set_adapter("two")
+    two = logits_of(model)
+    assert not torch.allclose(one, two, atol=1e-4)
+    model.delete_adapter("two")
+    assert model.active_adapters == ["one"]
+    assert torch.equal(logits_of(model), one)
+    for layer in layers_of(model):
+        for attribute in (*layer.adapter_layer_names, *layer.other_param_names):
+            assert set(getattr(layer, attribute)) == {"one"}
+    model.add_adapter("two", wide_config(top_k=4))
+    model.set_adapter("two")
+    decide(model, "two", seed=2)
+    assert not torch.equal(logits_of(model), two)  # another top_k
+
+
+def test_deleting_the_last_adapter_leaves_the_base_model(llama, adapted):
+    adapted.delete_adapter("default")
+    # PeftModel's own forward looks the active adapter's config up, so it cannot run without one.
+    assert torch.equal(logits_of(adapted.base_model.model), logits_of(load(llama)))
+
+
+def test_only_active_adapters_are_trained(llama):
+    model = two_adapters(llama)
+    assert all(p.requires_grad == (".one." in name) for name, p in model.named_parameters())
+    model.set_adapter("two")
+    assert all(p.requires_grad == (".two." in name) for name, p in model.named_parameters())
+    model.base_model.set_adapter(["one", "two"])
+    assert all(p.requires_grad == ("moice_router" in name) for name, p in model.named_parameters())
+    model.set_adapter("one", inference_mode=True)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def capture_attention(layer, model, input_ids):
+    """The arguments of `layer`'s one call in a pass of `model`, and the attention's output before `o_proj`."""
+    calls, outputs = [], []
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True),
+        layer.base_layer.o_proj.register_forward_pre_hook(lambda _, args: outputs.append(args[0])),
+    ]
+    with torch.no_grad():
+        model(input_ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return calls[0], outputs[0]
+
+
+def attention_of(layer, call):
+    outputs = []
+    handle = layer.base_layer.o_proj.register_forward_pre_hook(lambda _, args: outputs.append(args[0]))
+    with torch.no_grad():
+        layer(*call[0], **call[1])
+    handle.remove()
+    return outputs[0]
+
+
+@pytest.mark.parametrize("second", [{}, {"base_multipliers": [1.0, 0.25, 8.0], "top_k": 1}, {"router_scope": "head"}])
+def test_active_adapters_average_their_attention(llama, second):
+    model = two_adapters(llama, **second)
+    layer = layers_of(model)[1]
+    model.base_model.set_adapter(["one", "two"])
+    call, both = capture_attention(layer, model, token_ids())
+    singles = []
+    for name in ("one", "two"):
+        layer.set_adapter(name)
+        singles.append(attention_of(layer, call))
+    assert not torch.allclose(*singles, atol=1e-3)
+    torch.testing.assert_close(both, (singles[0] + singles[1]) / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_gates_of_active_adapters_are_the_mean_of_gates_on_the_union(llama):
+    model = two_adapters(llama, base_multipliers=[1.0, 0.25, 8.0], top_k=2)
+    layer = layers_of(model)[0]
+    model.base_model.set_adapter(["one", "two"])
+    mixture = LayerMixture(layer.shares(), layer.rope)
+    own = layer.rope.rope_theta
+    # The angles 1 and 0.25 occur in both adapters, and are computed once.
+    assert mixture.rope_bases() == tuple(own * multiple for multiple in (0.25, 0.5, 1.0, 4.0, 8.0))
+    query = torch.randn(2, 4, 5, 16, generator=torch.Generator().manual_seed(3))
+    one, two = (layer.moice_router[name](query) for name in ("one", "two"))
+    expected = torch.zeros(2, 4, 5, 5)
+    expected[..., [2, 0, 1, 3]] += select_experts(one, 2) / 2
+    expected[..., [2, 0, 4]] += select_experts(two, 2) / 2
+    torch.testing.assert_close(mixture.gate(query, mixture.rope_bases()).gates, expected)
+
+
+def test_one_adapter_twice_is_that_adapter(llama):
+    model = two_adapters(llama)
+    for layer in layers_of(model):
+        layer.moice_router["two"].load_state_dict(layer.moice_router["one"].state_dict())
+    one = logits_of(model)
+    model.base_model.set_adapter(["one", "two"])
+    torch.testing.assert_close(logits_of(model), one, rtol=1e-5, atol=1e-6)
+
+
+def test_a_second_adapter_on_other_layers(llama):
+    model = get_peft_model(load(llama), wide_config(layers_to_transform=[0]), adapter_name="low").eval()
+    low = logits_of(model)
+    model.add_adapter("high", wide_config(layers_to_transform=[1, 2]))
+    decide(model, "high")
+    assert torch.equal(logits_of(model), low)
+    model.set_adapter("high")
+    alone = get_peft_model(load(llama), wide_config(layers_to_transform=[1, 2])).eval()
+    decide(alone)
+    assert torch.equal(logits_of(model), logits_of(alone))
+    assert isinstance(model.base_model, MoICEModel)
+
+
+def test_a_second_adapter_beside_another_rotary_embedding():
+    """An encoder-decoder has a rotary embedding on either side; both are watched."""
+    side = T5GemmaModuleConfig(
+        **{**SHAPE, "max_position_embeddings": 16, "query_pre_attn_scalar": 16},
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+    )
+    config = T5GemmaConfig(encoder=side, decoder=side, vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    options = {"base_multipliers": WIDE, "top_k": 2}
+    base = AutoModelForSeq2SeqLM.from_config(config).eval()
+    model = get_peft_model(base, MoICEConfig(target_modules=r".*decoder.*self_attn", **options), adapter_name="one")
+    model.add_adapter("two", MoICEConfig(target_modules=r".*encoder.*self_attn", **options))
+    model.set_adapter("two")
+    model(input_ids=token_ids(length=14), decoder_input_ids=token_ids(length=4))
+    with pytest.raises(ValueError, match="'dynamic' have grown"):
+        model(input_ids=token_ids(length=30), decoder_input_ids=token_ids(length=4))
