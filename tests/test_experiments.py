@@ -73,6 +73,6 @@ def test_static_gates_are_the_same_for_every_token(folder):
     model = fill(methods.mixture(load(folder), {"experts": "angles", "static": True}))
     layer = next(module for module in model.modules() if isinstance(module, methods.MoICELayer))
     router = layer.moice_router["default"]
-    gates = router.gates(router(torch.randn(2, 4, 7, 16)), 5)
+    gates, _ = router.gate(router(torch.randn(2, 4, 7, 16)), 5)
     assert torch.equal(gates, gates[:1, :, :1].expand_as(gates))
     assert not torch.equal(gates[0, 0, 0], gates[0, 1, 0])

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ..mixture import MixesAngles
+from ..mixture import MixesAngles, RouterRecord
 from .mode import evaluating
 
 
@@ -19,28 +19,31 @@ def gates_along(model: Any, input_ids: torch.Tensor, adapter_name: str = "defaul
     Raises:
         ValueError: the model has no routers of this name.
     """
-    gates: dict[str, torch.Tensor] = {}
-
-    def begin(layer: MixesAngles, args: Any) -> None:
-        layer.router_gates = {}
-
-    def collect(name: str, layer: MixesAngles) -> None:
-        noted, layer.router_gates = layer.router_gates, None
-        if noted is not None and adapter_name in noted:
-            gates[name] = noted[adapter_name][0].float().cpu()
-
-    handles = []
-    for name, layer in model.named_modules():
-        if isinstance(layer, MixesAngles):
-            # Hooks of the whole model take notes of training passes only.
-            handles.append(layer.register_forward_pre_hook(begin))
-            handles.append(layer.register_forward_hook(lambda layer, args, output, name=name: collect(name, layer)))
+    names = {module: name for name, module in model.named_modules() if isinstance(module, MixesAngles)}
+    collector = _Collector(adapter_name)
+    before = {layer: layer.recorder for layer in names}
     try:
         with evaluating(model):
+            for layer in names:
+                layer.recorder = collector
             model(input_ids=input_ids[None].to(model.device), use_cache=False, logits_to_keep=1)
     finally:
-        for handle in handles:
-            handle.remove()
+        for layer, recorder in before.items():
+            layer.recorder = recorder
+    gates = {name: collector.gates[layer] for layer, name in names.items() if layer in collector.gates}
     if not gates:
         raise ValueError(f"No layer of this model has routers of the name {adapter_name!r}.")
     return gates
+
+
+class _Collector:
+    """Receives the records of a pass and keeps the gates of one adapter's routers."""
+
+    def __init__(self, adapter_name: str):
+        self.adapter_name = adapter_name
+        self.gates: dict[MixesAngles, torch.Tensor] = {}
+
+    def take(self, layer: MixesAngles, records: list[RouterRecord]) -> None:
+        for record in records:
+            if record.share.name == self.adapter_name:
+                self.gates[layer] = record.gates[0].float().cpu()
