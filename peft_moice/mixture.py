@@ -104,7 +104,8 @@ class LayerMixture:
         for share in self.shares:
             columns = [rope_bases.index(base) for base in share.spec.bases_of(self.rope.layer_type)]
             logits = share.router(query)
-            gates, learns = share.router.gate(logits, share.spec.top_k)
+            gates = share.router.gates(logits, share.spec.top_k)
+            learns = share.router.picks(logits, share.spec.top_k)
             records.append(RouterRecord(share, logits, gates.detach()))
             if learns is not None:
                 learns = _in_columns(learns.float(), columns, len(rope_bases)) > 0

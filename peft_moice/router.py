@@ -97,18 +97,15 @@ class MoICERouter(nn.Module):
         logits: torch.Tensor = hidden @ self.down_proj.mT
         return logits
 
-    def gate(self, logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def gates(self, logits: torch.Tensor, top_k: int) -> torch.Tensor:
         """Gates `[B, H, S, N]` in float32 from `logits` `[B, H, S, N]`, with the identity scale applied.
-
-        Second, `[B, H, S, N]`, true where a gate has a gradient: an identity scale of zero closes gates by which it
-        learns all the same. None where no scale learns, and gates have a gradient where they are not zero.
 
         Raises:
             ValueError: the identity scale is offloaded.
         """
         gates = select_experts(logits, top_k)
         if self.identity_scale is None:
-            return gates, None
+            return gates
         if self.identity_scale.is_meta and not gates.is_meta:
             raise ValueError(
                 "The weights of a router are offloaded, and accelerate brings them back for its `forward` alone, "
@@ -117,8 +114,18 @@ class MoICERouter(nn.Module):
         scale = self.identity_scale.float()[:, None, None]
         own = gates.new_zeros(gates.shape[-1])
         own[0] = 1.0
-        learns = (gates != 0) | (own != 0) if scale.requires_grad else None
-        return own + scale * (gates - own), learns
+        return own + scale * (gates - own)
+
+    def picks(self, logits: torch.Tensor, top_k: int) -> torch.Tensor | None:
+        """`[B, H, S, N]`, true where the gates of `logits` have a gradient; None for where they are not zero.
+
+        An identity scale of zero closes gates by which it learns all the same: those that `top_k` kept.
+        """
+        if self.identity_scale is None or not self.identity_scale.requires_grad:
+            return None
+        picked = select_experts(logits.detach(), top_k) != 0
+        picked[..., 0] = True
+        return picked
 
     def extra_repr(self) -> str:
         scope = "layer" if self.gate_proj.dim() == 2 else "head"

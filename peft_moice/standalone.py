@@ -94,8 +94,9 @@ def install_described(model: PreTrainedModel, description: dict[str, Any]) -> No
             continue
         own = LayerProbe(model).find_rotary(_name_of(model, attention), layer.get("rope_theta"))
         rotary = own.module
-        layer_type, layout, turn = layer["layer_type"], RotaryLayout(**layer["layout"]), layer["direction"]
-        rope = LayerRope(type(rotary), rotary.config, layer_type, layout, turn, layer.get("original_length"), own=own)
+        layer_type, layout, direction = layer["layer_type"], RotaryLayout(**layer["layout"]), layer["direction"]
+        length = layer.get("original_length")
+        rope = LayerRope(type(rotary), rotary.config, layer_type, layout, direction, length, own=own)
         rope = ropes.setdefault((id(rotary), layer_type, layout), rope)
         specs = [RouterSpec(**description["routers"][index], weight=weight) for index, weight in layer["routers"]]
         routers = [MoICERouter.from_spec(spec, layer_type, layer["num_heads"], layer["head_dim"]) for spec in specs]

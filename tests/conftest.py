@@ -2,7 +2,8 @@
 
 import pytest
 from hypothesis import settings
-from tiny_models import FAMILIES, adapted_model, save_tiny_model
+from peft import PeftModel, get_peft_model
+from tiny_models import FAMILIES, OTHER, adapted_model, decide, load, save_tiny_model, wide_config
 
 # Property tests draw the same examples in every run, so that a failure can be had again.
 settings.register_profile("seeded", derandomize=True)
@@ -39,6 +40,17 @@ def adapter(adapted, tmp_path) -> str:
     """The folder of that adapter."""
     adapted.save_pretrained(tmp_path / "adapter")
     return str(tmp_path / "adapter")
+
+
+@pytest.fixture
+def model(llama) -> PeftModel:
+    """Adapters "a" and "b" of the same shape, and "other" with other angles and routers per head. "a" is active."""
+    model = get_peft_model(load(llama), wide_config(), adapter_name="a")
+    model.add_adapter("b", wide_config())
+    model.add_adapter("other", wide_config(**OTHER))
+    for seed, name in enumerate(("a", "b", "other")):
+        decide(model, name, seed=seed)
+    return model.eval()
 
 
 @pytest.fixture

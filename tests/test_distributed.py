@@ -12,17 +12,11 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 from test_trainer import SGD, adapted, padded, rows, trainer_of
-from tiny_models import save_tiny_model
 
 from peft_moice.callback import MoICECallback
 
 TESTS = Path(__file__).parent
 CONFIGS = TESTS.parent / "examples" / "accelerate"
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> str:
-    return save_tiny_model(tmp_path_factory.mktemp("llama"))
 
 
 def saved(folder: Path) -> dict[str, torch.Tensor]:

@@ -1,33 +1,20 @@
-"""The kernels in C: compiled once, chosen where they apply, left out where they cannot be had."""
+"""The kernels in C: right whatever the threads, the memory, the numbers and the precision are."""
 
 import pytest
 import torch
 from test_operator import LAYOUTS, attend, inputs, table
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import checkpoint
 
 from peft_moice.attention import mixed_attention
 from peft_moice.attention.call import AttentionCall
-from peft_moice.attention.native import library
+from peft_moice.attention.native import library, native
 from peft_moice.attention.operator import choose
+from peft_moice.rope import RotaryLayout
 
 pytestmark = pytest.mark.skipif(
     isinstance(library.load(), str), reason=f"the kernels cannot be had here: {library.load()}"
 )
-
-
-@pytest.fixture
-def fresh(monkeypatch, tmp_path):
-    """Nothing is loaded, and nothing was ever compiled. Returns the folder for what is compiled."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    library.load.cache_clear()
-    yield tmp_path / "peft_moice"
-    library.load.cache_clear()
-
-
-def mixed(implementation: str = "native") -> torch.Tensor:
-    query, key, value, gates = inputs()
-    options = {"rotations": table(LAYOUTS["half"]), "query_start": 0, "attend": attend}
-    return mixed_attention(query, key, value, gates, implementation=implementation, **options)[0]
 
 
 def chosen(dtype: torch.dtype = torch.float32, backend: str = "sdpa", length: int = 9, **options) -> str:
@@ -37,32 +24,10 @@ def chosen(dtype: torch.dtype = torch.float32, backend: str = "sdpa", length: in
     return choose(call)
 
 
-def test_they_are_compiled_once(fresh):
-    expected = mixed()
-    (compiled,) = fresh.glob("*.so")
-    first_time = compiled.stat().st_mtime_ns
-    library.load.cache_clear()
-    assert torch.equal(mixed(), expected)
-    assert compiled.stat().st_mtime_ns == first_time
-    assert list(fresh.iterdir()) == [compiled]
-
-
-@pytest.mark.parametrize("variable, value", [("CC", "no-such-compiler"), ("CC", "false"), (library.SWITCH, "0")])
-def test_without_them_another_implementation_is_chosen(fresh, monkeypatch, variable, value):
-    expected = mixed("reference")
-    monkeypatch.setenv(variable, value)
-    assert chosen() == "grouped"
-    torch.testing.assert_close(mixed("auto"), expected, rtol=1e-5, atol=1e-6)
-    with pytest.raises(
-        ValueError, match=f"native implementation cannot be used: .*{'compiler|' * (value != '0')}{value}"
-    ):
-        mixed()
-    assert not list(fresh.glob("*.so"))
-
-
 def test_they_are_chosen_where_they_compute_what_sdpa_would():
-    assert chosen() == chosen(length=1) == "native"
-    assert chosen(torch.bfloat16) == "delegated"
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert chosen(dtype) == chosen(dtype, length=1) == "native"
+    assert chosen(torch.float64) == "delegated"
     assert chosen(backend="eager") == "delegated"
     assert chosen(dropout=0.1) == "delegated"
 
@@ -107,13 +72,22 @@ def test_strided_inputs_are_read_as_they_are():
     assert torch.equal(output, expected)
 
 
-def test_queries_have_to_fit_the_keys():
+@pytest.mark.parametrize("implementation", ["native", "grouped"])
+def test_queries_have_to_fit_the_keys(implementation):
     query, key, value, gates = inputs()
-    with pytest.raises(ValueError, match="9 queries starting at position 4 do not fit 9 keys"):
-        mixed_attention(
-            query, key, value, gates, rotations=table(LAYOUTS["half"]), query_start=4, attend=attend,
-            implementation="native",
-        )  # fmt: skip
+    options = {"rotations": table(LAYOUTS["half"]), "attend": attend, "implementation": implementation}
+    for start in (-1, 4):
+        with pytest.raises(ValueError, match=f"9 queries starting at position {start} do not fit 9 keys"):
+            mixed_attention(query, key, value, gates, query_start=torch.tensor(start), **options)
+
+
+@pytest.mark.parametrize("implementation", ["native", "grouped"])
+def test_nothing_is_left_to_others(implementation):
+    query, key, value, gates = (x[:0] for x in inputs())
+    options = {"rotations": table(LAYOUTS["half"]), "attend": attend, "backend": "sdpa"}
+    assert mixed_attention(query, key, value, gates, **options)[0].shape == (0, 9, 4, 6)
+    with pytest.raises(ValueError, match="there is nothing to attend to"):
+        mixed_attention(query, key, value, gates, implementation=implementation, **options)
 
 
 def test_exponentials_reach_far_below_zero():
@@ -143,3 +117,200 @@ def test_second_derivatives_are_refused(implementation):
     (grad,) = torch.autograd.grad(output.square().sum(), query, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+def outcome(implementation: str = "native", queries: int = 9, keys: int = 9, **options) -> list[torch.Tensor]:
+    """The output and the gradients of all inputs."""
+    leaves = [x.requires_grad_() for x in inputs(queries, keys)]
+    options = {"rotations": table(LAYOUTS["half"]), "query_start": keys - queries, "attend": attend, **options}
+    output, _ = mixed_attention(*leaves, implementation=implementation, **options)
+    output.float().square().sum().backward()
+    return [output.detach(), *(x.grad for x in leaves)]
+
+
+def assert_same(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    for one, other in zip(actual, expected, strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_memory_that_held_something_before_changes_nothing(monkeypatch):
+    expected = [outcome("reference", *lengths) for lengths in ((9, 9), (3, 200), (150, 300))]
+
+    def used(*shape: int) -> torch.Tensor:
+        return torch.full(shape, float("nan"), dtype=torch.float32)
+
+    monkeypatch.setattr(native, "_empty", used)
+    for lengths, right in zip(((9, 9), (3, 200), (150, 300)), expected, strict=True):
+        assert_same(outcome("native", *lengths)[:4], right[:4])
+
+
+@pytest.mark.parametrize("lengths", [(1, 300), (40, 40)])
+def test_fewer_threads_may_run_than_were_asked_for(monkeypatch, lengths):
+    """OMP_DYNAMIC, OMP_THREAD_LIMIT, containers; here the library is compiled without OpenMP."""
+    expected = outcome("reference", *lengths)
+    monkeypatch.setattr(native, "_empty", lambda *shape: torch.full(shape, 1e9, dtype=torch.float32))
+    monkeypatch.setenv(library.FLAGS, "-O1 -fno-openmp")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    library.load.cache_clear()
+    try:
+        assert_same(outcome("native", *lengths)[:4], expected[:4])
+    finally:
+        library.load.cache_clear()
+
+
+@pytest.mark.parametrize("implementation", ["native", "grouped"])
+@pytest.mark.parametrize("queries", [2, 9])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_defaults_for_dtype_and_device_change_nothing(implementation, queries, dtype):
+    expected = outcome(implementation, queries)
+    leaves = [x.requires_grad_() for x in inputs(queries, 9)]
+    options = {"query_start": 9 - queries, "attend": attend, "implementation": implementation}
+    rotations = table(LAYOUTS["half"])
+    try:
+        torch.set_default_dtype(dtype)
+        torch.set_default_device("meta")
+        output, _ = mixed_attention(*leaves, rotations=rotations, **options)
+        output.square().sum().backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    for one, other in zip([output.detach(), *(x.grad for x in leaves)], expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("implementation", ["native", "grouped"])
+@pytest.mark.parametrize("queries", [2, 9])
+def test_any_strides_are_read(implementation, queries):
+    """Expanded heads, a last dimension with gaps, and gradients of outputs that are expanded numbers."""
+    torch.manual_seed(0)
+    query = torch.randn(2, 4, queries, 16)[..., ::2]
+    key, value = torch.randn(2, 1, 9, 8).expand(-1, 2, -1, -1), torch.randn(8, 9, 2, 2).permute(3, 2, 1, 0)
+    *_, gates = inputs(queries, 9)
+    gates = gates.transpose(1, 2).contiguous().transpose(1, 2)
+    options = {"rotations": table(LAYOUTS["half"]), "query_start": 9 - queries, "attend": attend}
+    results = []
+    for make, name in ((torch.Tensor.detach, implementation), (torch.Tensor.contiguous, "reference")):
+        leaves = [make(x.detach()).requires_grad_() for x in (query, key, value)]
+        output, _ = mixed_attention(*leaves, gates, implementation=name, **options)
+        results.append([output, *torch.autograd.grad(output.sum(), leaves)])
+    assert_same(*results)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("implementation", ["native", "grouped"])
+def test_transforms_and_traces_take_what_they_can_follow(implementation):
+    query, key, value, gates = inputs()
+    options = {"rotations": table(LAYOUTS["half"]), "attend": attend, "backend": "sdpa"}
+
+    def loss(query: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        return mixed_attention(query, key, value, gates, **options)[0].square().sum()
+
+    leaf = query.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf, gates), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(query, gates), expected, rtol=1e-4, atol=1e-5)
+    queries = torch.stack((query, 2 * query))
+    expected = torch.stack([loss(x, gates) for x in queries])
+    torch.testing.assert_close(torch.func.vmap(loss, (0, None))(queries, gates), expected, rtol=1e-5, atol=1e-4)
+    traced = torch.jit.trace(loss, (query, gates))
+    other = torch.randn_like(query)
+    torch.testing.assert_close(traced(other, gates), loss(other, gates), rtol=1e-5, atol=1e-4)
+
+    def forced(query: torch.Tensor) -> torch.Tensor:
+        return mixed_attention(query, key, value, gates, implementation=implementation, **options)[0].sum()
+
+    with pytest.raises(ValueError, match=r"torch\.func cannot transform it"):
+        torch.func.grad(forced)(query)
+
+
+def test_checkpointing_that_keeps_everything_changes_no_gradient():
+    """What a cache returns instead of new memory may be filled already."""
+    query, key, value, gates = inputs()
+    options = {"rotations": table(LAYOUTS["half"]), "attend": attend, "implementation": "native"}
+
+    def attention(query: torch.Tensor) -> torch.Tensor:
+        return mixed_attention(query.sin(), key, value, gates, **options)[0].square().sum()
+
+    def keep(context, operation, *args, **kwargs):
+        return checkpoint.CheckpointPolicy.MUST_SAVE
+
+    plain, kept = query.clone().requires_grad_(), query.clone().requires_grad_()
+    attention(plain).backward()
+    checkpoint.checkpoint(
+        attention,
+        kept,
+        use_reentrant=False,
+        context_fn=lambda: checkpoint.create_selective_checkpoint_contexts(keep),
+    ).backward()
+    torch.testing.assert_close(kept.grad, plain.grad)
+
+
+@pytest.mark.parametrize("queries", [3, 64])
+def test_errors_stay_within_twice_those_of_sdpa(queries):
+    """Under the own angle alone, over 16,384 keys, whose contributions all have the same sign."""
+    generator = torch.Generator().manual_seed(0)
+    keys = 1 << 14
+    query, key = (torch.randn(1, 1, n, 16, generator=generator) for n in (queries, keys))
+    value = torch.rand(1, 1, keys, 16, generator=generator)
+    gates = torch.tensor([1.0, 0.0, 0.0]).expand(1, 1, queries, 3)
+    mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+
+    def mixture(query, key, value):
+        options = {"rotations": table(RotaryLayout(0, 16, False)), "query_start": keys - queries}
+        return mixed_attention(query, key, value, gates, implementation="native", **options)[0].transpose(1, 2)
+
+    def sdpa(query, key, value):
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+    ours, theirs = (results(f, query, key, value) for f in (mixture, sdpa))
+    exact = results(sdpa, query.double(), key.double(), value.double())
+    for name, one, other, right in zip(("output", "query", "key", "value"), ours, theirs, exact, strict=True):
+        error, allowed = ((x.double() - right).norm().item() for x in (one, other))
+        assert error <= 2 * allowed, f"{name}: {error:.2g}, sdpa {allowed:.2g}"
+
+
+def results(attention, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    output = attention(*leaves)
+    return [output.detach(), *torch.autograd.grad(output.sum() + output.square().sum(), leaves)]
+
+
+@pytest.mark.slow
+def test_gradients_of_keys_that_many_queries_see_stay_within_twice_those_of_sdpa():
+    generator = torch.Generator().manual_seed(0)
+    length = 1 << 12
+    query, key = (torch.randn(1, 1, length, 16, generator=generator) for _ in range(2))
+    value = torch.rand(1, 1, length, 16, generator=generator)
+    gates = torch.tensor([1.0, 0.0, 0.0]).expand(1, 1, length, 3)
+
+    def mixture(*tensors):
+        rotations = table(RotaryLayout(0, 16, False))
+        return mixed_attention(*tensors, gates, rotations=rotations, implementation="native")[0].transpose(1, 2)
+
+    def sdpa(*tensors):
+        return torch.nn.functional.scaled_dot_product_attention(*tensors, is_causal=True)
+
+    ours, theirs = (results(f, query, key, value) for f in (mixture, sdpa))
+    exact = results(sdpa, query.double(), key.double(), value.double())
+    for name, one, other, right in zip(("output", "query", "key", "value"), ours, theirs, exact, strict=True):
+        error, allowed = ((x.double() - right).norm().item() for x in (one, other))
+        assert error <= 2 * allowed, f"{name}: {error:.2g}, sdpa {allowed:.2g}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("queries", [2, 9])
+def test_half_precision_is_read_exactly(dtype, queries):
+    """Inputs are stored in half precision, and everything after them is float32."""
+    query, key, value, gates = (x.to(dtype) for x in inputs(queries, 9))
+    query[0, 0, 0, :4] = torch.tensor([0.0, -0.0, torch.finfo(dtype).smallest_normal / 4, -3.0])
+    key[..., 1, 1] = torch.finfo(dtype).max / 1000
+    options = {"rotations": table(LAYOUTS["interleaved"]), "query_start": 9 - queries, "implementation": "native"}
+    found = []
+    for as_stored in (True, False):
+        leaves = [(x if as_stored else x.float()).clone().requires_grad_() for x in (query, key, value)]
+        output, _ = mixed_attention(*leaves, gates.float(), **options)
+        output.float().sum().backward()
+        found.append([output.detach(), *(x.grad for x in leaves)])
+    for half, full in zip(*found, strict=True):
+        assert half.dtype == dtype
+        assert torch.equal(half, full.to(dtype))

@@ -170,6 +170,122 @@ def test_masks(implementation, kind):
     torch.testing.assert_close(output[:1, 3:], alone, rtol=1e-4, atol=1e-5)
 
 
+def sdpa_of_rotated(query, key, value, gates, layout, **options) -> torch.Tensor:
+    """The mixture of PyTorch's own attention over vectors rotated once, each expert by its own base angle."""
+    output = 0.0
+    for j, base in enumerate(BASES):
+        q, k = (turn(query, base, layout, key.shape[2] - query.shape[2]), turn(key, base, layout))
+        attended = torch.nn.functional.scaled_dot_product_attention(q, k, value, enable_gqa=True, **options)
+        output = output + gates[..., j, None] * attended
+    return output.transpose(1, 2)
+
+
+def strange_masks(queries: int, keys: int) -> dict[str, torch.Tensor]:
+    """Masks that are not causal, of every shape that broadcasts."""
+    generator = torch.Generator().manual_seed(queries)
+    allowed = torch.rand(2, 1, queries, keys, generator=generator) < 0.6
+    allowed[..., 0] = True
+    sees_nothing = allowed.clone()
+    sees_nothing[1, :, queries // 2] = False
+    lowest = torch.finfo(torch.float32).min
+    return {
+        "later keys": allowed,
+        "later keys, additive": torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf),
+        "a bias": torch.randn(2, 4, queries, keys, generator=generator),
+        "for all heads and rows": allowed[:1],
+        "for all queries": allowed[:, :, :1],
+        "for all keys": torch.randn(2, 1, queries, 1, generator=generator),
+        "nothing hidden": torch.ones(1, 1, 1, 1, dtype=torch.bool),
+        "nothing seen": sees_nothing,
+        "nothing seen, additive": torch.zeros(allowed.shape).masked_fill(~sees_nothing, -torch.inf),
+        "all the lowest number": torch.zeros(allowed.shape).masked_fill(~sees_nothing, lowest),
+        "strides": allowed.expand(2, 4, queries, keys).transpose(2, 3).contiguous().transpose(2, 3),
+    }
+
+
+@pytest.mark.parametrize("queries", [1, 3, 8, 9, 20])
+@pytest.mark.parametrize("kind", [*strange_masks(1, 1), None])
+def test_masks_that_are_not_causal(implementation, kind, queries):
+    """As in PyTorch's attention; None shows every key."""
+    if implementation == "triton":
+        pytest.skip("see test_triton.py")
+    query, key, value, gates = inputs(queries, 20)
+    mask = None if kind is None else strange_masks(queries, 20)[kind]
+    layout = LAYOUTS["half"]
+
+    def attend_by_sdpa(query, key, value, mask, is_causal):
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+        return sdpa(query, key, value, attn_mask=mask, enable_gqa=True).transpose(1, 2), None
+
+    found = []
+    for of_ours in (True, False):
+        leaves = [x.clone().requires_grad_() for x in (query, key, value, gates)]
+        if of_ours:
+            leaves_rotated = (
+                turn(leaves[0], BASES[0], layout, 20 - queries), turn(leaves[1], BASES[0], layout), *leaves[2:]
+            )  # fmt: skip
+            output, _ = mixed_attention(
+                *leaves_rotated,
+                rotations=table(layout),
+                query_start=20 - queries,
+                attention_mask=mask,
+                is_causal=False,
+                attend=attend_by_sdpa,
+                implementation=implementation,
+            )
+        else:
+            output = sdpa_of_rotated(*leaves, layout, attn_mask=mask)
+        weight = torch.linspace(-1, 1, output.numel()).reshape(output.shape)
+        *grads, grad_gates = torch.autograd.grad((output * weight).sum(), leaves)
+        found.append((output, *grads, grad_gates * (gates != 0)))
+    if implementation == "grouped" and kind == "all the lowest number":
+        # The backward pass of PyTorch's fused attention is off there by the number of keys.
+        found = [outputs[:1] for outputs in found]
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("queries", [3, 9])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("tensor", ["query", "key", "value"])
+def test_what_is_not_a_number_is_not_hidden(implementation, tensor, bad, queries):
+    """Where PyTorch's attention gives none, ours gives none; gradients likewise."""
+    if implementation == "triton":
+        pytest.skip("see test_triton.py")
+    query, key, value, gates = inputs(queries, 9)
+    gates = gates.abs().clamp(min=0.1)
+    {"query": query, "key": key, "value": value}[tensor][0, 1, -2, 3] = bad
+    options = {"rotations": table(LAYOUTS["half"]), "query_start": 9 - queries, "attend": attend}
+    leaves = [x.requires_grad_() for x in (query, key, value, gates)]
+    output, _ = mixed_attention(*leaves, implementation=implementation, **options)
+    mask = torch.ones(queries, 9, dtype=torch.bool).tril(9 - queries)
+    expected = sdpa_of_rotated(query, key, value, gates, LAYOUTS["half"], attn_mask=mask)
+    # Rows that do not see the number may have one or not (zero times infinity), as the blocks fall.
+    output, expected = output[:, -2:], expected[:, -2:]
+    assert not expected.isfinite().all()
+    assert torch.equal(output.isfinite(), expected.isfinite())
+    grads = torch.autograd.grad(output.sum(), leaves)
+    assert any(not grad.isfinite().all() for grad in grads)
+
+
+def test_the_identity_start_learns_from_experts_whose_gates_are_closed(implementation):
+    """Gates are the own angle's plus a scale times the rest, and the scale starts at zero."""
+    query, key, value, gates = inputs()
+    own = torch.tensor([1.0, 0.0, 0.0])
+    picked = (gates != 0) | (own != 0)
+    options = {"rotations": table(LAYOUTS["half"]), "attend": attend, "implementation": implementation}
+    weight = torch.linspace(-1, 1, 2 * 9 * 4 * 6).reshape(2, 9, 4, 6)
+
+    def loss(scale: torch.Tensor) -> torch.Tensor:
+        output, _ = mixed_attention(query, key, value, own + scale * (gates - own), picked=picked, **options)
+        return (output * weight).sum()
+
+    scale = torch.zeros((), requires_grad=True)
+    (grad,) = torch.autograd.grad(loss(scale), scale)
+    # The output is linear in the gates, so any step gives the derivative.
+    torch.testing.assert_close(grad, loss(torch.ones(())) - loss(torch.zeros(())), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("all_picked", [False, True])
 def test_gradients_equal_the_reference(implementation, all_picked):
     """Those of gates only where the expert was picked: a gate that is zero and stays zero needs none."""
@@ -224,10 +340,12 @@ def test_errors_name_the_way_out():
 def problems(draw) -> dict:
     """Shapes, masks and numbers of experts of all kinds."""
     num_experts = draw(st.integers(1, 5))
-    queries = draw(st.integers(1, 40))
-    start = draw(st.integers(0, 20))
-    layout = draw(st.sampled_from([RotaryLayout(0, 8, False), RotaryLayout(0, 4, True), RotaryLayout(4, 4, False)]))
-    mask = draw(st.sampled_from([None, "padding", "window", "additive", "per head"]))
+    queries = draw(st.one_of(st.integers(1, 40), st.integers(41, 150)))
+    start = draw(st.one_of(st.integers(0, 20), st.integers(100, 150)))
+    head_dim = draw(st.sampled_from([8, 20, 64]))
+    size = draw(st.sampled_from([head_dim, head_dim // 2]))
+    layout = RotaryLayout(draw(st.sampled_from([0, head_dim - size])), size, draw(st.booleans()))
+    mask = draw(st.sampled_from([None, "padding", "window", "additive", "per head", "both directions", "none"]))
     return {
         "batch": draw(st.integers(1, 2)),
         "kv_heads": draw(st.integers(1, 3)),
@@ -236,6 +354,8 @@ def problems(draw) -> dict:
         "start": start,
         # A static cache has more room than tokens, which needs a mask.
         "keys": start + queries + (0 if mask is None else draw(st.integers(0, 5))),
+        "head_dim": head_dim,
+        "value_dim": draw(st.sampled_from([head_dim, 6, 40])),
         "num_experts": num_experts,
         "top_k": draw(st.integers(1, num_experts)),
         "layout": layout,
@@ -247,8 +367,11 @@ def problems(draw) -> dict:
 
 
 def make_mask(problem: dict) -> torch.Tensor | None:
-    if problem["mask"] is None:
+    if problem["mask"] in (None, "none"):
         return None
+    if problem["mask"] == "both directions":
+        generator = torch.Generator().manual_seed(2)
+        return torch.rand(problem["batch"], 1, problem["queries"], problem["keys"], generator=generator) < 0.5
     positions = problem["start"] + torch.arange(problem["queries"])[:, None]
     keys = torch.arange(problem["keys"])
     allowed = (keys <= positions).expand(problem["batch"], 1, -1, -1).clone()
@@ -279,9 +402,9 @@ def test_any_problem_equals_the_reference(implementation, problem):
     tensors = [
         torch.randn(problem["batch"], count, length, size, generator=generator).requires_grad_()
         for count, length, size in (
-            (heads, problem["queries"], 8),
-            (problem["kv_heads"], problem["keys"], 8),
-            (problem["kv_heads"], problem["keys"], 6),
+            (heads, problem["queries"], problem["head_dim"]),
+            (problem["kv_heads"], problem["keys"], problem["head_dim"]),
+            (problem["kv_heads"], problem["keys"], problem["value_dim"]),
         )
     ]
     gates = select_experts(logits, problem["top_k"]).requires_grad_()
@@ -292,7 +415,6 @@ def test_any_problem_equals_the_reference(implementation, problem):
         )
         patch.setattr(grouped, "_MIN_TOKENS", problem["chunk"])
         patch.setattr(grouped, "_MAX_TOKENS", problem["chunk"])
-        patch.setattr(native, "_MAX_TILE", problem["chunk"])
         patch.setattr(native, "_MOST_DECODED", problem["most_decoded"])
         for name in (implementation, "reference"):
             output, _ = mixed_attention(
@@ -303,6 +425,7 @@ def test_any_problem_equals_the_reference(implementation, problem):
                 attend=None,
                 attention_mask=make_mask(problem),
                 implementation=name,
+                is_causal=problem["mask"] != "none",
             )
             weight = torch.linspace(-1, 1, output.numel()).reshape(output.shape)
             grads = torch.autograd.grad((output * weight).sum(), [*tensors, gates])
@@ -319,7 +442,6 @@ def test_implementations_for_the_cpu_say_why_they_cannot_be_used(implementation)
         "masks of four dimensions": {"attention_mask": torch.ones(2, 9)},
         "no dropout": {"dropout": 0.1},
         "softcap": {"softcap": 30.0},
-        "it is causal": {"is_causal": False},
         "probabilities": {"output_attentions": True},
     }.items():
         with pytest.raises(ValueError, match=f"{reason}.*implementation='auto'"):

@@ -48,7 +48,7 @@ def test_identity_scale_moves_from_the_own_angle_to_the_mixture():
     own = torch.zeros(3)
     own[0] = 1
     router.identity_scale.data = torch.tensor([0.0, 1.0, 0.5, 0.0])
-    gates, learns = router.gate(logits, 2)
+    gates, learns = router.gates(logits, 2), router.picks(logits, 2)
     assert torch.equal(learns, (mixture != 0) | (own != 0))
     assert torch.equal(gates[:, 0], own.expand_as(gates[:, 0]))
     torch.testing.assert_close(gates[:, 1], mixture[:, 1])

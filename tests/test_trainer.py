@@ -24,11 +24,6 @@ class BalancedTrainer(BalanceLossMixin, Trainer):
     pass
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> str:
-    return save_tiny_model(tmp_path_factory.mktemp("llama"))
-
-
 def rows(count: int = 32) -> list[dict[str, list[int]]]:
     """Sequences of 4 to 14 tokens, of which the later half is predicted."""
     sequences = []
@@ -284,7 +279,7 @@ def test_callback_logs_what_the_routers_do(llama, tmp_path):
     collected = []
     for layer in layers_of(model):
         layer.moice_router["default"].register_forward_hook(
-            lambda router, args, logits: collected.append((logits.detach(), router.gate(logits, 2)[0].detach()))
+            lambda router, args, logits: collected.append((logits.detach(), router.gates(logits, 2).detach()))
         )
     masks = []
     model.get_base_model().register_forward_pre_hook(
@@ -324,7 +319,7 @@ def test_callback_logs_what_the_routers_do(llama, tmp_path):
     events.Reload()
     for index, rows_of_layer in enumerate(kept):
         picks = torch.nn.functional.one_hot(rows_of_layer.topk(2).indices, 4).sum(1).float().mean(0)
-        gates = layers_of(model)[index].moice_router["default"].gate(rows_of_layer[None, None], 2)[0][0, 0].mean(0)
+        gates = layers_of(model)[index].moice_router["default"].gates(rows_of_layer[None, None], 2)[0, 0].mean(0)
         for expert in range(4):
             prefix = f"train/moice/layer_{index:02d}"
             assert events.Scalars(f"{prefix}/load_{expert}")[-1].value == pytest.approx(picks[expert].item(), rel=1e-5)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import SHAPE, WIDE, decide, layers_of, load, save_tiny_model, token_ids, wide_config
+from tiny_models import SHAPE, WIDE, decide, layers_of, load, token_ids, wide_config
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -30,11 +30,6 @@ from peft_moice.router import balance_loss, select_experts
 from peft_moice.training import add_balance_loss
 
 COEF = 0.5
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> str:
-    return save_tiny_model(tmp_path_factory.mktemp("llama"))
 
 
 def adapted(llama: str, way: str = "get_peft_model", **overrides) -> torch.nn.Module:

@@ -47,6 +47,8 @@ OTHER_FAMILIES = {
 }
 WIDE = [1.0, 0.25, 0.5, 4.0]
 """Multiples that change the output of a short sequence visibly."""
+OTHER = {"base_multipliers": [1.0, 3.0, 0.3], "top_k": 1, "router_scope": "head"}
+"""What an adapter of another shape differs in."""
 
 
 def save_tiny_model(folder: Path, family: str = "llama", **overrides) -> str:
@@ -121,3 +123,8 @@ def router_state(model: torch.nn.Module, adapter_name: str = "default") -> dict[
         for name, parameter in model.named_parameters()
         if "moice_router" in name and marker in name
     }
+
+
+def logits_with(model: PeftModel, *adapters: str) -> torch.Tensor:
+    model.base_model.set_adapter(list(adapters))
+    return logits_of(model)

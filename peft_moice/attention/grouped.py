@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from ..rope import RotationTable, rotate
 from .call import AttentionCall
-from .cpu_limits import why_not_on_cpu
+from .cpu_limits import first_position, why_not_on_cpu
 from .masks import additive
 
 _FUSED = "_scaled_dot_product_flash_attention_for_cpu"
@@ -38,7 +38,7 @@ def _why_no_operator() -> str | None:
 
 
 def run(call: AttentionCall) -> tuple[torch.Tensor, None]:
-    """See [`mixed_attention`]. Causal, or under a four-dimensional mask; in the precision of fused attention."""
+    """See [`mixed_attention`]. In the precision of fused attention."""
     query, key, value, mask = call.query, call.key, call.value, call.attention_mask
     head_dim, value_dim = query.shape[-1], value.shape[-1]
     if head_dim != value_dim:
@@ -46,12 +46,18 @@ def run(call: AttentionCall) -> tuple[torch.Tensor, None]:
         pad = torch.nn.functional.pad
         query, key = (pad(x, (0, max(0, value_dim - head_dim))) for x in (query, key))
         value = pad(value, (0, max(0, head_dim - value_dim)))
+    # Fused attention reads the last dimension as it lies in memory.
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     if mask is not None:
         mask = additive(mask, query.dtype)
-    output = _GroupedAttention.apply(
-        query, key, value, call.gates.float(), call.picks(), mask, call.rotations, int(call.query_start), call.scaling
+    elif not call.is_causal:
+        mask = query.new_zeros(1, 1, 1, 1)
+    output: torch.Tensor = _GroupedAttention.apply(  # type: ignore[no-untyped-call]
+        query, key, value, call.gates.float(), call.picks(), mask, call.rotations, first_position(call), call.scaling
     )
-    return output[..., :value_dim], None
+    # Under a mask, fused attention gives zeros for a query that is not a number.
+    is_finite = call.query.isfinite().all(dim=-1).transpose(1, 2)[..., None]
+    return output[..., :value_dim].masked_fill(~is_finite, torch.nan), None
 
 
 @dataclass
@@ -126,7 +132,7 @@ class _Problem:
         value: `[B, G, T, D]`.
         gates: `[B, H, S, N]` in float32.
         picked: `[B, H, S, N]`.
-        mask: `[1 or B, 1 or H, 1 or S, T]`, additive, or None for causal attention.
+        mask: `[1 or B, 1 or H, 1 or S, 1 or T]`, additive, or None for causal attention.
         whole: the experts that every row picked.
         blocks: how those attend.
     """
@@ -147,7 +153,7 @@ class _Problem:
         self.whole = self.picked.flatten(0, 2).all(dim=0).nonzero().flatten().tolist()
         every, length = slice(None), self.query.shape[-2]
         if self.mask is not None:
-            mask = self.mask.expand(-1, -1, length, -1)
+            mask = self.mask.expand(-1, -1, length, self.key.shape[-2])
             self.blocks = [_Block(every, every, mask, is_first=True)]
         else:
             own = slice(self.query_start, self.query_start + length)
@@ -217,7 +223,7 @@ class _SortedRows:
         """Add `rows` `[M, D]` to theirs of `target` `[B, H, S, D]`."""
         part = target[self.row, self.heads]
         index = (self.head * part.shape[1] + self.token)[:, None].expand_as(rows)
-        sums = torch.zeros(part.shape[0] * part.shape[1], rows.shape[1], dtype=rows.dtype)
+        sums = rows.new_zeros(part.shape[0] * part.shape[1], rows.shape[1])
         part += sums.scatter_add_(0, index, rows).view(part.shape)
 
     def turn_back(self, rows: torch.Tensor) -> torch.Tensor:
@@ -233,7 +239,7 @@ class _SortedRows:
         pieces = -(-length // tokens)
         counts = torch.bincount(self.expert * pieces + self.token // tokens, minlength=num_experts * pieces)
         starts = [0, *counts.cumsum(0).tolist()]
-        causal = torch.full((tokens, tokens), -torch.inf, dtype=self.query.dtype).triu_(1)
+        causal = self.query.new_full((tokens, tokens), -torch.inf).triu_(1)
         for expert in range(num_experts):
             edges = starts[expert * pieces : (expert + 1) * pieces + 1]
             rows = slice(edges[0], edges[-1])
@@ -254,12 +260,12 @@ class _SortedRows:
         head = self.head[rows] + self.heads.start if heads > 1 else 0
         token = self.token[rows] if length > 1 else 0
         mask = self.problem.mask[self.row if batch > 1 else 0, head, token]
-        return mask.expand(rows.stop - rows.start, -1)[None, None]
+        return mask.expand(rows.stop - rows.start, self.key.shape[-2])[None, None]
 
     def attend(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Outputs `[M, D]` and log-sum-exps `[M]`, before gates."""
         output = torch.empty_like(self.query)
-        log_sum = torch.empty(len(self.query), dtype=torch.float32)
+        log_sum = self.query.new_empty(len(self.query), dtype=torch.float32)
         for rows, expert, blocks in self.blocks:
             tensors = (self.query[rows], self.problem.turn_keys(self.key, expert), self.value)
             part = _attend(*(tensor[None, None] for tensor in tensors), blocks, self.problem.scaling)
@@ -328,7 +334,7 @@ class _GroupedAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, gates, picked, mask, *options):
         problem = _Problem(query, key, value, gates, picked, mask, *options)
         batch, heads, length, size = query.shape
-        output = torch.zeros(batch, length, heads, size)
+        output = query.new_zeros(batch, length, heads, size, dtype=torch.float32)
         by_head = output.transpose(1, 2)
         kept = []
         for expert in problem.whole:
@@ -337,7 +343,7 @@ class _GroupedAttention(torch.autograd.Function):
             by_head.addcmul_(kept[-2], gates[..., expert, None])
         for rows in problem.sorted_rows():
             kept += rows.attend()
-            gate = rows.take(gates)[torch.arange(len(rows.expert)), rows.expert]
+            gate = rows.take(gates).gather(1, rows.expert[:, None])[:, 0]
             rows.add_to(by_head, kept[-2] * gate[:, None])
         ctx.save_for_backward(query, key, value, gates, picked, mask, *kept)
         ctx.options = options

@@ -4,7 +4,7 @@ import torch
 
 
 def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A boolean mask (true: attend) as zeros and the lowest number of `dtype`; an additive one in `dtype`."""
+    """A boolean mask (true: attend) as zeros and minus infinity; an additive one in `dtype`."""
     if mask.dtype != torch.bool:
         return mask.to(dtype)
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)

@@ -103,17 +103,17 @@ def mixed_attention(
 
 
 def choose(call: AttentionCall) -> str:
-    """The name of the fastest implementation that computes what the backend would, in the same precision."""
+    """The name of the fastest implementation that computes what the backend would, at least in the same precision."""
     if call.num_experts == 1 or torch.compiler.is_compiling():
         return "delegated"
     if call.query.device.type == "cuda":
         return _choose_on_gpu(call)
-    if call.backend != "sdpa" or not call.query.dtype == call.value.dtype == torch.float32:
+    if call.backend != "sdpa":
         return "delegated"
     if native.why_not(call) is None:
         return "native"
-    mixes_a_sequence = call.query.shape[-2] > 1 and grouped.why_not(call) is None
-    return "grouped" if mixes_a_sequence else "delegated"
+    mixes_a_sequence = call.query.shape[-2] > 1 and call.query.dtype == call.value.dtype == torch.float32
+    return "grouped" if mixes_a_sequence and grouped.why_not(call) is None else "delegated"
 
 
 def _choose_on_gpu(call: AttentionCall) -> str:

@@ -35,7 +35,9 @@ def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
             sinks = s_aux.to(full).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
             probs = torch.cat((scores, sinks), dim=-1).softmax(dim=-1)[..., :-1]
         else:
-            probs = scores.softmax(dim=-1)
+            # As in PyTorch's attention, a query that sees nothing gets zeros.
+            sees_nothing = (scores == -torch.inf).all(dim=-1, keepdim=True)
+            probs = scores.masked_fill(sees_nothing, 0.0).softmax(dim=-1).masked_fill(sees_nothing, 0.0)
         mixed_probs = mixed_probs + call.gates[..., expert, None].to(full) * probs
     dropped = torch.nn.functional.dropout(mixed_probs, p=options.get("dropout") or 0.0)
     return (dropped @ value).transpose(1, 2).contiguous().to(dtype), mixed_probs.to(dtype)

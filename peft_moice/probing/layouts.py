@@ -31,7 +31,7 @@ class Capture:
 
     def is_unchanged(self) -> bool:
         """Whether the angle made no difference at all."""
-        return all(torch.equal(own, turned) for own, turned in self.pairs)
+        return all(torch.equal(own, rotated) for own, rotated in self.pairs)
 
 
 def best_layout(capture: Capture, deltas: torch.Tensor) -> tuple[RotaryLayout, int] | None:
@@ -69,14 +69,14 @@ def error_of(capture: Capture, deltas: torch.Tensor, layout: RotaryLayout) -> fl
     angles = torch.tensor(capture.positions, dtype=torch.float64)[:, None] * deltas
     quarter = torch.zeros_like(angles, dtype=torch.float32), torch.ones_like(angles, dtype=torch.float32)
 
-    def error(own: torch.Tensor, turned: torch.Tensor) -> float:
-        own, turned = (x[..., : len(capture.positions), :].cpu().float() for x in (own, turned))
+    def error(own: torch.Tensor, rotated: torch.Tensor) -> float:
+        own, rotated = (x[..., : len(capture.positions), :].cpu().float() for x in (own, rotated))
         predicted = rotate(own, angles.cos().float(), angles.sin().float(), layout)
         scale = own.abs() + rotate(own, *quarter, layout).abs()
-        relative = (predicted - turned).abs() / scale.clamp_min(torch.finfo(torch.float32).tiny)
+        relative = (predicted - rotated).abs() / scale.clamp_min(torch.finfo(torch.float32).tiny)
         return relative.nan_to_num(nan=float("inf")).max().item()
 
-    return max(error(own, turned) for own, turned in capture.pairs)
+    return max(error(own, rotated) for own, rotated in capture.pairs)
 
 
 def _candidates(size: int, head_dim: int) -> Iterator[tuple[RotaryLayout, int]]:

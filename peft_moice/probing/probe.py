@@ -73,7 +73,7 @@ class LayerProbe:
         """Probe the attention module called `name`. Layers with equal rotary embeddings share one [`LayerRope`].
 
         Raises:
-            UnsupportedLayerError: the layer's position encoding cannot be turned to other base angles; names the
+            UnsupportedLayerError: the layer's position encoding cannot be rotated to other base angles; names the
                 layer, the reason and the way out.
         """
         if not uses_attention_interface(self.model.get_submodule(name)):
@@ -149,7 +149,7 @@ class LayerProbe:
             elif not explains(capture, error_of(capture, direction * deltas, layout)):
                 raise UnsupportedLayerError(
                     f"beyond its original length of {limit} tokens, its queries and keys under another rope_theta are "
-                    "turned neither by the long nor by the short factors of its rope type 'longrope'"
+                    "rotated neither by the long nor by the short factors of its rope type 'longrope'"
                 )
         rope_key = (id(rotary), layer_type, layout)
         plan.rope = self._ropes.setdefault(rope_key, LayerRope(*build, layout, direction, switch, own=found))
@@ -298,8 +298,8 @@ class LayerProbe:
         """Queries and keys of tokens at `positions` under both of `thetas`."""
         rotaries = [rotary_with_theta(*build, theta) for theta in thetas]
         shared = [self._shared_keys.setdefault((theta, positions), {}) for theta in thetas]
-        own, turned = run_up_to_attention(module, found, rotaries, build[2], positions, shared)
-        return Capture(positions, list(zip(own, turned, strict=True)))
+        own, rotated = run_up_to_attention(module, found, rotaries, build[2], positions, shared)
+        return Capture(positions, list(zip(own, rotated, strict=True)))
 
 
 def _is_rotary(module: nn.Module) -> bool:

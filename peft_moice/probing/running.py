@@ -17,7 +17,7 @@ _FULL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class UnsupportedLayerError(ValueError):
-    """An attention layer whose position encoding cannot be turned to other base angles."""
+    """An attention layer whose position encoding cannot be rotated to other base angles."""
 
 
 class QueryKeyCapture(Exception):

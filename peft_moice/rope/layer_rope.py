@@ -23,7 +23,7 @@ class LayerRope:
         config: the config that the rotary module was built from.
         layer_type: key into `config.rope_parameters` where the model has angles per layer type, else None.
         layout: where the rotated coordinates lie.
-        direction: 1 if queries turn with their position as in the paper's equation, -1 if against it.
+        direction: 1 if queries rotate with their position as in the paper's equation, -1 if against it.
         original_length: with rope type longrope, the number of tokens up to which the short factors hold, else None.
         is_long: whether the long factors hold, a bool or a scalar tensor; see [`longrope.rope_of_pass`].
         own: the model's rotary embedding, watched for changes, or None.
@@ -49,7 +49,7 @@ class LayerRope:
         return float(rope_parameters(self.config, self.layer_type)["rope_theta"])
 
     def table(self, rope_bases: tuple[float, ...]) -> RotationTable:
-        """The rotations that turn the model's own angle into each of `rope_bases`.
+        """The rotations that bring the model's own angle into each of `rope_bases`.
 
         Raises:
             ValueError: the model's rotary embedding is no longer the one that they start from.

@@ -86,7 +86,8 @@ class RotationTable:
             padded = max(_MIN_TABLE_LENGTH, 1 << (length - 1).bit_length())
             # The table outlives this pass, so a pass in inference mode must not make it unfit for training.
             with torch.inference_mode(False):
-                cos, sin = _cos_sin(torch.arange(padded, dtype=torch.float64), self.deltas)
+                positions = torch.arange(padded, dtype=torch.float64, device=self.deltas.device)
+                cos, sin = _cos_sin(positions, self.deltas)
                 table = self._tables[device] = (cos.to(device), sin.to(device))
         return table[0][:, :length], table[1][:, :length]
 

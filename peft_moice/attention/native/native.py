@@ -1,21 +1,21 @@
-"""The operator by the kernels of `kernels.c`: cost follows K, and decoding reads keys and values once."""
+"""The operator by kernels in C: cost follows K, and decoding reads keys and values once."""
 
 import ctypes
 import functools
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from ...rope import RotaryLayout, RotationTable
 from ..call import AttentionCall
-from ..cpu_limits import why_not_on_cpu
-from ..masks import additive
+from ..cpu_limits import first_position, why_not_on_cpu
 from .library import Problem, load
 
 _MAX_HEAD_DIM = 256
 _MOST_DECODED = 8
-_SCORES_IN_CACHE = 1 << 16
-_TILE_STEP, _MAX_TILE = 6, 48
+"""Up to so many queries keys are not rotated; see `decode.c`."""
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def why_not(call: AttentionCall) -> str | None:
@@ -25,61 +25,87 @@ def why_not(call: AttentionCall) -> str | None:
         return reason
     if max(call.query.shape[-1], call.value.shape[-1]) > _MAX_HEAD_DIM:
         return f"it knows head sizes up to {_MAX_HEAD_DIM}"
-    if torch.compiler.is_compiling():
-        return "it cannot be traced by torch.compile"
-    if type(call.query) is not torch.Tensor:
-        return f"it reads the memory of plain tensors, and the queries are a {type(call.query).__name__}"
+    for name, tensor in {"queries": call.query, "keys": call.key, "values": call.value, "gates": call.gates}.items():
+        if type(tensor) is not torch.Tensor:
+            return f"it reads the memory of plain tensors, and the {name} are a {type(tensor).__name__}"
+        if tensor.dtype not in _TYPES:
+            return f"it computes in float32, and the {name} are in {tensor.dtype}"
     library = load()
     return library if isinstance(library, str) else None
 
 
 def run(call: AttentionCall) -> tuple[torch.Tensor, None]:
-    """See [`mixed_attention`]. Causal, or under a four-dimensional mask; works in float32.
+    """See [`mixed_attention`]. Computes in float32, whatever the dtype of queries, keys and values is.
 
-    For the backward pass the inputs are kept and nothing else. The pass itself needs `threads · N · T · D` floats for
-    the gradients of one key-value head's keys.
+    For the backward pass the inputs are kept and nothing else. Besides them and the results, a pass needs memory that
+    does not grow with the length.
     """
-    mask = None if call.attention_mask is None else additive(call.attention_mask, torch.float32)
-    tensors = (call.query.float(), call.key.float(), call.value.float(), call.gates.float())
-    output = _NativeAttention.apply(*tensors, call.picks(), mask, call.rotations, int(call.query_start), call.scaling)
+    tensors = (call.query, call.key, call.value)
+    if len({tensor.dtype for tensor in tensors}) > 1:
+        tensors = (call.query.float(), call.key.float(), call.value.float())
+    output: torch.Tensor = _NativeAttention.apply(  # type: ignore[no-untyped-call]
+        *tensors,
+        call.gates.float(),
+        call.picks(),
+        call.attention_mask,
+        call.rotations,
+        first_position(call),
+        call.scaling,
+        call.is_causal,
+    )
     return output.to(call.query.dtype), None
 
 
 class _NativeAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, gates, picked, mask, *options):
-        ctx.save_for_backward(query, key, value, gates, picked, mask)
-        ctx.options = options
-        output = torch.zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
-        decodes = query.shape[-2] <= _MOST_DECODED
-        with _Call(query, key, value, gates, mask, *options, decodes=decodes) as call:
-            call.point(output=output)
+    def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
+        *tensors, rotations, query_start, scaling, is_causal = inputs
+        query, key, value, gates, _, mask = tensors
+        ctx.save_for_backward(*tensors)
+        ctx.options = (rotations, query_start, scaling, is_causal)
+        output = _empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
+        kernel = _Kernel(query, key, value, gates, mask, *ctx.options)
+        kernel.point(output=output)
+        kernel.run("decode" if query.shape[-2] <= _MOST_DECODED else "attend")
         return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_output):
-        *tensors, gates, picked, mask = ctx.saved_tensors
-        grads = [
-            torch.zeros(x.shape) if needed else None
-            for x, needed in zip((*tensors, gates), ctx.needs_input_grad[:4], strict=True)
-        ]
-        with _Call(*tensors, gates, mask, *ctx.options) as call:
-            call.point(grad_output=grad_output.contiguous(), picked=picked.contiguous())
-            names = ("grad_query", "grad_key", "grad_value", "grad_gates")
-            call.point(**{name: grad for name, grad in zip(names, grads, strict=True) if grad is not None})
-        return *grads, *(None,) * 5
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, gates, picked, mask = ctx.saved_tensors
+        kernel = _Kernel(query, key, value, gates, mask, *ctx.options)
+        parts = kernel.count_parts()
+        shapes = (query.shape, (parts, *key.shape), (parts, *value.shape), gates.shape)
+        grad_query, grad_key, grad_value, grad_gates = (
+            _empty(*shape) if wanted else None for shape, wanted in zip(shapes, ctx.needs_input_grad[:4], strict=True)
+        )
+        kernel.point(grad_output=grad_output.float().contiguous(), picked=picked.contiguous())
+        kernel.point(grad_query=grad_query, grad_key=grad_key, grad_value=grad_value, grad_gates=grad_gates)
+        kernel.run("differentiate")
+        summed = (None if grad is None else grad.sum(dim=0) for grad in (grad_key, grad_value))
+        grads = (None if grad is None else grad.to(query.dtype) for grad in (grad_query, *summed))
+        return *grads, grad_gates, *(None,) * 6
 
 
-class _Call:
-    """A `Problem` whose pointers are filled in inside a `with` block, at the end of which the kernel runs."""
+class _Kernel:
+    """A `Problem` with the tensors that its pointers lead to."""
 
-    def __init__(self, query, key, value, gates, mask, rotations: RotationTable, query_start, scaling, decodes=False):
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        gates: torch.Tensor,
+        mask: torch.Tensor | None,
+        rotations: RotationTable,
+        query_start: int,
+        scaling: float,
+        is_causal: bool,
+    ):
         batch, heads, length, head_dim = query.shape
         num_keys = key.shape[-2]
         cos, sin = rotations.cos_sin(num_keys, query.device)
-        first, second = _pairs(rotations.layout)
-        self.decodes = decodes
+        self.threads = torch.get_num_threads()
         self.problem = Problem(
             batch=batch,
             kv_heads=key.shape[1],
@@ -89,53 +115,64 @@ class _Call:
             head_dim=head_dim,
             value_dim=value.shape[-1],
             experts=gates.shape[-1],
-            pairs=len(first),
+            pairs=cos.shape[-1],
             query_start=query_start,
-            is_causal=mask is None,
-            tile_rows=_tile_rows(_SCORES_IN_CACHE // (2 * num_keys)),
-            single_tile_rows=_tile_rows(_SCORES_IN_CACHE // num_keys),
+            is_causal=is_causal,
             is_ordered=rotations.layout.start == 0 and not rotations.layout.interleaved,
+            type=_TYPES[query.dtype],
             table_stride=cos.stride(0),
             scaling=scaling,
         )
-        self.kept = []
-        self.point(gates=gates.contiguous(), cos=cos, sin=sin, first=first, second=second)
-        strided = {"query": query, "key": key, "value": value}
-        if mask is not None:
-            strided["mask"] = _rows_contiguous(mask).expand(batch, heads, length, -1)
-        for name, tensor in strided.items():
-            tensor = _rows_contiguous(tensor)
+        self._kept: list[torch.Tensor] = []
+        self.point(gates=gates.contiguous(), cos=cos, sin=sin, order=_order(rotations.layout, head_dim))
+        for name, tensor in {"query": query, "key": key, "value": value}.items():
+            tensor = tensor if tensor.stride(-1) == 1 else tensor.contiguous()
             self.point(**{name: tensor})
-            setattr(self.problem, f"{name}_stride", Problem.Strides(*tensor.stride()[:3]))
+            setattr(self.problem, f"{name}_stride", (ctypes.c_int64 * 3)(*tensor.stride()[:3]))
+        if mask is not None:
+            mask = mask if mask.dtype == torch.bool else mask.float()
+            mask = mask.expand(batch, heads, length, num_keys)
+            self.point(mask=mask)
+            self.problem.mask_stride = (ctypes.c_int64 * 4)(*mask.stride())
+            self.problem.mask_is_boolean = mask.dtype == torch.bool
 
-    def point(self, **tensors: torch.Tensor) -> None:
+    def point(self, **tensors: torch.Tensor | None) -> None:
         """Set pointers by the names of the problem's fields."""
         for name, tensor in tensors.items():
-            setattr(self.problem, name, tensor.data_ptr())
-            self.kept.append(tensor)
+            if tensor is not None:
+                setattr(self.problem, name, tensor.data_ptr())
+                self._kept.append(tensor)
 
-    def __enter__(self) -> "_Call":
-        return self
+    def count_parts(self) -> int:
+        """In how many parts the backward pass leaves the gradients of keys and values."""
+        parts: int = _library().count_parts(ctypes.byref(self.problem), self.threads)
+        self.problem.parts = parts
+        return parts
 
-    def __exit__(self, error_type, error, traceback) -> None:
-        if error_type is not None:
-            return
-        library, threads, problem = load(), torch.get_num_threads(), ctypes.byref(self.problem)
-        self.point(scratch=torch.empty(library.scratch_size(problem, threads, self.decodes)))
-        (library.decode if self.decodes else library.attend)(problem, threads)
-
-
-def _tile_rows(rows: int) -> int:
-    return max(min(rows // _TILE_STEP * _TILE_STEP, _MAX_TILE), _TILE_STEP)
+    def run(self, name: str) -> None:
+        """Call the C function of this name."""
+        library, problem = _library(), ctypes.byref(self.problem)
+        self.point(scratch=_empty(getattr(library, f"{name}_floats")(problem, self.threads)))
+        getattr(library, name)(problem, self.threads)
 
 
-def _rows_contiguous(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _library() -> Any:
+    library = load()
+    assert not isinstance(library, str), library
+    return library
+
+
+def _empty(*shape: int) -> torch.Tensor:
+    """Memory that the kernels fill, whatever the defaults for dtype and device are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 @functools.cache
-def _pairs(layout: RotaryLayout) -> tuple[torch.Tensor, torch.Tensor]:
-    """The dimensions `[P]` that turn into one another."""
-    dims = torch.arange(layout.start, layout.start + layout.size, dtype=torch.int32)
-    first, second = (dims[0::2], dims[1::2]) if layout.interleaved else dims.chunk(2)
-    return first.contiguous(), second.contiguous()
+def _order(layout: RotaryLayout, head_dim: int) -> torch.Tensor:
+    """The dimensions `[D]` as the kernels sort them: first of each pair, second of each pair, what does not rotate."""
+    dims = list(range(head_dim))
+    rotated = dims[layout.start : layout.start + layout.size]
+    half = layout.size // 2
+    first, second = (rotated[0::2], rotated[1::2]) if layout.interleaved else (rotated[:half], rotated[half:])
+    rest = dims[: layout.start] + dims[layout.start + layout.size :]
+    return torch.tensor(first + second + rest, dtype=torch.int32, device="cpu")

@@ -26,7 +26,7 @@ from .tiles import (
     load_rows,
     masked,
     product,
-    turn,
+    rotate,
 )
 
 
@@ -171,7 +171,7 @@ def query_kernel(
     q_row = head * q_h + token * q_s
     qa, qb = load_pairs(query + b * q_b, q_row, valid, START, P, INTERLEAVED, BP)
     if ROTATE:
-        qa, qb = turn(qa, qb, cos, sin, position, valid, 1.0, P, BP)
+        qa, qb = rotate(qa, qb, cos, sin, position, valid, 1.0, P, BP)
     if BR > 0:
         qr = load_rest(query + b * q_b, q_row, valid, START, P, D, BR)
     grads = load_rows(grad_output, out_row * DV, valid, DV, BV)
@@ -196,7 +196,7 @@ def query_kernel(
         exists = n < T
         ka, kb = load_pairs(tile_keys, tile * k_t, exists, START, P, INTERLEAVED, BP)
         if ROTATE:
-            ka, kb = turn(ka, kb, tile_cos, tile_sin, tile, exists, 1.0, P, BP)
+            ka, kb = rotate(ka, kb, tile_cos, tile_sin, tile, exists, 1.0, P, BP)
         scores = product(qa, tl.trans(ka), tl.zeros([BM, BN], tl.float32))
         scores = product(qb, tl.trans(kb), scores)
         if BR > 0:
@@ -230,7 +230,7 @@ def query_kernel(
         factor = (gate * scale * LN2)[:, None]
         sum_a, sum_b = (sum_a - shift[:, None] * mean_a) * factor, (sum_b - shift[:, None] * mean_b) * factor
         if ROTATE:
-            sum_a, sum_b = turn(sum_a, sum_b, cos, sin, position, valid, -1.0, P, BP)
+            sum_a, sum_b = rotate(sum_a, sum_b, cos, sin, position, valid, -1.0, P, BP)
         grad_row = ((b * G * R + head) * S + token) * D
         add_pairs(grad_query, grad_row, valid, sum_a, sum_b, START, P, INTERLEAVED, BP)
         if BR > 0:
@@ -311,7 +311,7 @@ def key_kernel(
     k_row = n.to(tl.int64) * k_t
     ka, kb = load_pairs(key + b * k_b + g * k_h, k_row, exists, START, P, INTERLEAVED, BP)
     if ROTATE:
-        ka, kb = turn(ka, kb, cos, sin, n, exists, 1.0, P, BP)
+        ka, kb = rotate(ka, kb, cos, sin, n, exists, 1.0, P, BP)
     if BR > 0:
         kr = load_rest(key + b * k_b + g * k_h, k_row, exists, START, P, D, BR)
     if NEEDS_KEY:
@@ -332,7 +332,7 @@ def key_kernel(
         pick = (z * N + expert) * S * R + place
         qa, qb = load_pairs(query + b * q_b, q_row, valid, START, P, INTERLEAVED, BP)
         if ROTATE:
-            qa, qb = turn(qa, qb, cos, sin, position, valid, 1.0, P, BP)
+            qa, qb = rotate(qa, qb, cos, sin, position, valid, 1.0, P, BP)
         scores = product(ka, tl.trans(qa), tl.zeros([BN, BM], tl.float32))
         scores = product(kb, tl.trans(qb), scores)
         if BR > 0:
@@ -362,7 +362,7 @@ def key_kernel(
         factor = scale * LN2
         sum_a, sum_b = sum_a * factor, sum_b * factor
         if ROTATE:
-            sum_a, sum_b = turn(sum_a, sum_b, cos, sin, n, exists, -1.0, P, BP)
+            sum_a, sum_b = rotate(sum_a, sum_b, cos, sin, n, exists, -1.0, P, BP)
         add_pairs(grad_key, kv_row, exists, sum_a, sum_b, START, P, INTERLEAVED, BP)
         if BR > 0:
             add_rest(grad_key, kv_row, exists, sum_r * factor, START, P, D, BR)

@@ -7,7 +7,7 @@ which would have to write N scores per key and query head and read them again. K
 on tensor cores instead, over a tile of N x rows that is no larger than that of ordinary attention over a prompt. A
 second kernel combines the spans.
 
-Only differences of positions matter: within a tile, keys turn by their place in the tile and queries by their distance
+Only differences of positions matter: within a tile, keys rotate by their place in it, and queries by their distance
 from its first key. Keys then need the first few rows of the table alone, which stay in the fastest cache; tables at
 the keys' own positions would be several times larger than the keys. Turning keys serves all heads of a group. Turning
 each pair's sums and differences instead (`C cos + S sin` per query and key) is less arithmetic for a single query
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .problem import MIN_BLOCK, Problem, padded
-from .tiles import INTERPRETED, LOWEST, first_position, load_pairs, load_rest, load_rows, masked, product, turn
+from .tiles import INTERPRETED, LOWEST, first_position, load_pairs, load_rest, load_rows, masked, product, rotate
 
 _MAX_ROWS = 64
 _MAX_TILE = 32768
@@ -180,8 +180,8 @@ def decode_kernel(
             gate = tl.load(gates + gate_row + expert, mask=valid, other=0.0)
             if tl.max((gate != 0).to(tl.int32)) > 0:
                 expert_cos, expert_sin = cos + expert * table_stride, sin + expert * table_stride
-                ra, rb = turn(qa, qb, expert_cos, expert_sin, tl.abs(distance), near, sign, P, BP)
-                ta, tb = turn(ka, kb, expert_cos, expert_sin, place, exists, 1.0, P, BP)
+                ra, rb = rotate(qa, qb, expert_cos, expert_sin, tl.abs(distance), near, sign, P, BP)
+                ta, tb = rotate(ka, kb, expert_cos, expert_sin, place, exists, 1.0, P, BP)
                 scores = product(ra, tl.trans(ta), unrotated)
                 scores = product(rb, tl.trans(tb), scores)
                 scores = masked(

@@ -26,7 +26,7 @@ from .tiles import (
     load_rows,
     masked,
     product,
-    turn,
+    rotate,
 )
 
 
@@ -120,7 +120,7 @@ def forward_kernel(
     q_row = head * q_h + token * q_s
     qa, qb = load_pairs(query + b * q_b, q_row, valid, START, P, INTERLEAVED, BP)
     if ROTATE:
-        qa, qb = turn(qa, qb, cos, sin, position, valid, 1.0, P, BP)
+        qa, qb = rotate(qa, qb, cos, sin, position, valid, 1.0, P, BP)
     if BR > 0:
         qr = load_rest(query + b * q_b, q_row, valid, START, P, D, BR)
 
@@ -138,7 +138,7 @@ def forward_kernel(
         exists = n < T
         ka, kb = load_pairs(tile_keys, tile * k_t, exists, START, P, INTERLEAVED, BP)
         if ROTATE:
-            ka, kb = turn(ka, kb, tile_cos, tile_sin, tile, exists, 1.0, P, BP)
+            ka, kb = rotate(ka, kb, tile_cos, tile_sin, tile, exists, 1.0, P, BP)
         scores = product(qa, tl.trans(ka), tl.zeros([BM, BN], tl.float32))
         scores = product(qb, tl.trans(kb), scores)
         if BR > 0:

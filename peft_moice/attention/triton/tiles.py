@@ -102,7 +102,7 @@ def add_rows(base, offset, valid, x, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def turn(a, b, cos, sin, position, valid, sign, P: tl.constexpr, BP: tl.constexpr):
+def rotate(a, b, cos, sin, position, valid, sign, P: tl.constexpr, BP: tl.constexpr):
     """Pairs `a`, `b` `[M, BP]` rotated by one expert's angles at `position` `[M]`, or by `sign` times them.
 
     `cos` and `sin` point at the expert's table `[positions, P]`. `sign` is a number or `[M, 1]`. In float32, returned

@@ -1,0 +1,78 @@
+"""Rows of a batch under different adapters."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny_models import decide, load, logits_of, token_ids, wide_config
+
+from peft_moice import MoICEConfig
+
+
+class TestMixedBatches:
+    NAMES = ("a", "other", "__base__")
+
+    def test_every_row_is_what_it_is_alone(self, model, llama):
+        ids = token_ids(3)
+        alone = [logits_of(load(llama), ids[2:])]
+        for row, name in ((1, "other"), (0, "a")):
+            model.set_adapter(name)
+            alone.insert(0, logits_of(model, ids[row : row + 1]))
+        with torch.no_grad():
+            mixed = model(ids, adapter_names=list(self.NAMES)).logits
+        torch.testing.assert_close(mixed, torch.cat(alone), rtol=1e-5, atol=1e-5)
+        assert torch.equal(logits_of(model, ids[:1]), alone[0]), "hooks were left behind"
+
+    def test_rows_of_the_base_model_only(self, model, llama):
+        with torch.no_grad():
+            logits = model(token_ids(), adapter_names=["__base__"] * 2).logits
+        assert torch.equal(logits, logits_of(load(llama)))
+
+    @pytest.mark.parametrize("num_beams", [1, 2])
+    def test_generate(self, model, llama, num_beams):
+        ids = token_ids(3)
+        options = {"max_new_tokens": 6, "num_beams": num_beams, "do_sample": False}
+        mixed = model.generate(input_ids=ids, adapter_names=list(self.NAMES), **options)
+        expected = [load(llama).generate(input_ids=ids[2:], **options)]
+        for row, name in ((1, "other"), (0, "a")):
+            model.set_adapter(name)
+            expected.insert(0, model.generate(input_ids=ids[row : row + 1], **options))
+        assert torch.equal(mixed, torch.cat(expected))
+
+    def test_a_layer_without_the_adapter_runs_as_the_base_model(self, llama):
+        model = get_peft_model(load(llama), wide_config(layers_to_transform=[0]), adapter_name="a")
+        model.add_adapter("b", wide_config())
+        decide(model, "a")
+        decide(model, "b", seed=1)
+        ids = token_ids(2)
+        model.eval()
+        with torch.no_grad():
+            mixed = model(ids, adapter_names=["a", "b"]).logits
+        expected = []
+        for row, name in enumerate("ab"):
+            model.set_adapter(name)
+            expected.append(logits_of(model, ids[row : row + 1]))
+        torch.testing.assert_close(mixed, torch.cat(expected), rtol=1e-5, atol=1e-5)
+
+    def test_an_angle_other_than_the_own_beside_the_base_model(self, llama):
+        model = get_peft_model(load(llama), MoICEConfig(rope_bases=[77.0], task_type="CAUSAL_LM")).eval()
+        ids = token_ids(2)
+        with torch.no_grad():
+            mixed = model(ids, adapter_names=["default", "__base__"]).logits
+        torch.testing.assert_close(mixed[:1], logits_of(model, ids[:1]), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(mixed[1:], logits_of(load(llama), ids[1:]), rtol=1e-5, atol=1e-5)
+
+    def test_disabling_comes_first(self, model, llama):
+        with model.disable_adapter(), torch.no_grad():
+            logits = model(token_ids(), adapter_names=["a", "other"]).logits
+        assert torch.equal(logits, logits_of(load(llama)))
+
+    def test_bad_input(self, model):
+        with pytest.raises(ValueError, match="no adapter 'c'"):
+            model(token_ids(), adapter_names=["a", "c"])
+        with pytest.raises(ValueError, match="but got 3 and 2"):
+            model(token_ids(), adapter_names=["a", "b", "a"])
+        with pytest.raises(ValueError, match="in training mode"):
+            model.train()(token_ids(), adapter_names=["a", "b"])
+        model.eval().merge_adapter()
+        with pytest.raises(ValueError, match="unmerge_adapter"):
+            model(token_ids(), adapter_names=["a", "b"])
