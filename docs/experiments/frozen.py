@@ -62,9 +62,8 @@ def freeze(model: torch.nn.Module, tokenizer) -> None:
     for name, layer in model.named_modules():
         if isinstance(layer, MoICELayer):
             mean = sums[name] / tokens  # [H, N]
-            layer.moice_router["default"].gate = lambda logits, top_k, mean=mean: (
-                mean[None, :, None].expand(logits.shape).contiguous(),
-                None,
+            layer.moice_router["default"].gates = lambda logits, top_k, mean=mean: (
+                mean[None, :, None].expand(logits.shape).contiguous()
             )
 
 
