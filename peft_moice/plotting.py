@@ -321,7 +321,10 @@ def _legend_below(figure: "Figure", axes: "Sequence[Axes]") -> None:
     entries: dict[str, Artist] = {}
     for axis in axes:
         entries |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=min(4, len(entries)))
+    # A letter takes about a twelfth of an inch, a line's sample with its margins as much as eight letters.
+    fitting = int(figure.get_figwidth() * 12 / (8 + max(map(len, entries))))
+    columns = max(1, min(4, len(entries), fitting))
+    figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=columns)
 
 
 def _figure_class() -> type["Figure"]:

@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import load, logits_of, save_tiny_model, token_ids
+from transformers import AutoTokenizer
+
+from peft_moice.evaluation import gates_along
 
 EXPERIMENTS = Path(__file__).parent.parent / "docs" / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 
 import forms  # noqa: E402
+import frozen  # noqa: E402
 import methods  # noqa: E402
 
 
@@ -76,3 +80,18 @@ def test_static_gates_are_the_same_for_every_token(folder):
     gates = router.gates(router(torch.randn(2, 4, 7, 16)), 5)
     assert torch.equal(gates, gates[:1, :, :1].expand_as(gates))
     assert not torch.equal(gates[0, 0, 0], gates[0, 1, 0])
+
+
+def test_frozen_gates_are_the_means_of_the_trained_ones(folder):
+    model = fill(methods.mixture(load(folder), {"experts": "angles"})).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = (
+        "{% for m in messages %}w{{ loop.index + 4 }} w{{ m.content | length % 50 + 9 }} {% endfor %}"
+    )
+    before = gates_along(model, token_ids()[0])
+    frozen.freeze(model, tokenizer)
+    after = gates_along(model, token_ids()[0])
+    for name, gates in after.items():
+        assert torch.equal(gates, gates[:, :1].expand_as(gates))
+        assert not torch.equal(before[name], before[name][:, :1].expand_as(gates))
+        torch.testing.assert_close(gates.sum(-1), torch.ones_like(gates[..., 0]))

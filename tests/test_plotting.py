@@ -108,6 +108,14 @@ def test_tradeoff_joins_the_settings_of_a_method():
     assert list(lines["base model"].get_xdata()) == [0.0]
 
 
+def test_long_names_fit_into_the_picture():
+    names = [f"a method with a name of many words, number {i}" for i in range(5)]
+    figure = plot_tradeoff({name: [(0.01, 0.4)] for name in names}, (0.0, 0.3), repair="right")
+    figure.draw_without_rendering()
+    legend = figure.legends[0].get_window_extent()
+    assert legend.x0 >= 0 and legend.x1 <= figure.bbox.x1
+
+
 def test_expert_load_has_a_panel_for_each_expert():
     load = torch.rand(3, 4, 2)
     figure = plot_expert_load(load)

@@ -19,30 +19,31 @@ def gates_along(model: Any, input_ids: torch.Tensor, adapter_name: str = "defaul
     Raises:
         ValueError: the model has no routers of this name.
     """
-    layers = {layer: name for name, layer in model.named_modules() if isinstance(layer, MixesAngles)}
+    names = {module: name for name, module in model.named_modules() if isinstance(module, MixesAngles)}
     collector = _Collector(adapter_name)
-    recorders = {layer: layer.recorder for layer in layers}
+    before = {layer: layer.recorder for layer in names}
     try:
-        for layer in layers:
-            layer.recorder = collector
         with evaluating(model):
+            for layer in names:
+                layer.recorder = collector
             model(input_ids=input_ids[None].to(model.device), use_cache=False, logits_to_keep=1)
     finally:
-        for layer, recorder in recorders.items():
+        for layer, recorder in before.items():
             layer.recorder = recorder
-    if not collector.gates:
+    gates = {name: collector.gates[layer] for layer, name in names.items() if layer in collector.gates}
+    if not gates:
         raise ValueError(f"No layer of this model has routers of the name {adapter_name!r}.")
-    return {layers[layer]: gates for layer, gates in collector.gates.items()}
+    return gates
 
 
 class _Collector:
-    """Recorder of the gates `[H, S, N]` of one adapter, by layer."""
+    """Receives the records of a pass and keeps the gates of one adapter's routers."""
 
-    def __init__(self, adapter_name: str) -> None:
+    def __init__(self, adapter_name: str):
         self.adapter_name = adapter_name
         self.gates: dict[MixesAngles, torch.Tensor] = {}
 
     def take(self, layer: MixesAngles, records: list[RouterRecord]) -> None:
         for record in records:
             if record.share.name == self.adapter_name:
-                self.gates[layer] = record.gates[0].cpu()
+                self.gates[layer] = record.gates[0].float().cpu()
