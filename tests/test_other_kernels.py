@@ -61,7 +61,8 @@ def test_a_rotary_embedding_exchanged_in_the_modeling_file(folder, rotary, monke
 
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", counted)
     after = adapted(folder)
-    assert len(calls) == 2 * 3, "the probe runs every layer under two angles"
+    # All layers in one run of the model, and each under two base angles.
+    assert len(calls) == 3 + 2 * 3
     for model in (before, after):
         calls.clear()
         torch.testing.assert_close(logits_of(model), expected, rtol=0, atol=1e-5 * expected.abs().max().item())

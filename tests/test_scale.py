@@ -20,7 +20,7 @@ SHAPE = estimate_scale.Shape("tiny", 2, 64, 4, 2, 128, 96, 64)
 TOKENS = 64
 
 
-def model(experts: int, scope: str = "layer", backend: str = "eager"):
+def model(experts: int, scope: str = "layer", backend: str = "eager", **options):
     config = LlamaConfig(
         vocab_size=SHAPE.vocabulary,
         hidden_size=SHAPE.hidden,
@@ -35,13 +35,14 @@ def model(experts: int, scope: str = "layer", backend: str = "eager"):
     if not experts:
         return base
     multipliers = [1 + 0.1 * index for index in range(experts)]
-    routers = MoICEConfig(base_multipliers=multipliers, router_scope=scope, task_type="CAUSAL_LM")
+    routers = MoICEConfig(base_multipliers=multipliers, router_scope=scope, task_type="CAUSAL_LM", **options)
     return get_peft_model(base, routers)
 
 
 def saved_bytes(experts: int) -> int:
     """Bytes of the distinct queries, keys, values and outputs that are kept for backward."""
-    adapted, sizes = model(experts, backend="sdpa").train(), {}
+    # As on a GPU; the kernels for the CPU keep nothing but their inputs.
+    adapted, sizes = model(experts, backend="sdpa", implementation="delegated").train(), {}
     kept = []  # so that no two tensors have the same address
 
     def pack(tensor):

@@ -22,6 +22,7 @@ from transformers import (
     T5GemmaForConditionalGeneration,
     T5GemmaModuleConfig,
 )
+from versions import needs_adapter_verbs_of_transformers
 
 from peft_moice import MoICEModel, collect_balance_loss
 from peft_moice.attention import IMPLEMENTATIONS
@@ -30,6 +31,9 @@ from peft_moice.router import balance_loss, select_experts
 from peft_moice.training import add_balance_loss
 
 COEF = 0.5
+
+
+ADD_ADAPTER = pytest.param("add_adapter", marks=needs_adapter_verbs_of_transformers)
 
 
 def adapted(llama: str, way: str = "get_peft_model", **overrides) -> torch.nn.Module:
@@ -55,7 +59,7 @@ def loss_without_and_with(model: torch.nn.Module, **inputs) -> tuple[torch.Tenso
     return plain, trained.loss, balance_loss(list(trained.router_logits), 2, mask)
 
 
-@pytest.mark.parametrize("way", ["get_peft_model", "without task type", "add_adapter"])
+@pytest.mark.parametrize("way", ["get_peft_model", "without task type", ADD_ADAPTER])
 def test_reaches_the_loss(llama, way):
     ids = token_ids()
     plain, trained, balance = loss_without_and_with(adapted(llama, way), input_ids=ids, labels=ids)
@@ -125,6 +129,7 @@ def test_reaches_the_first_element_of_a_tuple(llama):
     assert torch.equal(model(input_ids=ids, labels=ids, return_dict=False)[0], outputs.loss)
 
 
+@needs_adapter_verbs_of_transformers
 def test_positional_inputs(llama):
     model, ids = adapted(llama, "add_adapter"), token_ids()
     mask = torch.ones_like(ids)

@@ -13,6 +13,7 @@ from test_triton import INTERPRETED, causal, problem
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from peft_moice.attention.call import AttentionCall
 from peft_moice.attention.triton import autograd, backward, decoding, prefill
 from peft_moice.attention.triton import problem as problem_module
 from peft_moice.rope import RotaryLayout
@@ -76,8 +77,7 @@ def compile_for(monkeypatch):
         tensors, defaults = problem(**shape)
         defaults |= options or {}
         tensors = [tensor.requires_grad_(gradients) for tensor in tensors]
-        arguments = (None, defaults.get("attention_mask"), defaults["rotations"], defaults["query_start"], 0.1)
-        output = autograd.run(*tensors, *arguments)
+        output = autograd.attend(AttentionCall(*tensors, **defaults))
         if gradients:
             output.sum().backward()
         return found

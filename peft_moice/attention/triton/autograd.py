@@ -15,7 +15,12 @@ def attend(call: AttentionCall) -> torch.Tensor:
     """The operator's output `[B, S, H, Dv]` in the dtype of the query, whose dtype key and value share."""
     # Triton launches on the current device.
     with torch.cuda.device_of(call.query):
-        return _attend(call, call.gates.float().contiguous())
+        output = _attend(call, call.gates.float().contiguous())
+    mask = call.attention_mask
+    if mask is None or mask.dtype != torch.bool:
+        return output
+    # The kernels spread rows that see nothing over all keys, as additive masks have it; boolean ones leave zeros.
+    return output * mask.any(dim=-1).transpose(1, 2)[..., None]  # [B, S, 1 or H, 1]
 
 
 def _attend(call: AttentionCall, gates: torch.Tensor) -> torch.Tensor:
