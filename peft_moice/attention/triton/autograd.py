@@ -20,7 +20,8 @@ def attend(call: AttentionCall) -> torch.Tensor:
     if mask is None or mask.dtype != torch.bool:
         return output
     # The kernels spread rows that see nothing over all keys, as additive masks have it; boolean ones leave zeros.
-    return output * mask.any(dim=-1).transpose(1, 2)[..., None]  # [B, S, 1 or H, 1]
+    seen: torch.Tensor = mask.any(dim=-1).transpose(1, 2)[..., None]  # [B, S, 1 or H, 1]
+    return output * seen
 
 
 def _attend(call: AttentionCall, gates: torch.Tensor) -> torch.Tensor:
