@@ -6,7 +6,7 @@ ImportError where matplotlib is not installed and ValueError where there is noth
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from .evaluation import PositionLosses, PositionSweep
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 _COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -29,6 +27,28 @@ _BUCKETS = 240
 
 Curve = tuple[Sequence[float], Sequence[tuple[float, float]]]
 """Values by position, and their intervals."""
+
+
+class AccuracyByPosition(Protocol):
+    """What [`plot_position_sweeps`] draws, such as `evaluation.PositionSweep`."""
+
+    @property
+    def positions(self) -> Sequence[float]: ...
+
+    @property
+    def accuracy(self) -> Sequence[float]: ...
+
+    def intervals(self, confidence: float = 0.95) -> Sequence[tuple[float, float]]: ...
+
+
+class LossByPosition(Protocol):
+    """What [`plot_losses`] draws, such as `evaluation.PositionLosses`."""
+
+    @property
+    def centers(self) -> Sequence[float]: ...
+
+    @property
+    def losses(self) -> Sequence[float]: ...
 
 
 def plot_positions(
@@ -79,7 +99,9 @@ def plot_positions(
     return figure
 
 
-def plot_position_sweeps(panels: "Mapping[str, Mapping[str, PositionSweep]]", *, confidence: float = 0.95) -> "Figure":
+def plot_position_sweeps(
+    panels: Mapping[str, Mapping[str, AccuracyByPosition]], *, confidence: float = 0.95
+) -> "Figure":
     """Draw accuracy against the position of the asked fact, one curve per model, with Wilson intervals as bars.
 
     Args:
@@ -239,7 +261,7 @@ def plot_gates(
     return figure
 
 
-def plot_losses(losses: "Mapping[str, PositionLosses]", *, title: str = "") -> "Figure":
+def plot_losses(losses: Mapping[str, LossByPosition], *, title: str = "") -> "Figure":
     """Draw loss against position in running text, one curve per model, on a logarithmic axis of positions.
 
     Args:
