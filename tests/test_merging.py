@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from peft import PeftModel, get_peft_model
-from tiny_models import decide, layers_of, load, logits_of, logits_with, wide_config
+from tiny_models import assert_logits, decide, layers_of, load, logits_of, logits_with, wide_config
 
 
 class TestMergeAdapter:
@@ -16,7 +16,7 @@ class TestMergeAdapter:
         expected = logits_with(model, *adapters)
         model.merge_adapter()
         assert layers_of(model)[0].merged_adapters == adapters
-        torch.testing.assert_close(logits_of(model), expected, rtol=0, atol=1e-6)
+        assert_logits(model, expected)
         model.unmerge_adapter()
         assert torch.equal(logits_of(model), expected)
 
@@ -24,14 +24,14 @@ class TestMergeAdapter:
         expected = logits_with(model, "other")
         model.set_adapter("a")
         model.merge_adapter(["other"])
-        torch.testing.assert_close(logits_of(model), expected, rtol=0, atol=1e-6)
+        assert_logits(model, expected)
 
     def test_merging_one_after_the_other_is_merging_both(self, model):
         expected = logits_with(model, "a", "b")
         model.merge_adapter(["a"])
         with pytest.warns(UserWarning, match="additionally merging b"):
             model.merge_adapter(["b"])
-        torch.testing.assert_close(logits_of(model), expected, rtol=0, atol=1e-6)
+        assert_logits(model, expected)
 
     def test_merging_twice_is_said_and_changes_nothing(self, model):
         expected = logits_with(model, "a")
@@ -77,9 +77,9 @@ class TestMergeAdapter:
         expected = logits_of(model)
         assert "forward" in vars(layers_of(model)[0].base_layer)
         model.merge_adapter()
-        torch.testing.assert_close(logits_of(model), expected, rtol=0, atol=1e-6)
+        assert_logits(model, expected)
         model.unmerge_adapter()
-        torch.testing.assert_close(logits_of(model.merge_and_unload()), expected, rtol=0, atol=1e-6)
+        assert_logits(model.merge_and_unload(), expected)
 
     def test_disabling_unmerges(self, model, llama):
         model.merge_adapter()

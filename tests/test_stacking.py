@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
-from tiny_models import decide, load, logits_of, token_ids, wide_config
+from tiny_models import assert_logits, decide, load, logits_of, token_ids, wide_config
 
 from peft_moice import unwrapped
 
@@ -61,9 +61,9 @@ def test_checkpoints_hold_nothing_of_each_other_and_fit_the_base_model(llama, tm
     assert all("lora_" in key for key in load_file(tmp_path / "lora" / "adapter_model.safetensors"))
 
     alone = PeftModel.from_pretrained(load(llama), tmp_path / "lora")
-    torch.testing.assert_close(logits_of(alone), only_lora, rtol=0, atol=1e-6)
+    assert_logits(alone, only_lora)
     both = PeftModel.from_pretrained(alone, tmp_path / "moice")
-    torch.testing.assert_close(logits_of(both), expected, rtol=0, atol=1e-6)
+    assert_logits(both, expected)
 
 
 def test_routers_trained_over_lora_load_without_it(llama, tmp_path):
@@ -87,7 +87,7 @@ def test_unloading_leaves_lora_in_place(llama):
     with unwrapped(model):
         expected = logits_of(lora)
     assert torch.equal(logits_of(model.unload()), expected)
-    torch.testing.assert_close(logits_of(lora.merge_and_unload()), expected, rtol=0, atol=1e-5)
+    assert_logits(lora.merge_and_unload(), expected, atol=1e-5)
 
 
 def test_merging_over_lora_says_the_order_that_works(llama, tmp_path):
@@ -100,7 +100,7 @@ def test_merging_over_lora_says_the_order_that_works(llama, tmp_path):
     model.unload()
     base = lora.merge_and_unload()
     both = PeftModel.from_pretrained(base, tmp_path).merge_and_unload()
-    torch.testing.assert_close(logits_of(both), expected, rtol=0, atol=1e-5)
+    assert_logits(both, expected, atol=1e-5)
 
 
 def test_lora_after_moice_raises_and_works_while_unwrapped(llama):

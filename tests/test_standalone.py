@@ -10,7 +10,7 @@ import pytest
 import torch
 from families import tiny_model
 from peft import LoraConfig, get_peft_model
-from tiny_models import SHAPE, WIDE, decide, load, logits_of, save_tiny_model, token_ids, wide_config
+from tiny_models import SHAPE, WIDE, assert_logits, decide, load, logits_of, save_tiny_model, token_ids, wide_config
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -66,7 +66,7 @@ def merged(folder: str, **overrides) -> tuple[PreTrainedModel, torch.Tensor]:
 def test_round_trip(family, tmp_path):
     folder = base_folder(family, tmp_path / "base")
     model, expected = merged(folder, router_scope="head" if family == "qwen2" else "layer")
-    torch.testing.assert_close(logits_of(model), expected, rtol=0, atol=1e-6)
+    assert_logits(model, expected)
     model.save_pretrained(tmp_path / "merged")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert type(again) is type(model)
@@ -126,7 +126,7 @@ def test_copies(llama, duplicate):
     assert torch.equal(logits_of(twin), logits_of(model))
     assert type(twin) is type(model)
     twin.model.layers[0].self_attn.moice_routers[0].down_proj.data.zero_()
-    torch.testing.assert_close(logits_of(model), expected, rtol=0, atol=1e-6)
+    assert_logits(model, expected)
 
 
 def test_sharded(llama, tmp_path):
@@ -156,7 +156,7 @@ def test_embeddings_that_training_has_untied(tmp_path, module):
     expected = logits_of(model)
     with pytest.warns(UserWarning, match="no longer tied after merging"):
         merged_model = model.merge_and_unload()
-    torch.testing.assert_close(logits_of(merged_model), expected, rtol=0, atol=1e-6)
+    assert_logits(merged_model, expected)
     merged_model.save_pretrained(tmp_path / "merged")
     again = load(tmp_path / "merged")
     assert again.lm_head.weight is not again.model.embed_tokens.weight
@@ -221,10 +221,10 @@ def test_merging_twice_is_merging_once(llama):
 def test_compiled(llama):
     model, expected = merged(llama)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    torch.testing.assert_close(logits_of(compiled), expected, rtol=0, atol=1e-5)
+    assert_logits(compiled, expected, atol=1e-5)
     for layer in model.model.layers:
         layer.self_attn.compile(backend="eager")
-    torch.testing.assert_close(logits_of(model), expected, rtol=0, atol=1e-5)
+    assert_logits(model, expected, atol=1e-5)
 
 
 def test_routers_of_half_precision_are_built_in_in_float32(llama, tmp_path):
@@ -267,13 +267,13 @@ def test_several_adapters_with_other_layers(llama, tmp_path):
     expected = logits_of(model.eval())
     standalone = model.merge_and_unload()
     standalone.save_pretrained(tmp_path)
-    torch.testing.assert_close(logits_of(load(tmp_path)), expected, rtol=0, atol=1e-6)
+    assert_logits(load(tmp_path), expected)
 
 
 def test_identity_start(llama, tmp_path):
     model, expected = merged(llama, init_weights="identity")
     model.save_pretrained(tmp_path)
-    torch.testing.assert_close(logits_of(load(tmp_path)), expected, rtol=0, atol=1e-6)
+    assert_logits(load(tmp_path), expected)
 
 
 def test_without_and_with_another_head(llama, tmp_path):
@@ -313,7 +313,7 @@ def test_lora_on_a_standalone_model(llama, tmp_path):
     changed = logits_of(lora)
     assert not torch.allclose(changed, expected, atol=1e-3)
     lora.save_pretrained(tmp_path / "lora")
-    torch.testing.assert_close(logits_of(lora.merge_and_unload()), changed, rtol=0, atol=1e-5)
+    assert_logits(lora.merge_and_unload(), changed, atol=1e-5)
 
 
 def test_a_standalone_model_takes_no_second_router(llama):

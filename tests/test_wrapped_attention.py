@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from peft import get_peft_model
-from tiny_models import decide, layers_of, load, logits_of, router_state, token_ids, wide_config
+from tiny_models import assert_logits, decide, layers_of, load, logits_of, router_state, token_ids, wide_config
 
 
 def test_a_projection_can_be_exchanged(adapted, llama):
@@ -61,7 +61,7 @@ def test_the_attention_implementation_can_be_assigned_layer_by_layer(adapted, me
     for layer in model.model.layers:
         layer.self_attn.config._attn_implementation = "eager"
     assert model.config._attn_implementation == "eager"
-    torch.testing.assert_close(logits_of(model), expected, rtol=0, atol=1e-5)
+    assert_logits(model, expected, atol=1e-5)
     assert model(token_ids(), output_attentions=True).attentions[0] is not None
 
 
@@ -80,7 +80,7 @@ def test_another_config_leaves_the_routers_in_place(adapted):
     expected = logits_of(adapted)
     for layer in layers_of(adapted):
         layer.config = copy.deepcopy(adapted.config)
-    torch.testing.assert_close(logits_of(adapted), expected, rtol=0, atol=0)
+    assert_logits(adapted, expected, atol=0)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
@@ -110,7 +110,7 @@ def test_weights_that_accelerate_keeps_on_the_cpu(adapted, llama, order):
     expected = logits_of(adapted)
     model = adapted_with_offloaded_weights(llama, order)
     assert torch.equal(logits_of(model), expected)
-    torch.testing.assert_close(logits_of(model.merge_and_unload()), expected, rtol=0, atol=1e-6)
+    assert_logits(model.merge_and_unload(), expected)
 
 
 def test_an_identity_scale_is_not_offloaded(llama):

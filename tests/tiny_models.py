@@ -115,6 +115,11 @@ def logits_of(model: torch.nn.Module, input_ids: torch.Tensor | None = None) -> 
     return model(token_ids() if input_ids is None else input_ids).logits
 
 
+def assert_logits(model: torch.nn.Module, expected: torch.Tensor, atol: float = 1e-6) -> None:
+    """The model computes `expected` for the tokens of [`token_ids`]."""
+    torch.testing.assert_close(logits_of(model), expected, rtol=0, atol=atol)
+
+
 def router_state(model: torch.nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
     """A copy of an adapter's router weights."""
     marker = f".{adapter_name}."
