@@ -278,6 +278,15 @@ def test_compiled_decoding():
     model(ids[:, :32], past_key_values=cache)
     with pytest.raises(Exception, match="original length of 32 tokens"):
         compiled(ids[:, 32:33], past_key_values=cache)
+
+
+@needs_transformers("5.21", "branches on the values of positions in longrope")
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled_decoding_over_keys_that_nobody_saw_come():
+    model, ids = adapted(model_of(num_hidden_layers=1)), tokens(length=LONG)
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :32], past_key_values=cache)
     del cache._moice_note
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
