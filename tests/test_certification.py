@@ -87,8 +87,10 @@ def test_a_verdict_is_found_once_and_remembered_on_disk(certificates, caplog):
             assert certificates.fault("right", make_call()) is None
             assert certificates.fault("wrong", make_call()) == "it is wrong"
     assert certificates.asked == ["right", "wrong"]
-    assert [record.getMessage().split(":")[0].partition(" on ")[0] for record in caplog.records] == [
-        "MoICE does not use its implementation 'wrong'"
+    assert [record.getMessage().partition("'")[0] for record in caplog.records] == [
+        "MoICE compares its implementation ",
+        "MoICE compares its implementation ",
+        "MoICE does not use its implementation ",
     ]
     later = Certificates(certificates.path, lambda *args: pytest.fail("asked again"))
     assert later.fault("wrong", make_call()) == "it is wrong"

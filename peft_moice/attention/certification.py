@@ -264,6 +264,11 @@ class Certificates:
         query, layout = call.query, call.rotations.layout
         key = _key(query.device, name, query.dtype, query.shape[-1], layout)
         if key not in self._entries():
+            logger.warning(
+                "MoICE compares its implementation %r with its reference on %s, which takes a minute or two, once.",
+                name,
+                device_name(query.device),
+            )
             fault = self.find(name, query.device, query.dtype, layout, query.shape[-1])
             self._remember(key, fault)
             if fault is not None:

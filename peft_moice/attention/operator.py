@@ -59,7 +59,7 @@ def mixed_attention(
         implementation: `"reference"` (float32, returns probabilities), `"delegated"` (`attend` once per expert),
             `"folded"` (`attend` once, with the experts as further heads; memory follows N), `"grouped"` (CPU; cost
             follows K), `"native"` (CPU; cost follows K; compiled on first use), `"triton"` (CUDA; cost follows K) or
-            `"auto"` (default), which chooses neither "folded" nor "triton".
+            `"auto"` (default), which measures on a GPU, see [`certification`], and has a fixed rule on the CPU.
         backend: name of the attention implementation behind `attend`, by which "auto" chooses.
         top_k: the most experts that a row picks, by which "auto" chooses on a GPU. Default: N.
         options: further arguments of `attend`, such as `scaling` and `dropout`.
