@@ -80,8 +80,8 @@ class MoICEConfig(PeftConfig):
         exclude_modules: modules to leave out, likewise.
         layers_to_transform: indices of the layers to adapt, whatever the targets. Default: all.
         layers_pattern: name of the list of layers, if it is not a common one. Used with `layers_to_transform`.
-        modules_to_save: further modules to train and save with the adapter, by the ends of their names. Those that
-            reach into adapted attention modules, as "norm" reaches `q_norm`, are resolved to names in full.
+        modules_to_save: further modules to train and save with the adapter. Names may reach into adapted attention
+            modules, as "norm" reaches `q_norm`.
         trainable_token_indices: token indices whose embeddings are trained, see PEFT's `LoraConfig`.
         implementation: "auto" (default), or the name of the attention implementation to force, see
             [`attention.mixed_attention`]. On a GPU, "auto" first compares and times what can run.
