@@ -190,6 +190,19 @@ def test_folded_heads_are_calls_one_by_one(heads_of_mask):
     assert_close(*results, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("name", ["delegated", "folded"])
+def test_the_models_own_attention_gets_its_options(name):
+    seen = []
+
+    def recording(*args, **options):
+        seen.append(options)
+        return attend(*args)
+
+    arguments = {**tensors(), "rotations": table(LAYOUTS["half"]), "query_start": KEYS - QUERIES}
+    mixed_attention(**arguments, attend=recording, implementation=name, dropout=0.0, sliding_window=7)
+    assert seen == [{"dropout": 0.0, "sliding_window": 7}] * (1 if name == "folded" else 3)
+
+
 def test_every_implementation_offers_the_two_functions():
     for name, implementation in IMPLEMENTATIONS.items():
         assert callable(implementation.why_not) and callable(implementation.run), name

@@ -93,3 +93,10 @@ class TestBalanceLoss:
 
     def test_a_batch_of_padding_only_is_finite(self):
         assert balance_loss([self.logits()], 2, torch.zeros(2, 7)).isfinite()
+
+
+def test_balance_loss_of_one_row():
+    """N · f · P with one expert picked: N times its probability."""
+    logits = torch.tensor([1.0, -0.5, 0.25]).reshape(1, 1, 1, 3)
+    expected = 3 * logits.flatten().softmax(dim=-1)[0]
+    torch.testing.assert_close(balance_loss([logits], top_k=1), expected)
