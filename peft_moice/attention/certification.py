@@ -27,6 +27,7 @@ import torch
 
 from ..rope import RotaryLayout, RotationTable
 from . import reference
+from .cache_folder import cache_folder
 from .call import AttentionCall, Implementation
 
 logger = logging.getLogger(__name__)
@@ -255,7 +256,7 @@ class Certificates:
         find: what finds a fault. Default: [`find_fault_apart`].
     """
 
-    path: Path = dataclasses.field(default_factory=lambda: cache_folder() / "certificates.json")
+    path: Path | None = None
     find: Callable[[str, torch.device, torch.dtype, RotaryLayout, int], str | None] = find_fault_apart
     _known: dict[str, Any] | None = None
 
@@ -302,12 +303,15 @@ class Certificates:
             )
         return str(self._entries()[key])
 
+    def _file(self) -> Path:
+        return cache_folder() / "certificates.json" if self.path is None else self.path
+
     def _entries(self) -> dict[str, Any]:
         if self._known is None:
             try:
-                known = json.loads(self.path.read_text())
+                known = json.loads(self._file().read_text())
                 self._known = known if isinstance(known, dict) else {}
-            except (OSError, ValueError):
+            except (OSError, RuntimeError, ValueError):
                 self._known = {}
         return self._known
 
@@ -315,17 +319,13 @@ class Certificates:
         entries = self._entries()
         entries[key] = value
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
+            target = self._file()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False) as file:
                 json.dump(entries, file, indent=1)
-            os.replace(file.name, self.path)
-        except OSError as error:
+            os.replace(file.name, target)
+        except (OSError, RuntimeError) as error:
             logger.info("MoICE's certificates cannot be written: %s", error)
-
-
-def cache_folder() -> Path:
-    """Where what was found out about this machine is kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft_moice"
 
 
 def device_name(device: torch.device) -> str:

@@ -13,6 +13,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from ..cache_folder import cache_folder
+
 logger = logging.getLogger(__name__)
 
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("attend.c", "differentiate.c", "decode.c"))
@@ -123,9 +125,7 @@ def _target(compiler: list[str]) -> Path | None:
     )
     name = f"kernels-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}.so"
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft_moice"
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700, exist_ok=True)
+        folder = cache_folder()
         writable = os.access(folder, os.W_OK | os.X_OK)
     except (OSError, RuntimeError) as error:
         logger.info("MoICE's kernels cannot be kept and are compiled in every process: %s", error)
