@@ -11,13 +11,14 @@ from .official import load_official_checkpoint
 from .registration import register
 from .self_check import check
 from .stacking import unwrapped
-from .training import BalanceLossMixin, collect_balance_loss
+from .training import BalanceLossMixin, KeepCloseMixin, collect_balance_loss
 from .versions import warn_of_untested_versions
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BalanceLossMixin",
+    "KeepCloseMixin",
     "MoICEConfig",
     "MoICELayer",
     "MoICEModel",

@@ -15,6 +15,7 @@ from .mode import evaluating
 from .reader import Reader
 from .result import Result, Score
 from .task import POSITIONS, Example, Task
+from .trial import check_grid
 
 
 def evaluate(
@@ -48,12 +49,7 @@ def evaluate(
     Raises:
         ValueError: a value out of its range.
     """
-    if num_groups < 1:
-        raise ValueError(f"`num_groups` is {num_groups}, but has to be at least 1.")
-    if not lengths or min(lengths) < 1:
-        raise ValueError(f"`lengths` has to hold positive numbers, not {list(lengths)}.")
-    if not positions or not all(0 <= position <= 1 for position in positions):
-        raise ValueError(f"`positions` has to hold numbers in 0..1, not {positions!r}.")
+    check_grid(lengths, positions, num_groups)
     scores = []
     with evaluating(model), tqdm(total=num_groups * len(lengths), desc=task.name, unit="draw") as progress:
         for length in lengths:
