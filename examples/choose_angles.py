@@ -1,7 +1,7 @@
 """Choose base angles for a model by measuring it on prompts of your own kind.
 
-The calls behind `peft-moice angles`, which also searches by RoPE's waveforms alone: runs the model under one base angle
-after the other, and picks angles that complement each other. Replace `losses_of` by losses on your own prompts.
+The calls behind `peft-moice angles`, which also searches by RoPE's waveforms alone: runs the model under one base
+angle after the other, and picks angles that complement each other. Replace `losses_of` by losses on your own prompts.
 
     python examples/choose_angles.py --model HuggingFaceTB/SmolLM2-135M-Instruct
 """

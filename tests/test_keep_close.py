@@ -93,8 +93,8 @@ def test_the_loss_is_the_sum_of_its_parts(llama, tmp_path):
     model = decided(llama, coef=0.5)
     ids = token_ids(8, 14)
     model.train()
-    with torch.no_grad():
-        outputs = model(ids, labels=ids)
+    with torch.no_grad():  # with the number of predictions, every sequence is balanced on its own, as in Trainer
+        outputs = model(ids, labels=ids, num_items_in_batch=ids[:, 1:].numel())
     balance = 0.5 * outputs.aux_loss.item()
     divergence = WEIGHT * by_hand(model.eval(), text()[None, :TOKENS])
     trainer = trainer_of(CloseBalancedTrainer, model, tmp_path)

@@ -14,16 +14,17 @@ from ..config import RELEASED_MULTIPLIERS
 from ..evaluation import encode_chat, sample_facts
 from ..plotting import plot_waveforms
 from .models import load_model, load_tokenizer
-from .parsing import Outcome, Parser
+from .parsing import Outcome, Parser, UsageError
 
 logger = logging.getLogger(__name__)
 
 SUMMARY = "choose base angles, by RoPE's waveforms and by measuring a model"
 _MOST_DRAWN = 7
 
-_EPILOG = """Two searches. By waveform, after Attention Buckets (arXiv 2312.04455): angles whose peaks fill each other's troughs;
-needs no model. By measurement, with --model: the loss on answers about lists of facts under each angle alone, and angles
-that complement each other, in the order of their use. Multiples go into `peft-moice train --angles`.
+_EPILOG = """Two searches. By waveform, after Attention Buckets (arXiv 2312.04455): angles whose peaks
+fill each other's troughs; needs no model. By measurement, with --model: the loss on answers about lists of facts under
+each angle alone, and angles that complement each other, in the order of their use. `peft-moice train --angles` takes
+multiples of the model's own angle.
 
 examples
   peft-moice angles --rope_theta 10000 --head_dim 128 --context_length 2048
@@ -63,9 +64,11 @@ def parse(argv: Sequence[str]) -> Arguments:
 
 def run(args: Arguments) -> Outcome:
     """Search, and measure if there is a model."""
+    # What does not go shows before a model is loaded.
     search_angles(args.head_dim, args.rope_theta, args.context_length, args.num_experts)
-    encoded_facts = sample_facts(args.facts, random.Random(0))
-    assert len(encoded_facts) == args.facts
+    sample_facts(args.facts, random.Random(0))
+    if args.prompts < 1:
+        raise UsageError(f"--prompts is {args.prompts}, but has to be at least 1.")
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     own, model, tokenizer = [OwnAngle(args.rope_theta, args.head_dim, None)], None, None
@@ -76,7 +79,6 @@ def run(args: Arguments) -> Outcome:
     searched = [_by_waveform(angle, args, output_dir) for angle in own]
     lines = [_waveform_in_words(found) for found in searched]
     values: dict[str, Any] = {"by_waveform": searched, "by_measurement": None}
-    interrupted = False
     if len(own) > 1:
         lines.append(
             "Nothing is measured: the layer types have different angles, and the search varies one scale for all."
@@ -88,13 +90,15 @@ def run(args: Arguments) -> Outcome:
             lines.append("Interrupted before the measurement was finished.")
             return Outcome("\n".join(lines), values, interrupted=True)
         chosen = scores.best(min(args.num_experts, len(scores.rope_bases)))
-        means = {f"{base / own[0].rope_theta:g}": float(loss) for base, loss in zip(
-            scores.rope_bases, scores.losses.mean(dim=1), strict=True)}
+        means = {
+            f"{base / own[0].rope_theta:g}": float(loss)
+            for base, loss in zip(scores.rope_bases, scores.losses.mean(dim=1), strict=True)
+        }
         lines += [f"  {multiple:>6} times: mean loss {loss:.3f}" for multiple, loss in means.items()]
         lines.append(f"By measurement, in the order of their use: {_multiples(chosen)}")
         values["by_measurement"] = {"rope_bases": chosen, "multiples": _multiples(chosen), "mean_losses": means}
     lines.append(f"Pictures of the waveforms are in {output_dir}.")
-    return Outcome("\n".join(lines), values, interrupted)
+    return Outcome("\n".join(lines), values)
 
 
 def _by_waveform(own: OwnAngle, args: Arguments, output_dir: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ COMMANDS: dict[str, ModuleType] = {
 }
 """Modules with a `SUMMARY`, `parse(argv)` and `run(arguments)`."""
 
-_OVERVIEW = f"""peft-moice {__version__}: MoICE routers for language models that lose what stands in the middle of a long prompt
+_OVERVIEW = f"""peft-moice {__version__}: for language models that lose what stands in the middle of a long prompt
 
 {{commands}}
 
@@ -31,7 +31,8 @@ _OVERVIEW = f"""peft-moice {__version__}: MoICE routers for language models that
   peft-moice measure --adapter outputs/routers                            did it help?
 
 peft-moice COMMAND --help explains a command. Every command takes --json, to print its result as one JSON object, and
---traceback, to show where an error comes from. Exit codes: 0 done, 2 an error that says what to change, 130 interrupted.
+--traceback, to show where an error comes from. Exit codes: 0 done, 2 an error that says what to change, 130
+interrupted.
 """
 
 

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
+
 from ..data import read_text
 from ..evaluation import (
     POSITIONS,
@@ -46,8 +48,8 @@ _EPILOG = """tasks (--tasks; 'right' is decided by greedy decoding, loss is that
   variables   a chain of assignments (needles to variables: definitions of RULER)
   also        --key_value_file and --question_file of "Lost in the Middle", --exam_files of L-Eval, by their paths
 
-Documents are files of text (UTF-8); perplexity and loss by position are measured on them as well. Scores are written to
---output_dir as soon as a task is done at a length, so Ctrl-C loses only what is under way.
+Documents are files of text (UTF-8); perplexity and loss by position are measured on them as well. Scores are written
+to --output_dir as soon as a task is done at a length, so Ctrl-C loses only what is under way.
 
 examples
   peft-moice measure --model HuggingFaceTB/SmolLM2-135M-Instruct
@@ -131,12 +133,13 @@ def run(args: Arguments) -> Outcome:
 
     measured, interrupted = [], False
     try:
+        model = load_model(base, args.dtype)
         for name, adapter in variants(base, args.adapter):
-            model = load_model(base, args.dtype, adapter)
+            if adapter is not None:
+                model = PeftModel.from_pretrained(model, adapter)
             measured.append(Measured(name))
             for _ in measure(model, tokenizer, tasks, text, args, measured[-1]):
                 write(measured, output_dir)
-            del model
     except KeyboardInterrupt:
         if not any(one.results for one in measured):
             raise

@@ -42,7 +42,9 @@ class Parser(HfArgumentParser):
         epilog: what its help ends with.
     """
 
-    def __init__(self, command: str, dataclass_types: Iterable[Any], *, usage: str, description: str, epilog: str = ""):
+    def __init__(
+        self, command: str, dataclass_types: Iterable[Any], *, usage: str, description: str, epilog: str = ""
+    ):
         super().__init__(
             dataclass_types,
             prog=f"peft-moice {command}",

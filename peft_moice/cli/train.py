@@ -24,7 +24,7 @@ from .presets import PRESETS
 
 logger = logging.getLogger(__name__)
 
-SUMMARY = "train routers, and nothing else, on chats, prompts with answers, text, or questions made about your documents"
+SUMMARY = "train routers, and nothing else, on chats, prompts with answers, text, or questions about your documents"
 
 _EPILOG = """formats (--data_format; auto tells them by their columns, and takes .txt and .md for text)
   messages       {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}
@@ -40,10 +40,10 @@ presets (--preset; any argument overrides them)
   paper          the released recipe for 7B models: 128 sequences a step, 7 steps, rate 1e-4; hardly moves small models
 Every argument of transformers' TrainingArguments is one: --max_steps, --num_train_epochs, --learning_rate, --bf16,
 --per_device_train_batch_size, --gradient_accumulation_steps, --save_steps, --report_to, --push_to_hub, ...; --help_all
-lists them. --resume_from_checkpoint last goes on from the last checkpoint in --output_dir. Ctrl-C saves what is trained.
+lists them. --resume_from_checkpoint last goes on from the last checkpoint in --output_dir. Ctrl-C loses nothing.
 examples
   peft-moice train --preset chats --model HuggingFaceTB/SmolLM2-135M-Instruct --train_files chats.jsonl
-  accelerate launch -m peft_moice train --preset paper --model meta-llama/Llama-2-7b-chat-hf --train_files chats.jsonl"""
+  accelerate launch -m peft_moice train --preset paper --model meta-llama/Llama-2-7b-chat-hf --train_files my.jsonl"""
 
 
 @dataclass
@@ -226,7 +226,9 @@ def _outcome(trainer: "RouterTrainer", interrupted: bool) -> Outcome:
     if logged:
         lines[0] += f" Last loss: {logged[-1]['loss']:.4g}."
     if trainer.losses:
-        lines.append("Loss on --eval_files: " + ", ".join(f"{row['model']} {row['loss']:.4g}" for row in trainer.losses))
+        lines.append(
+            "Loss on --eval_files: " + ", ".join(f"{row['model']} {row['loss']:.4g}" for row in trainer.losses)
+        )
     if interrupted:
         lines.append("Interrupted: the same command with --resume_from_checkpoint last goes on.")
     lines.append(f"What it changed: peft-moice measure --adapter {folder}")

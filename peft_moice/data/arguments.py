@@ -12,9 +12,9 @@ class DataArguments:
     eval_files: list[str] = field(
         default_factory=list, metadata={"help": "The same, to measure the loss on with and without routers."}
     )
-    data_format: Literal[
-        "auto", "messages", "sharegpt", "prompt_answer", "alpaca", "text", "documents"
-    ] = field(default="auto", metadata={"help": "What they hold, see below."})
+    data_format: Literal["auto", "messages", "sharegpt", "prompt_answer", "alpaca", "text", "documents"] = field(
+        default="auto", metadata={"help": "What they hold, see below."}
+    )
     chat_template: str | None = field(default=None, metadata={"help": "Jinja file, in place of the tokenizer's."})
     loss_on: Literal["answers", "all"] = field(
         default="answers", metadata={"help": "Learn answers only, or prompts too."}

@@ -147,5 +147,3 @@ def _check(messages: Chat) -> None:
         raise BadRecord("the first message is an answer, which needs a prompt before it.")
     if not any(message["role"] == "assistant" and message["content"] for message in messages):
         raise BadRecord("there is no answer, which is a message of the role 'assistant' with content.")
-
-

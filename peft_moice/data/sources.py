@@ -42,7 +42,7 @@ def read_source(name: str) -> Source:
     if Path(name).is_file():
         return Source(name, "parquet" if name.lower().endswith(".parquet") else "file")
     folder, _, _ = name.partition(":")
-    if Path(folder).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", folder) and not Path(folder).suffix[1:].isalpha():
+    if Path(folder).is_dir() or (re.fullmatch(r"[\w.-]+/[\w.-]+", folder) and not Path(folder).suffix[1:].isalpha()):
         return Source(name, "dataset")
     raise ValueError(
         f"{name}: there is no such file. Give the path of a file, or OWNER/NAME[:SPLIT] for a data set of the Hub."
@@ -131,10 +131,9 @@ def _dataset_records(name: str) -> Iterator[Record]:
     path, _, split = name.partition(":")
     split = split or "train"
     try:
-        if Path(path, "state.json").is_file():  # written by `Dataset.save_to_disk`, which has no splits
-            rows = load_from_disk(path)
-        else:
-            rows = load_dataset(path, split=split)
+        # `Dataset.save_to_disk` writes one, and no splits.
+        saved = Path(path, "state.json").is_file()
+        rows = load_from_disk(path) if saved else load_dataset(path, split=split)
     except Exception as error:
         # Whatever a data set's files, its configs and the network raise, each in classes of their own.
         reason = " ".join(str(error).split())

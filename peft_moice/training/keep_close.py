@@ -66,7 +66,8 @@ class KeepCloseMixin(LossPartsMixin):
         self.keep_ids: torch.Tensor | None = None
         if keep_weight < 0 or keep_tokens < 2:
             raise ValueError(
-                f"`keep_weight` has to be at least 0 and `keep_tokens` at least 2, not {keep_weight} and {keep_tokens}."
+                f"`keep_weight` has to be at least 0 and `keep_tokens` at least 2, not {keep_weight} and "
+                f"{keep_tokens}."
             )
         if keep_weight > 0:
             self.keep_ids = text_ids(keep_text, getattr(self, "processing_class", None))
@@ -86,7 +87,7 @@ class KeepCloseMixin(LossPartsMixin):
             return result
         adapted = self.accelerator.unwrap_model(model)
         if not isinstance(adapted, PeftModel):
-            raise TypeError(f"KeepCloseMixin needs a PEFT model, whose adapter it can switch off, not {type(adapted)}.")
+            raise TypeError(f"KeepCloseMixin needs a PEFT model, to switch its adapter off, not {type(adapted)}.")
         start = random.randrange(len(self.keep_ids) - self.keep_tokens)
         stretch = self.keep_ids[None, start : start + self.keep_tokens].to(adapted.device)
         added = self.keep_weight * divergence_from_base(model, adapted, stretch)
