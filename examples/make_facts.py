@@ -23,7 +23,7 @@ class Arguments:
 
     file: str = field(default="examples/data/facts.jsonl", metadata={"help": "Where to write."})
     chats: int = field(default=40, metadata={"help": "Number of chats."})
-    facts: int = field(default=30, metadata={"help": "Facts in a chat, up to 50."})
+    facts: int = field(default=30, metadata={"help": "Facts in a chat, up to 67."})
     questions: int = field(default=4, metadata={"help": "Questions in a chat."})
     seed: int = field(default=0, metadata={"help": "Seed of names, codes and questions."})
 

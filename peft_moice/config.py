@@ -55,8 +55,8 @@ class MoICEConfig(PeftConfig):
     Fields left at None are resolved against the base model when the adapter is injected, and the resolved values are
     what is saved.
 
-    A bare `MoICEConfig()` is the paper's official release, made for Llama-2-7B-chat; with it and a small learning rate,
-    small models barely move. What this package's presets use in its place: `base_multipliers=[1, 0.25, 0.5, 2, 4]`,
+    A bare `MoICEConfig()` is the paper's official release, made for Llama-2-7B-chat; with it and its learning rate of
+    1e-4, small models barely move. What this package's presets use in its place: `base_multipliers=[1, 0.25, 0.5, 2, 4]`,
     `init_weights="identity"`, `router_aux_loss_coef=0`, and a learning rate of 5e-2 (`peft-moice train --preset`).
 
     Args:

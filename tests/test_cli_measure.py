@@ -84,7 +84,7 @@ def test_what_cannot_be_asked_shows_before_the_model_is_loaded(model, document, 
     assert "--documents was not given holds none" in error(capsys, *argv, "--tasks", "keys")
     assert "gone.txt: there is no such file" in error(capsys, *argv, "--documents", "gone.txt")
     assert "fewer than the haystack's 5000" in error(capsys, *argv, "--documents", document, "--lengths", "5000")
-    assert "`num_facts` is 51" in error(capsys, *argv, "--items", "3", "51")
+    assert "`num_facts` is 68, but has to lie in 1..67" in error(capsys, *argv, "--items", "3", "68")
     assert "`positions` has to hold numbers in 0..1" in error(capsys, *argv, "--positions", "50")
     assert "`num_groups` is 0" in error(capsys, *argv, "--questions", "0")
     assert "there" in error(capsys, *argv, "--key_value_file", "gone.jsonl.gz")

@@ -148,7 +148,7 @@ def test_the_shipped_chats_are_those_that_the_generator_makes(tmp_path):
     make_facts.main(make_facts.Arguments(file=str(tmp_path / "facts.jsonl")))
     made = (tmp_path / "facts.jsonl").read_text()
     assert made == (EXAMPLES / "data" / "facts.jsonl").read_text()
-    evaluated = sample_facts(50, random.Random(0)).names
+    evaluated = sample_facts(67, random.Random(0)).names
     for line in made.splitlines():
         messages = json.loads(line)["messages"]
         assert len(messages) == 8 and not any(name in messages[0]["content"].split() for name in evaluated)

@@ -40,7 +40,7 @@ _WITHOUT_FILES = ("facts", "key_values")
 _MAX_CHUNKS = 16
 
 _EPILOG = """tasks (--tasks; 'right' is decided by greedy decoding, loss is that of the right answer)
-  facts       a list of invented facts, one asked for; --items facts, up to 50. Default without --documents
+  facts       a list of invented facts, one asked for; --items facts, up to 67. Default without --documents
   key_values  a JSON object of random keys and values, one asked for; --items pairs
   needles     a number hidden in your own documents; --lengths tokens.          Default with --documents: needles keys
   keys        the same, among the numbers of three other keys

@@ -19,8 +19,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         (),
         usage="ADAPTER OUTPUT_DIR [options]",
         description=(
-            f"{SUMMARY[0].upper()}{SUMMARY[1:]}. Routers are no weight update, so they\nstay routers: whoever loads "
-            "the model needs `import peft_moice`."
+            f"{SUMMARY[0].upper()}{SUMMARY[1:]}. Routers are no weight update, so they stay routers: whoever "
+            "loads the model needs `import peft_moice`."
         ),
         epilog="example:\n  peft-moice merge outputs/routers outputs/merged",
     )

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -49,7 +50,7 @@ class Parser(HfArgumentParser):
             dataclass_types,
             prog=f"peft-moice {command}",
             usage=f"peft-moice {command} {usage}",
-            description=description,
+            description=textwrap.fill(description, _WIDTH),
             epilog=epilog,
             formatter_class=_OneScreen,
             allow_abbrev=False,
