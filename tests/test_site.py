@@ -13,6 +13,9 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
+sys.path.insert(0, str(DOCS))
+
+import run_snippets  # noqa: E402
 GENERATED = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
@@ -111,3 +114,19 @@ def test_the_reference_has_every_public_name():
             if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "__all__"
         )
         assert {name for name in public if name != "__version__"} <= entries
+
+
+@pytest.fixture(scope="module")
+def random_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    run_snippets.save_random_model(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page", [page for page in sorted(pages()) if run_snippets.blocks_of(DOCS / page)] + ["../README.md"]
+)
+def test_python_blocks_run(page, random_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    run_snippets.run(DOCS / page, random_model, tmp_path)
