@@ -1,6 +1,7 @@
 """The documentation as a site: every page has its place and a link to it, and says what the code says."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -8,14 +9,17 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
+from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 sys.path.insert(0, str(DOCS))
 
 import run_snippets  # noqa: E402
+
 GENERATED = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
@@ -75,7 +79,7 @@ def texts_of(folder: Path) -> list[str]:
 
 def says(text: str, quote: str) -> bool:
     """Whether a message can read as quoted, with `…` for what is filled in; the page has " where code has `."""
-    pattern = ".*".join(re.escape(part) for part in quote.split("…")).replace('"', "[`\"]")
+    pattern = ".*".join(re.escape(part) for part in quote.split("…")).replace('"', '[`"]')
     return re.search(pattern, text, re.DOTALL) is not None
 
 
@@ -130,3 +134,24 @@ def random_model(tmp_path_factory):
 def test_python_blocks_run(page, random_model, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     run_snippets.run(DOCS / page, random_model, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_notebook_measures_trains_and_draws(random_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    notebook = nbformat.read(ROOT / "examples" / "measure_train_picture.ipynb", 4)
+    (parameters,) = (cell for cell in notebook.cells if cell.source.startswith("MODEL = None"))
+    values = {"MODEL": str(random_model), "FACTS": 4, "LISTS": 1, "STEPS": 2, "OUTPUT_DIR": str(tmp_path / "routers")}
+    for name, value in values.items():
+        assert re.search(rf"^{name} = ", parameters.source, re.MULTILINE)
+        parameters.source = re.sub(rf"(?m)^{name} = .*$", f"{name} = {value!r}", parameters.source)
+    path = {"metadata": {"path": str(ROOT / "examples")}}
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=path).execute()
+    pictures = [
+        output
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if "image/png" in output.get("data", {})
+    ]
+    assert len(pictures) == 2
+    assert (tmp_path / "routers" / "adapter_model.safetensors").is_file()
