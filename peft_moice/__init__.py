@@ -14,7 +14,7 @@ from .stacking import unwrapped
 from .training import BalanceLossMixin, KeepCloseMixin, collect_balance_loss
 from .versions import warn_of_untested_versions
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BalanceLossMixin",
