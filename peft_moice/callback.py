@@ -2,6 +2,8 @@
 
 import json
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,11 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from .hub import add_to_card
 from .mixture import RouterRecord
 from .training.balance import PassRecords
 from .training.hooks import RouterHooks, hooks_of
+from .training.losses_outside import BalanceLossMixin
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +42,8 @@ class MoICECallback(TrainerCallback):
     `load_<expert>` (share of tokens and heads that picked the expert) and `gate_<expert>` (its mean gate). Padding
     counts nowhere. Only steps that are logged are measured, over all their micro-batches.
 
+    The model cards that this trainer writes also say what the routers are and how the model is loaded.
+
     Args:
         trainer: the trainer that the callback is added to.
     """
@@ -46,6 +52,8 @@ class MoICECallback(TrainerCallback):
         self.trainer = trainer
         self.statistics = RouterStatistics()
         self.start: dict[str, list[list[float]]] | None = None
+        if not isinstance(trainer, BalanceLossMixin):
+            trainer.create_model_card = partial(_create_model_card, trainer, trainer.create_model_card)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -131,6 +139,13 @@ class MoICECallback(TrainerCallback):
     def _start_path(self, args: TrainingArguments, state: TrainerState) -> Path:
         """Where a checkpoint keeps the mean gates of the first step."""
         return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / _START_FILE
+
+
+def _create_model_card(trainer: Trainer, create: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    create(*args, **kwargs)
+    if trainer.is_world_process_zero():
+        assert trainer.model is not None
+        add_to_card(trainer.model, str(trainer.args.output_dir))
 
 
 def _is_logged(args: TrainingArguments, state: TrainerState, step: int) -> bool:

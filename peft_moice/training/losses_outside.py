@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import TrainingArguments
 
+from ..hub import add_to_card
 from .balance import PassRecords
 from .hooks import hooks_of
 
@@ -69,7 +70,7 @@ class BalanceLossMixin:
     """Mixed into a Trainer that computes the loss outside the model: adds the balance loss to it.
 
     TRL's trainers do so, and transformers' Trainer with label smoothing or `compute_loss_func`. (With a plain
-    transformers Trainer it changes nothing.)
+    transformers Trainer it changes no loss.) The model cards that the trainer writes say how the model is loaded.
 
     ```python
     class MoICESFTTrainer(BalanceLossMixin, SFTTrainer):
@@ -79,7 +80,9 @@ class BalanceLossMixin:
 
     args: TrainingArguments
     accelerator: Accelerator
+    model: nn.Module
     get_tp_size: Callable[[], int]
+    is_world_process_zero: Callable[[], bool]
 
     def compute_loss(
         self,
@@ -100,3 +103,9 @@ class BalanceLossMixin:
         if return_outputs:
             return result[0] + extra, result[1]
         return result + extra
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the trainer's model card, and say in it how the model is loaded."""
+        super().create_model_card(*args, **kwargs)  # type: ignore[misc]
+        if self.is_world_process_zero():
+            add_to_card(self.model, str(self.args.output_dir))
