@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..mode import evaluating
 from .encoding import encode_example
-from .mode import evaluating
 from .reader import Reader
 from .result import Result, Score
 from .task import POSITIONS, Example, Task
