@@ -8,7 +8,7 @@
 `--load` is what `compare.py --method routers --save FILE` wrote. Every task and length draws its questions from the
 same seed, whatever else is asked, so models can be compared question by question. Prompts are in the tokenizer's chat
 template if it has one. Lengths count the prompt's tokens and those that may be written, as RULER does, without the
-template.
+template. Frozen linear layers multiply in bfloat16, everything else is float32; `--float32` for all of it.
 """
 
 import argparse
@@ -24,6 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import trained
 from compare import command
+from methods import halve
 
 from peft_moice.evaluation import bootstrap_interval, wilson_interval
 
@@ -39,7 +40,17 @@ def main(args: argparse.Namespace) -> None:
     record = {
         "model": trained.named(args),
         "limit": args.limit,
-        "tasks": ruler(model, tokenizer, args.model, args.tasks, args.lengths, args.limit, args.batch_size),
+        "float32": args.float32,
+        "tasks": ruler(
+            model,
+            tokenizer,
+            args.model,
+            args.tasks,
+            args.lengths,
+            args.limit,
+            batch_size=args.batch_size,
+            half=not args.float32,
+        ),
         "command": " ".join(["python docs/experiments/ruler.py", *command(sys.argv[1:])]),
     }
     args.out.write_text(json.dumps(record, indent=2) + "\n")
@@ -56,7 +67,9 @@ def ruler(
     tasks: list[str],
     lengths: list[int],
     limit: int,
+    *,
     batch_size: int = 1,
+    half: bool = False,
 ) -> dict[str, dict[str, dict]]:
     """Scores by task and length: the share of the answers that the model's text contains, mean over `limit` questions
     with its 95% interval, and the score of each question.
@@ -69,6 +82,7 @@ def ruler(
         lengths: of prompts and answers, in tokens.
         limit: questions of each task and length, at most 500.
         batch_size: questions that are answered at once. Default: 1.
+        half: whether frozen linear layers multiply in bfloat16 from then on. Default: False.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -76,6 +90,8 @@ def ruler(
 
     # Longer than any prompt in its template: the harness cuts what is longer than the model's window.
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max(lengths) + 512)
+    if half:  # not before: the harness ties weights
+        halve(model)
     definitions = Path(lm_eval.__file__).parent / "tasks" / "ruler"
     scores: dict[str, dict[str, dict]] = {}
     for name in tasks:

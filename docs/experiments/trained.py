@@ -1,4 +1,4 @@
-"""Loads a model for the scripts that measure: plain, with an adapter of PEFT, or with what `compare.py --save` wrote."""
+"""Loads what the scripts measure: a plain model, one with an adapter of PEFT, or what `compare.py --save` wrote."""
 
 import argparse
 from pathlib import Path
@@ -15,17 +15,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", help="folder of an adapter of PEFT")
     parser.add_argument("--method", default="base", choices=METHODS)
     parser.add_argument("--load", type=Path, help="file that `compare.py --method METHOD --save` wrote")
+    parser.add_argument("--float32", action="store_true", help="frozen linear layers too, which else are bfloat16")
 
 
 def load(args: argparse.Namespace) -> tuple[torch.nn.Module, object]:
-    """The model in float32, in evaluation mode, and its tokenizer.
+    """The model in float32, in evaluation mode, and its tokenizer. See [`methods.halve`] for `--float32`.
 
     Raises:
         ValueError: a method without its file, a file without its method, or either beside an adapter.
     """
     if (args.method == "base") != (args.load is None) or (args.adapter and args.load):
         raise ValueError("Give --method with --load, or --adapter alone, or none of them for the base model.")
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).requires_grad_(False)
     if args.adapter:
         model = PeftModel.from_pretrained(model, args.adapter)
     elif args.load:
