@@ -75,11 +75,11 @@ def test_who_knows_the_answers_by_heart_gets_all_of_them_and_no_others(model, to
     assert text.endswith("mentioned in the provided text is") and len(prompt) + 128 <= LENGTHS[0]
     learn(model, prompt, tokenizer(f" {value}")["input_ids"] + [256])
     adapted = get_peft_model(model, MoICEConfig(base_multipliers=[1.0, 0.25], init_weights="identity"))
-    results = run(adapted, ["ruler_vt", "niah_single_1"], 2)
-    assert list(results) == ["ruler_vt", "niah_single_1"]
+    results = run(adapted, ["niah_multikey_2", "niah_single_1"], 2)
+    assert list(results) == ["niah_multikey_2", "niah_single_1"]
     cell = results["niah_single_1"]["1024"]
     assert cell["scores"] == [1.0, 0.0] and cell["score"] == 0.5
-    assert results["ruler_vt"]["1024"]["score"] == 0.0
+    assert results["niah_multikey_2"]["1024"]["score"] == 0.0
 
 
 def test_refuses_tasks_that_need_a_download():
