@@ -70,8 +70,8 @@ class BalanceLossMixin(LossPartsMixin):
 
     Needed where the loss is computed outside the model, as TRL's trainers do, and transformers' Trainer with label
     smoothing or `compute_loss_func`. With a plain transformers Trainer the loss is the same with and without it, but
-    only with it is logged in parts, see [`LossPartsMixin`]. The model cards that the trainer writes say how the model is
-    loaded.
+    only with it is logged in parts, see [`LossPartsMixin`]. The model cards that the trainer writes say
+    how the model is loaded.
 
     ```python
     class MoICESFTTrainer(BalanceLossMixin, SFTTrainer):
