@@ -9,8 +9,8 @@ the base model.
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, ClassVar, ParamSpec, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, NamedTuple, ParamSpec, TypeVar
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -86,19 +86,46 @@ def describe_routers(model: nn.Module) -> dict[str, Any]:
     return {"routers": routers, "layers": layers}
 
 
-def install_described(model: PreTrainedModel, description: dict[str, Any]) -> None:
-    """Give `model` the routers that its config describes, freshly initialized."""
+class DescribedLayer(NamedTuple):
+    """An attention module of a model, and what a config says of the routers built into it.
+
+    Attributes:
+        name: the module's name in `model`.
+        attention: the module.
+        rope: its rotary embedding.
+        specs: what each of its routers is.
+        num_heads: H, its number of query heads.
+        head_dim: D, the size of a query.
+    """
+
+    name: str
+    attention: nn.Module
+    rope: LayerRope
+    specs: list[RouterSpec]
+    num_heads: int
+    head_dim: int
+
+    def routers(self, num_heads: int | None = None) -> list[MoICERouter]:
+        """Fresh routers, for all H heads or for `num_heads` of them."""
+        heads = self.num_heads if num_heads is None else num_heads
+        return [MoICERouter.from_spec(spec, self.rope.layer_type, heads, self.head_dim) for spec in self.specs]
+
+
+def described_layers(model: nn.Module, description: dict[str, Any]) -> Iterator[DescribedLayer]:
+    """The attention modules of `model` that `description`, see [`describe_routers`], gives routers.
+
+    Raises:
+        ValueError: `model` has no such module, or it has no rotary embedding.
+    """
     ropes: dict[tuple[int, str | None, RotaryLayout], LayerRope] = {}
-    for name, layer in description["layers"].items():
-        attention = _submodule(model, name)
-        if hasattr(attention, ROUTERS_NAME):
-            # A model that builds its decoder through an auto class, which gave it a standalone one.
-            continue
-        own = LayerProbe(model).find_rotary(_name_of(model, attention), layer.get("rope_theta"))
+    for described, layer in description["layers"].items():
+        attention = _submodule(model, described)
+        name = _name_of(model, attention)
+        own = LayerProbe(model).find_rotary(name, layer.get("rope_theta"))
         if own is None:
             raise ValueError(
-                f"The config names the attention module {name!r}, but that of {type(model).__name__} has no rotary "
-                "embedding. Load the checkpoint with the code of the model that it was saved from."
+                f"The config names the attention module {described!r}, but that of {type(model).__name__} has no "
+                "rotary embedding. Load the checkpoint with the code of the model that it was saved from."
             )
         rotary = own.module
         layer_type, layout, direction = layer["layer_type"], RotaryLayout(**layer["layout"]), layer["direction"]
@@ -106,10 +133,19 @@ def install_described(model: PreTrainedModel, description: dict[str, Any]) -> No
         rope = LayerRope(type(rotary), rotary.config, layer_type, layout, direction, length, own=own)
         rope = ropes.setdefault((id(rotary), layer_type, layout), rope)
         specs = [RouterSpec(**description["routers"][index], weight=weight) for index, weight in layer["routers"]]
-        routers = [MoICERouter.from_spec(spec, layer_type, layer["num_heads"], layer["head_dim"]) for spec in specs]
+        yield DescribedLayer(name, attention, rope, specs, layer["num_heads"], layer["head_dim"])
+
+
+def install_described(model: PreTrainedModel, description: dict[str, Any]) -> None:
+    """Give `model` the routers that its config describes, freshly initialized."""
+    for layer in described_layers(model, description):
+        if hasattr(layer.attention, ROUTERS_NAME):
+            # A model that builds its decoder through an auto class, which gave it a standalone one.
+            continue
+        routers = layer.routers()
         for router in routers:
             router.reset_parameters()
-        BuiltInRouters(routers, specs, rope, layer["num_heads"]).install(attention)
+        BuiltInRouters(routers, layer.specs, layer.rope, layer.num_heads).install(layer.attention)
 
 
 def _submodule(model: PreTrainedModel, name: str) -> nn.Module:
