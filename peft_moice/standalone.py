@@ -111,7 +111,7 @@ class DescribedLayer(NamedTuple):
         return [MoICERouter.from_spec(spec, self.rope.layer_type, heads, self.head_dim) for spec in self.specs]
 
 
-def described_layers(model: nn.Module, description: dict[str, Any]) -> Iterator[DescribedLayer]:
+def described_layers(model: PreTrainedModel, description: dict[str, Any]) -> Iterator[DescribedLayer]:
     """The attention modules of `model` that `description`, see [`describe_routers`], gives routers.
 
     Raises:

@@ -128,10 +128,9 @@ def test_what_is_not_served(merged, changes, reason):
 
 
 def test_longrope_is_not_served(tmp_path):
-    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 64}
-    base = save_tiny_model(
-        tmp_path, "phi3", rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, **factors}
-    )
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 64}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, **factors}
+    base = save_tiny_model(tmp_path, "phi3", head_dim=8, rope_parameters=rope)
     model = get_peft_model(load(base), wide_config()).merge_and_unload()
     model.config.architectures = [type(model).__name__]
     with pytest.raises(ValueError, match="'longrope', whose angles change"):
@@ -141,9 +140,9 @@ def test_longrope_is_not_served(tmp_path):
 def test_caches():
     assert chosen_cache({}, "cpu") == chosen_cache(None, "cuda") == "folded"
     assert chosen_cache({"moice_cache": "rotating"}, "cpu") == "rotating"
-    with pytest.raises(ValueError, match="'once'.*folded, rotating"):
+    with pytest.raises(ValueError, match=r"'once'.*folded, rotating"):
         chosen_cache({"moice_cache": "once"}, "cpu")
-    with pytest.raises(ValueError, match="runs on the CPU.*'cuda'"):
+    with pytest.raises(ValueError, match=r"runs on the CPU.*'cuda'"):
         chosen_cache({"moice_cache": "rotating"}, "cuda")
 
 
@@ -162,7 +161,7 @@ def test_transformers_own_server_finds_the_class(merged, monkeypatch):
 def test_the_launcher_says_what_it_cannot_serve(base, tmp_path):
     with pytest.raises(SystemExit, match="usage"):
         main([])
-    with pytest.raises(SystemExit, match="plain 'llama' model.*transformers serve"):
+    with pytest.raises(SystemExit, match=r"plain 'llama' model.*transformers serve"):
         main([base])
     PeftModel.save_pretrained(adapted_model(base), tmp_path)
     with pytest.raises(SystemExit, match="holds a MoICE adapter, and servers"):

@@ -15,7 +15,7 @@ from .folder import check_merged, refuse_adapter
 from .plugin import ARCHITECTURES
 from .refusals import refuse_unserved
 
-_Parser = type(get_config_parser("hf"))
+_Parser: Any = type(get_config_parser("hf"))
 
 
 class MoICEConfigParser(_Parser):

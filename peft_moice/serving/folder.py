@@ -65,8 +65,10 @@ def check_merged(folder: Path, description: dict[str, Any]) -> None:
             "adapter again, and write the model with `save_pretrained`."
         ) from error
     if not expected:
-        raise ValueError(f"{folder / CONFIG_NAME} describes no layer with routers in `moice`. Merge the adapter again.")
-    lacking = sorted(router for router in expected if not any(f".{name}".find(f".{router}.") >= 0 for name in names))
+        raise ValueError(
+            f"{folder / CONFIG_NAME} describes no layer with routers in `moice`. Merge the adapter again."
+        )
+    lacking = sorted(router for router in expected if not any(f".{router}." in f".{name}" for name in names))
     if lacking:
         raise ValueError(
             f"The weights in {folder} lack {len(lacking)} of {len(expected)} routers that the config describes, the "

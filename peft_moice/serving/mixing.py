@@ -1,7 +1,8 @@
 """The routers of an attention module in vLLM, and the attention function that applies them.
 
-The N experts are further heads of one call of vLLM's attention, as in `attention/folded.py`. vLLM computes many sequences
-in one row and tells every token's place in its own, and rotations at such places are right whatever the cache holds.
+The N experts are further heads of one call of vLLM's attention, as in `attention/folded.py`. vLLM computes many
+sequences in one row and tells every token's place in its own. Rotations by that place are right whatever the cache
+holds.
 """
 
 from collections.abc import Callable

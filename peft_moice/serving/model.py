@@ -11,7 +11,7 @@ from vllm.model_executor.models.utils import maybe_prefix
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from ..built_in import ROUTERS_NAME
-from ..standalone import DescribedLayer, described_layers
+from ..standalone import described_layers
 from .mixing import ATTENTION_NAME, ServedRouters
 from .options import BACKEND_NAME, chosen_cache
 
@@ -38,16 +38,16 @@ class ServedModel(TransformersForCausalLM):
         super().recursive_replace()
 
     def _create_attention_instances(self, prefix: str = "") -> None:
-        by_name: dict[str, tuple[DescribedLayer, ServedRouters]] = {}
+        by_name: dict[str, ServedRouters] = {}
         for layer in self._layers:
             routers = ServedRouters(
                 layer, self.model_config.max_model_len, self.device_config.device, self._cache == "folded"
             )
             name = maybe_prefix("model", layer.name)
             self._routers[f"{maybe_prefix(prefix, name)}.attn"] = routers
-            by_name[name] = layer, routers
+            by_name[name] = routers
         super()._create_attention_instances(prefix)
-        for name, (layer, routers) in by_name.items():
+        for name, routers in by_name.items():
             setattr(self.get_submodule(name), ROUTERS_NAME, routers)
         # Not earlier: until here, vLLM tells attention modules by the name of its own function.
         self.text_config._attn_implementation = ATTENTION_NAME

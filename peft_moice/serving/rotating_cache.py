@@ -1,7 +1,7 @@
 """An attention backend of vLLM for the CPU that keeps keys and values once and rotates keys when it reads them.
 
-The folded layout keeps a copy of keys and values per expert. Here the cache holds what a plain model's holds, and each
-step rotates the keys that it reads to each expert's angle: more work per step, for N times as many tokens in the cache.
+The folded layout keeps a copy of keys and values per expert. Here the cache holds what a plain model's holds, and
+each step rotates the keys that it reads to each expert's angle: more work per step, for N times as many tokens.
 """
 
 from dataclasses import dataclass

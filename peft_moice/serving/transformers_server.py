@@ -1,7 +1,7 @@
 """Starts `transformers serve` for a merged model: `python -m peft_moice.serving.transformers_server FOLDER [OPTIONS]`.
 
-That server looks a model's class up by its name in the package `transformers`, which has none for a merged model. This puts
-the class there, in its own process only, and hands all arguments on.
+That server looks a model's class up by its name in the package `transformers`, which has none for a merged model. This
+puts the class there, in its own process only, and hands all arguments on.
 """
 
 import os

@@ -6,12 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from loading import load_model
 from peft import get_peft_model
 from tiny_models import VOCABULARY, decide, load, save_tiny_model, wide_config
 from transformers import AutoTokenizer
 
 from peft_moice.mixture import RouterRecord
 
+ROOT = Path(__file__).parents[2]
 LOG_PROBABILITY_BOUND = 5e-4
 """Largest difference of log-probabilities to transformers' in float32."""
 NEAR_TIE = 1e-5
@@ -23,6 +25,18 @@ SHAPE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 2048,
 }
+
+PICKING = {"top_k": 2}
+MIXING = {"top_k": 4, "router_scope": "head", "init_weights": "identity"}
+ALL_MODELS = {
+    f"{family} {name}": (family, {}, routers)
+    for family in ("llama", "qwen2", "qwen3", "mistral", "gemma3", "phi3")
+    for name, routers in (("K < N, per layer", PICKING), ("K = N, per head", MIXING))
+} | {
+    "some layers": ("llama", {}, {"layers_to_transform": [1]}),
+    "one key head": ("llama", {"num_key_value_heads": 1}, {"top_k": 1, "router_scope": "head"}),
+}
+"""Per name: family, what of its shape differs, and the adapter's config."""
 
 
 @dataclass
@@ -63,17 +77,29 @@ def first_near_tie(record: RouterRecord) -> int:
     return int(near[0]) if len(near) else logits.shape[1]
 
 
-def serve_on_disk(folder: Path, family: str, shape: dict | None = None, **adapter) -> Served:
+def serve_on_disk(folder: Path, family: str, shape: dict, adapter: dict) -> Served:
     """Write a tiny merged model of `family`, whose predictions depend on what attention found."""
-    base_folder = save_tiny_model(folder / "base", family, **{**SHAPE, **(shape or {})})
+    base_folder = save_tiny_model(folder / "base", family, **{**SHAPE, **shape})
     base = load(base_folder)
     torch.nn.init.normal_(base.get_output_embeddings().weight, std=0.5)
     base.save_pretrained(base_folder)
     model = get_peft_model(load(base_folder), wide_config(**adapter)).eval()
     decide(model)
+    model.save_pretrained(folder / "adapter")
     model.merge_and_unload().save_pretrained(folder / "merged")
     AutoTokenizer.from_pretrained(base_folder).save_pretrained(folder / "merged")
     return as_served(folder / "merged", base)
+
+
+def serve_smollm2(folder: Path) -> tuple[Served, list[int]]:
+    """SmolLM2-135M with firm routers over five angles on disk, and the first 1,000 tokens of a text."""
+    base, tokenizer = load_model(None)
+    model = get_peft_model(base, wide_config(base_multipliers=[1.0, 0.25, 0.5, 2.0, 4.0], top_k=5)).eval()
+    decide(model)
+    ids = tokenizer((ROOT / "README.md").read_text()).input_ids[:1000]
+    model.merge_and_unload().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return as_served(folder, load_model(None)[0].eval()), ids
 
 
 def as_served(folder: Path, base: torch.nn.Module) -> Served:

@@ -14,15 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from openai import OpenAI
-from served_models import LOG_PROBABILITY_BOUND, Served, random_prompts, serve_on_disk
+from served_models import LOG_PROBABILITY_BOUND, Served, random_prompts
 
 START_SECONDS = 1800
 """However long other work on the machine makes it; a server that failed is noticed at once."""
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Served:
-    return serve_on_disk(tmp_path_factory.mktemp("model"), "llama", top_k=2, router_scope="head")
 
 
 @contextlib.contextmanager
@@ -69,7 +64,8 @@ def assert_answers(model: Served, prompt: list[int], choice) -> None:
     )
 
 
-def test_clients_a_killed_server_and_two_processes(model):
+def test_clients_a_killed_server_and_two_processes(served):
+    model = served["one key head"]
     prompts = random_prompts(5, 60, 200, 400)
     with server(model.folder, "--max-model-len", "1024") as (process, client):
         with ThreadPoolExecutor(4) as pool:
