@@ -1,4 +1,4 @@
-"""Attention Buckets (arXiv 2312.04455): the whole model under several rope bases, the surest prediction weighing most."""
+"""Attention Buckets (arXiv 2312.04455): the model under several rope bases, the surest prediction weighing most."""
 
 import copy
 import math
