@@ -7,7 +7,7 @@ starts as the base model.
 from collections.abc import Callable
 
 import torch
-from buckets import Buckets, buckets
+from buckets import buckets
 from controls import mix_scores
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -113,15 +113,10 @@ def freeze_to_best(model: nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, MoICELayer):
             router = layer.moice_router["default"]
-            best = router.gates(router.static.head_logits[None, :, None].detach(), layer_top_k(layer))[0, :, 0].argmax(
-                -1
-            )
+            logits = router.static.head_logits[None, :, None].detach()
+            best = router.gates(logits, router.num_experts)[0, :, 0].argmax(-1)
             gates = nn.functional.one_hot(best, router.num_experts).float()
             router.gates = lambda logits, top_k, gates=gates: gates[None, :, None].expand(logits.shape).contiguous()
-
-
-def layer_top_k(layer: MoICELayer) -> int:
-    return layer.router_specs["default"][0].top_k
 
 
 class QueryScale(nn.Module):

@@ -102,8 +102,8 @@ def ms_poe(model: nn.Module, options: dict) -> nn.Module:
     """Ms-PoE: positions divided by 1.2 for the most position-aware head of a layer, up to 1.8 for the least.
 
     As in its official code a head's awareness is the share of keys to which the last query gives over four times the
-    mean, without rotation, and the first two layers stay as they are. The order is found once, on ordinary text; theirs on
-    each prompt.
+    mean, without rotation, and the first two layers stay as they are. The order is found once, on ordinary text;
+    theirs on each prompt.
     """
     model = per_head(model, {})
     text = docstrings()
