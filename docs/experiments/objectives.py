@@ -55,7 +55,7 @@ def answers(model: nn.Module, tokenizer, draw: Draw) -> torch.Tensor:
 def best_position(model: nn.Module, tokenizer, draw: Draw) -> torch.Tensor:
     """KL from the base model that has the asked fact first, where it answers best, to the model that has it anywhere.
 
-    After Pos2Distill (arXiv 2508.15709), without labels: the answer is the base model's own to the fact in first place.
+    After Pos2Distill (arXiv 2508.15709), without labels: it gives the answer itself.
     """
     facts = sample_facts(TRAINED_FACTS, draw.rng, split="train")
     asked = draw.rng.randrange(len(facts))
