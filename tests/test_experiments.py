@@ -51,8 +51,6 @@ def fill(model: torch.nn.Module) -> torch.nn.Module:
 def test_every_method_starts_as_the_base_model_and_can_be_switched_off(folder, name):
     base = logits_of(load(folder))
     make, options = methods.METHODS[name]
-    if "layers" in options:
-        options = {**options, "layers": [1, 2]}
     model = make(load(folder), options).eval()
     torch.testing.assert_close(logits_of(model), base, rtol=1e-4, atol=1e-5)
     fill(model)
@@ -172,6 +170,17 @@ def test_heads_frozen_to_their_best_have_one_expert_each(folder):
     assert torch.equal(after.argmax(-1), before.argmax(-1))
     assert torch.equal(after.sort(-1).values[..., -1], torch.ones_like(after[..., 0]))
     assert torch.equal(after.sum(-1), torch.ones_like(after[..., 0]))
+
+
+def test_lora_of_equal_size_has_as_many_parameters_as_routers(tmp_path):
+    """Within half a layer, for the shape of SmolLM2-135M."""
+    shape = {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
+    folder = save_tiny_model(tmp_path, num_hidden_layers=10, **shape)
+    sizes = []
+    for name in ("routers", "lora_q_equal"):
+        make, options = methods.METHODS[name]
+        sizes.append(methods.number_of_parameters(make(load(folder), options)))
+    assert abs(sizes[0] - sizes[1]) <= 576
 
 
 class First(random.Random):

@@ -31,7 +31,8 @@ class HalfLinear(nn.Linear):
     """A frozen linear layer that multiplies in bfloat16: four times as fast on the processor used."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x.bfloat16(), self.weight, self.bias).float()
+        product = nn.functional.linear(x.bfloat16(), self.weight).float()
+        return product if self.bias is None else product + self.bias
 
 
 def halve(model: nn.Module) -> None:
@@ -145,7 +146,7 @@ def query_scales(model: nn.Module, options: dict) -> nn.Module:
     """No mixture: the model's own angle and a learned temperature."""
     if not hasattr(model, "peft_config"):
         model.requires_grad_(False)
-    heads, head_dim = model.config.num_attention_heads, model.config.head_dim
+    heads, head_dim = model.config.num_attention_heads, head_dim_of(model)
     for module in list(model.modules()):
         projection = module._modules.get("q_proj")
         if projection is not None:
@@ -155,13 +156,29 @@ def query_scales(model: nn.Module, options: dict) -> nn.Module:
 
 
 def lora(model: nn.Module, options: dict) -> nn.Module:
+    layers = None
+    if options.get("equal_size"):
+        layers = list(range(model.config.num_hidden_layers))[-layers_of_equal_size(model) :]
     config = LoraConfig(
         r=options.get("r", 1),
         lora_alpha=options.get("r", 1),
         target_modules=options.get("targets", ["q_proj"]),
-        layers_to_transform=options.get("layers"),
+        layers_to_transform=layers,
     )
     return get_peft_model(model, config)
+
+
+def layers_of_equal_size(model: nn.Module) -> int:
+    """In how many layers LoRA of rank 1 on the query projection has as many parameters as five experts' routers."""
+    config, experts = model.config, len(ANGLES)
+    router = 2 * experts * head_dim_of(model) + experts**2 + config.num_attention_heads
+    rank = config.hidden_size + config.num_attention_heads * head_dim_of(model)
+    return max(1, round(config.num_hidden_layers * router / rank))
+
+
+def head_dim_of(model: nn.Module) -> int:
+    config = model.config
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def lora_below_routers(model: nn.Module, options: dict) -> nn.Module:
@@ -193,9 +210,9 @@ METHODS: dict[str, tuple[Callable[[nn.Module, dict], nn.Module], dict]] = {
     "scales_by_token": (query_scales, {"by_token": True}),
     "routers_and_scales_by_token": (mixture_and_scales, {"experts": "angles", "by_token": True}),
     "lora_q": (lora, {"r": 1}),
-    "lora_q_equal": (lora, {"r": 1, "layers": list(range(12, 30))}),
+    "lora_q_equal": (lora, {"r": 1, "equal_size": True}),
     "lora_r8": (lora, {"r": 8, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"]}),
-    "lora_below_routers": (lora_below_routers, {"experts": "angles", "r": 1, "layers": list(range(12, 30))}),
+    "lora_below_routers": (lora_below_routers, {"experts": "angles", "r": 1, "equal_size": True}),
     "routers_k1": (mixture, {"experts": "angles", "top_k": 1}),
     "score_mean": (mixture, {"experts": "angles", "scores": "mean"}),
     "equal": (mixture, {"experts": "angles", "static": True, "equal": True}),

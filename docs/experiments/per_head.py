@@ -123,7 +123,7 @@ def ms_poe(model: nn.Module, options: dict) -> nn.Module:
     model(input_ids=ids, use_cache=False)
     for handle in handles:
         handle.remove()
-    heads, head_dim = model.config.num_attention_heads, model.config.head_dim
+    heads, head_dim = model.config.num_attention_heads, 2 * len(model.model.rotary_emb.inv_freq)
     low, high = MS_POE_RATIOS
     ratios = low + (high - low) * torch.arange(heads) / heads
     for index, layer in enumerate(model.model.layers):
