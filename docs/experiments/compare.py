@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from forms import docstrings
-from measure import measure
+from measure import TASKS, measure
 from methods import METHODS, UNTRAINED, freeze_to_best, halve, number_of_parameters, without_adapter
 from objectives import OBJECTIVES, Draw, divergence
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -40,7 +40,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--objective", choices=OBJECTIVES, default="answers")
     parser.add_argument("--freeze_to_best", action="store_true", help="static gates: keep each head's greatest only")
-    parser.add_argument("--short", action="store_true", help="leave out the long lists of codes")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="what is measured")
     parser.add_argument("--float32", action="store_true")
     parser.add_argument("--save", type=Path, help="file for the trained parameters")
     parser.add_argument("--load", type=Path, help="such a file, in place of training")
@@ -69,7 +69,7 @@ def main(args: argparse.Namespace) -> None:
         freeze_to_best(model)
     seconds = {"train": time.perf_counter() - start}
     start = time.perf_counter()
-    results = measure(model, tokenizer, args.data, long=not args.short)
+    results = measure(model, tokenizer, args.data, tasks=args.tasks)
     seconds["measure"] = time.perf_counter() - start
     record = {
         "method": args.method,

@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -171,18 +172,24 @@ def perplexity(model, tokenizer, file: str, length: int, chunks: int) -> float:
     return math.exp(loss / chunks)
 
 
-def measure(model, tokenizer, data: Path, seed: int = 4321, long: bool = True) -> dict:
-    """Everything, for one model; `long` for lists of 120 codes (about 2,200 tokens) as well."""
+TASKS = ("json", "nq", "codes30", "codes60", "codes120", "perplexity")
+
+
+def measure(model, tokenizer, data: Path, seed: int = 4321, tasks: Sequence[str] = TASKS) -> dict:
+    """`tasks`, for one model."""
     model.eval()
-    questions = natural_questions(tokenizer, str(data / "nq-open-oracle.jsonl.gz"), 12, 6, seed)
-    nq = columns(score(model, questions))
-    for name in ("right", "tokens", "loss"):
-        nq[name] = nq[name][::-1]  # by position again
-    return {
-        "json": columns(score(model, json_pairs(tokenizer, 12, 16, seed))),
-        "nq": nq,
-        "codes30": columns(score(model, codes(tokenizer, 6, 30, seed))),
-        "codes60": columns(score(model, codes(tokenizer, 6, 60, seed))),
-        **({"codes120": columns(score(model, long_codes(tokenizer, 4, 120, seed)))} if long else {}),
-        "perplexity": perplexity(model, tokenizer, str(data / "leval-coursera.jsonl.gz"), 1024, 5),
+    questions, course = str(data / "nq-open-oracle.jsonl.gz"), str(data / "leval-coursera.jsonl.gz")
+    prompts = {
+        "json": lambda: json_pairs(tokenizer, 12, 16, seed),
+        "nq": lambda: natural_questions(tokenizer, questions, 12, 6, seed),
+        "codes30": lambda: codes(tokenizer, 6, 30, seed),
+        "codes60": lambda: codes(tokenizer, 6, 60, seed),
+        "codes120": lambda: long_codes(tokenizer, 4, 120, seed),
     }
+    results = {name: columns(score(model, prompts[name]())) for name in TASKS if name in tasks and name in prompts}
+    if "nq" in results:
+        for name in ("right", "tokens", "loss"):
+            results["nq"][name] = results["nq"][name][::-1]  # by position again
+    if "perplexity" in tasks:
+        results["perplexity"] = perplexity(model, tokenizer, course, 1024, 5)
+    return results
