@@ -22,6 +22,9 @@ from methods import METHODS, UNTRAINED, freeze_to_best, halve, number_of_paramet
 from objectives import OBJECTIVES, Draw, divergence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+LORA_BELOW = 0.1
+"""Rate of LoRA below routers, times that of the routers."""
+
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
@@ -72,6 +75,7 @@ def main(args: argparse.Namespace) -> None:
     results = measure(model, tokenizer, args.data, tasks=args.tasks)
     seconds["measure"] = time.perf_counter() - start
     record = {
+        "model": Path(args.model).name,
         "method": args.method,
         "rate": args.rate,
         "steps": args.steps if losses else 0,
@@ -106,15 +110,16 @@ def train(model, tokenizer, args: argparse.Namespace) -> tuple[list[float], list
     """Losses on the answers, and distances (KL) from the base model on ordinary text, of every step."""
     text = docstrings()
     text_ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.rate, weight_decay=0.0)
+    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
+    rates = [args.rate * (LORA_BELOW if below_routers(args.method, name) else 1.0) for name in names]
+    optimizer = torch.optim.AdamW([{"params": [p]} for p in parameters], lr=args.rate, weight_decay=0.0)
     rng = random.Random(args.seed)
     draw = Draw(rng, text, text_ids, args.questions, facts=args.train_on == "facts")
     losses, distances = [], []
     model.train()
     for step in range(args.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = args.rate * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / args.steps))
         loss = OBJECTIVES[args.objective](model, tokenizer, draw)
         loss.backward()
         distance = 0.0
@@ -133,6 +138,11 @@ def train(model, tokenizer, args: argparse.Namespace) -> tuple[list[float], list
         distances.append(distance)
         print(f"{args.method} {args.rate:g} step {step}: {losses[-1]:.3f} kl {distance:.4f}", flush=True)
     return losses, distances
+
+
+def below_routers(method: str, name: str) -> bool:
+    """Whether a parameter belongs to LoRA that is trained together with routers."""
+    return method == "lora_below_routers" and "lora_" in name
 
 
 if __name__ == "__main__":
