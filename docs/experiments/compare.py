@@ -75,7 +75,7 @@ def main(args: argparse.Namespace) -> None:
     results = measure(model, tokenizer, args.data, tasks=args.tasks)
     seconds["measure"] = time.perf_counter() - start
     record = {
-        "model": Path(args.model).name,
+        "model": Path(args.model).resolve().name,
         "method": args.method,
         "rate": args.rate,
         "steps": args.steps if losses else 0,
@@ -86,8 +86,8 @@ def main(args: argparse.Namespace) -> None:
         "frozen": args.freeze_to_best,
         "float32": args.float32,
         "parameters": number_of_parameters(model) if losses else 0,
-        "loss_last_10": sum(losses[-10:]) / 10 if losses else None,
-        "distance_last_10": sum(distances[-10:]) / 10 if distances else None,
+        "loss_last_10": sum(losses[-10:]) / len(losses[-10:]) if losses else None,
+        "distance_last_10": sum(distances[-10:]) / len(distances[-10:]) if distances else None,
         **results,
         "losses": [round(loss, 4) for loss in losses],
         "seconds": {name: round(value) for name, value in seconds.items()},
