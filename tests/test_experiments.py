@@ -1,22 +1,30 @@
 """The scripts behind docs/experiments.md compute what they say."""
 
+import argparse
+import json
+import math
 import random
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from byte_models import byte_tokenizer, tiny_llama
+from peft import LoraConfig, get_peft_model
 from tiny_models import load, logits_of, save_tiny_model, token_ids
 from transformers import AutoTokenizer
 
-from peft_moice.evaluation import gates_along
+from peft_moice.evaluation import Exam, Result, gates_along, perplexity
 
 EXPERIMENTS = Path(__file__).parent.parent / "docs" / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 
+import depth  # noqa: E402
 import forms  # noqa: E402
 import frozen  # noqa: E402
 import methods  # noqa: E402
+import short_context  # noqa: E402
+import trained  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +103,57 @@ def test_frozen_gates_are_the_means_of_the_trained_ones(folder):
         assert torch.equal(gates, gates[:, :1].expand_as(gates))
         assert not torch.equal(before[name], before[name][:, :1].expand_as(gates))
         torch.testing.assert_close(gates.sum(-1), torch.ones_like(gates[..., 0]))
+
+
+def arguments(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    trained.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+class TestTrained:
+    def test_loads_what_was_trained(self, folder, tmp_path):
+        base = logits_of(load(folder))
+        torch.testing.assert_close(logits_of(trained.load(arguments("--model", folder))[0]), base)
+        adapted = fill(get_peft_model(load(folder), LoraConfig(r=2, target_modules=["q_proj"])))
+        adapted.save_pretrained(tmp_path / "lora")
+        args = arguments("--model", folder, "--adapter", str(tmp_path / "lora"))
+        torch.testing.assert_close(logits_of(trained.load(args)[0]), logits_of(adapted))
+        assert trained.named(args) == f"{Path(folder).name} with lora"
+        make, options = methods.METHODS["routers"]
+        routers = fill(make(load(folder), options))
+        torch.save({n: p.detach() for n, p in routers.named_parameters() if p.requires_grad}, tmp_path / "saved")
+        args = arguments("--model", folder, "--method", "routers", "--load", str(tmp_path / "saved"))
+        torch.testing.assert_close(logits_of(trained.load(args)[0]), logits_of(routers))
+
+    @pytest.mark.parametrize("words", [("--method", "routers"), ("--load", "f"), ("--adapter", "a", "--load", "f")])
+    def test_refuses_half_of_what_it_needs(self, words):
+        with pytest.raises(ValueError, match="--method with --load, or --adapter alone"):
+            trained.load(arguments("--model", "none", *words))
+
+
+def write_exam(file: Path) -> Path:
+    questions = [f"Q{i}\nA. x\nB. y\nC. z" for i in range(4)]
+    records = [{"input": "abc " * 60, "instructions": questions, "outputs": list("ABCA")}]
+    file.write_text("\n".join(map(json.dumps, records)))
+    return file
+
+
+def test_questions_are_read_without_their_document(tmp_path):
+    model, tokenizer = tiny_llama(), byte_tokenizer()
+    exam = Exam(write_exam(tmp_path / "exam.jsonl"), tokenizer)
+    loss, tokens = short_context.question_loss(model, tokenizer, exam, 9, 0)
+    texts = [f"Q{i}\nA. x\nB. y\nC. z\nThe answer is {answer}" for i, answer in enumerate("ABCA")]
+    losses = [math.log(perplexity(model, tokenizer, text, chunk_length=len(text))) for text in texts]
+    assert loss == pytest.approx(sum(losses) / 4, rel=1e-5) and tokens == 4 * (len(texts[0]) - 1)
+    assert short_context.question_loss(model, tokenizer, exam, 2, 0)[1] == tokens / 2
+
+
+def test_depth_is_written_after_every_length(folder, tmp_path):
+    out = tmp_path / "depth"
+    args = arguments("--model", folder)
+    vars(args).update(kind="keys", lengths=[60, 90], positions=[0.0, 1.0], questions=2, seed=0, name="tiny", out=out)
+    depth.main(args)
+    result = Result.load(out.with_suffix(".json"))
+    assert result.lengths == [60, 90] and result.positions == [0.0, 1.0] and len(result.scores) == 8
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
