@@ -10,11 +10,12 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..mode import evaluating
 from .encoding import EncodedExample, encode_example
-from .mode import evaluating
 from .reader import Reader
 from .result import Result, Score
 from .task import POSITIONS, Example, Scoring, Task
+from .trial import check_grid
 
 
 def evaluate(
@@ -52,14 +53,9 @@ def evaluate(
     Raises:
         ValueError: a value out of its range.
     """
-    if num_groups < 1:
-        raise ValueError(f"`num_groups` is {num_groups}, but has to be at least 1.")
+    check_grid(lengths, positions, num_groups)
     if batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size}, but has to be at least 1.")
-    if not lengths or min(lengths) < 1:
-        raise ValueError(f"`lengths` has to hold positive numbers, not {list(lengths)}.")
-    if not positions or not all(0 <= position <= 1 for position in positions):
-        raise ValueError(f"`positions` has to hold numbers in 0..1, not {positions!r}.")
     scores: list[Score] = []
     with evaluating(model), tqdm(total=num_groups * len(lengths), desc=task.name, unit="draw") as progress:
         for length in lengths:

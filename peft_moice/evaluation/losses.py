@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .mode import evaluating
+from ..mode import evaluating
 
 _PART = 512
 

@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..mode import evaluating
 from .losses import chunks_of, token_losses
-from .mode import evaluating
 
 
 def perplexity(
