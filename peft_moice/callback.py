@@ -2,7 +2,9 @@
 
 import json
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from .attention import observing_choices
 from .describing import describe_training
+from .hub import add_to_card
 from .mixture import MixesAngles, RouterRecord
 from .training.balance import PassRecords
 from .training.hooks import RouterHooks, hooks_of
+from .training.losses_outside import BalanceLossMixin
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +49,8 @@ class MoICECallback(TrainerCallback):
     attention implementation was chosen and why. With [`BalanceLossMixin`], Trainer's log also has the balance loss
     apart from the rest of the loss.
 
+    The model cards that this trainer writes also say what the routers are and how the model is loaded.
+
     Args:
         trainer: the trainer that the callback is added to.
     """
@@ -55,6 +61,8 @@ class MoICECallback(TrainerCallback):
         self.start: dict[str, list[list[float]]] | None = None
         self._announced = False
         self._announcing = ExitStack()
+        if not isinstance(trainer, BalanceLossMixin):
+            trainer.create_model_card = partial(_create_model_card, trainer, trainer.create_model_card)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -160,6 +168,13 @@ class MoICECallback(TrainerCallback):
     def _start_path(self, args: TrainingArguments, state: TrainerState) -> Path:
         """Where a checkpoint keeps the mean gates of the first step."""
         return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / _START_FILE
+
+
+def _create_model_card(trainer: Trainer, create: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    create(*args, **kwargs)
+    if trainer.is_world_process_zero():
+        assert trainer.model is not None
+        add_to_card(trainer.model, str(trainer.args.output_dir))
 
 
 def _is_logged(args: TrainingArguments, state: TrainerState, step: int) -> bool:

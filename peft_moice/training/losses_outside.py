@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..hub import add_to_card
 from .balance import PassRecords
 from .hooks import hooks_of
 from .loss_parts import LossPartsMixin
@@ -69,7 +70,8 @@ class BalanceLossMixin(LossPartsMixin):
 
     Needed where the loss is computed outside the model, as TRL's trainers do, and transformers' Trainer with label
     smoothing or `compute_loss_func`. With a plain transformers Trainer the loss is the same with and without it, but
-    only with it is logged in parts, see [`LossPartsMixin`].
+    only with it is logged in parts, see [`LossPartsMixin`]. The model cards that the trainer writes say
+    how the model is loaded.
 
     ```python
     class MoICESFTTrainer(BalanceLossMixin, SFTTrainer):
@@ -77,7 +79,9 @@ class BalanceLossMixin(LossPartsMixin):
     ```
     """
 
+    model: nn.Module
     get_tp_size: Callable[[], int]
+    is_world_process_zero: Callable[[], bool]
 
     def compute_loss(
         self,
@@ -100,3 +104,9 @@ class BalanceLossMixin(LossPartsMixin):
         if return_outputs:
             return result[0] + extra, result[1]
         return result + extra
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the trainer's model card, and say in it how the model is loaded."""
+        super().create_model_card(*args, **kwargs)  # type: ignore[misc]
+        if self.is_world_process_zero():
+            add_to_card(self.model, str(self.args.output_dir))
