@@ -15,7 +15,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 VLLM_INSTALL = $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
     --constraint constraints-vllm.txt
 
-.PHONY: demo test quick lint vllm test-vllm clean
+.PHONY: demo test quick lint docs check-wheel vllm test-vllm clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/repair_lost_in_the_middle.py $(DEMO_OPTIONS)
@@ -37,13 +37,21 @@ lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --site-dir outputs/site
+	$(BIN)/python docs/check_site.py outputs/site
+	@echo The pages are in outputs/site/index.html
+
+check-wheel: $(VENV)/dev
+	TORCH_OPTIONS="$(TORCH_OPTIONS)" docs/check_wheel.sh $(BIN)/python
+
 # torch first: another package's requirement would take a build with CUDA.
 $(VENV)/torch: $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) $(TORCH_OPTIONS) torch
 	touch $@
 
-$(VENV)/test $(VENV)/dev: $(VENV)/%: $(VENV)/torch pyproject.toml
+$(VENV)/test $(VENV)/dev $(VENV)/docs: $(VENV)/%: $(VENV)/torch pyproject.toml
 	$(INSTALL) --editable '.[$*]'
 	touch $@
 

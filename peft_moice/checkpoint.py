@@ -23,7 +23,8 @@ def check_stored_routers(model: nn.Module, adapter_name: str, state_dict: dict[s
         state_dict: the stored weights, under the names that they have in `model`.
 
     Raises:
-        ValueError: weights are missing, nobody's, or of another shape; names the first, the reason and the way out.
+        ValueError: weights are missing, nobody's, not finite, or of another shape or kind; names the first, the reason
+            and the way out.
     """
     routers = _router_parameters(model, adapter_name)
     missing = [key for key in routers if key not in state_dict]
@@ -42,6 +43,19 @@ def check_stored_routers(model: nn.Module, adapter_name: str, state_dict: dict[s
             f"{surplus[0]!r}. It was written for more layers, or with another config: load it onto the base model "
             "that its adapter_config.json names, with the adapter_config.json it was saved with."
         )
+    for key in routers:
+        weight = state_dict[key]
+        if not weight.is_floating_point() or weight.itemsize < 2:
+            raise ValueError(
+                f"{key!r} is stored as {weight.dtype}, which routers are not trained in. The file is damaged, or was "
+                "converted: store them in float32, bfloat16 or float16."
+            )
+        # In float32, as they are used: a large float64 is infinite there.
+        if not weight.is_meta and not bool(weight.float().isfinite().all()):
+            raise ValueError(
+                f"{key!r} holds values that are not finite. The file is damaged, or training has failed: get it anew, "
+                "or load an earlier checkpoint."
+            )
     for key, parameter in routers.items():
         # Partitioned parameters (ZeRO-3) are empty outside of a gathering context.
         if parameter.numel() and parameter.shape != state_dict[key].shape:

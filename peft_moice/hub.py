@@ -1,10 +1,9 @@
 """Adapters on the Hugging Face Hub, with a model card that says what they are and how they are loaded.
 
-PEFT's own `model.push_to_hub` uploads an adapter with a card of blank fields, which does not mention the import that
-registers MoICE; [`push_to_hub`] is the call to use in its place.
+PEFT's own `model.push_to_hub` puts a blank card over the one that it has saved, and trainers put theirs over it;
+[`push_to_hub`] is the call to use in their place.
 """
 
-import importlib.metadata
 import json
 import logging
 import os
@@ -13,16 +12,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi
 from peft import PeftModel, TaskType
 from peft.utils import CONFIG_NAME
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import unwrap_model
 
-from .config import Bases, MoICEConfig, RouterSpec, as_moice_config
+from .atomic_files import write_text
+from .config import MoICEConfig, as_moice_config
+from .model_card import CARD_NAME, adapter_part, table, values_table
 
 logger = logging.getLogger(__name__)
-
-TAGS = ("moice", "long-context")
-PAPER = "https://arxiv.org/abs/2406.19598"
 
 Table = str | Sequence[Mapping[str, Any]]
 
@@ -105,7 +106,10 @@ def write_model_card(
     recipe: Mapping[str, Any] | None = None,
     evaluation: Table | None = None,
 ) -> Path:
-    """Write the model card of an adapter to `folder`/README.md, in place of the one that `save_pretrained` wrote.
+    """Write the model card of an adapter to `folder`/README.md, in place of whatever card is there.
+
+    `save_pretrained` writes one too, without the recipe, the evaluation and a name to load it by. Saving again to the
+    same folder keeps these sections.
 
     Args:
         model: a model with MoICE adapters.
@@ -126,32 +130,41 @@ def write_model_card(
     adapter_name = _adapter_of(model, adapter_name)
     config = as_moice_config(model.peft_config[adapter_name])
     base_model = _base_model_of(model, adapter_name, base_model)
-    is_causal_lm = config.task_type == TaskType.CAUSAL_LM
-    data = ModelCardData(
-        library_name="peft",
+    weights = [parameter for name, parameter in model.named_parameters() if f".moice_router.{adapter_name}." in name]
+    part = adapter_part(
+        config.router_specs(),
         base_model=base_model,
-        tags=[*TAGS, *([f"base_model:adapter:{base_model}"] if base_model else [])],
-        pipeline_tag="text-generation" if is_causal_lm else None,
+        is_causal_lm=config.task_type == TaskType.CAUSAL_LM,
+        source=str(repo_id or folder),
+        parameters=sum(weight.numel() for weight in weights),
     )
-    sections = [
-        f"# MoICE routers{f' for {base_model}' if base_model else ''}",
-        f"[MoICE]({PAPER}) lets every attention head mix several rotary base angles, chosen per token by a small "
-        "router, so that the model uses all of a long context. This adapter holds the routers; the base model's "
-        "weights are unchanged.",
-        f"## Use\n\n{_snippet(str(repo_id or folder), base_model, is_causal_lm)}",
-        f"## Adapter\n\n{_table(_facts(model, adapter_name))}",
-    ]
+    further = []
     if recipe:
-        sections.append(f"## Training\n\n{_table(_rows(recipe))}")
+        further.append(f"## Training\n\n{values_table(recipe)}")
     if evaluation:
-        text = evaluation if isinstance(evaluation, str) else _table(evaluation)
-        sections.append(f"## Evaluation\n\n{text}")
-    versions = {name: importlib.metadata.version(name) for name in ("peft", "transformers", "torch")}
-    sections.append(f"## Versions\n\n{_table([{'package': k, 'version': v} for k, v in versions.items()])}")
-    path = Path(folder, "README.md")
+        further.append(f"## Evaluation\n\n{evaluation if isinstance(evaluation, str) else table(evaluation)}")
+    path = Path(folder, CARD_NAME)
     path.parent.mkdir(parents=True, exist_ok=True)
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n").save(path)
+    write_text(path, part.as_card(further))
     return path
+
+
+def add_to_card(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Say in the model card that is in `folder` what the routers of `model` are and how it is loaded.
+
+    Does nothing to the cards of models without routers, and of those with several active adapters.
+
+    Args:
+        model: a model with a MoICE adapter or with routers built in, or a wrapper around it.
+        folder: where the model is, or will be.
+    """
+    model = unwrap_model(model)
+    if isinstance(model, PeftModel):
+        active = [model.peft_config[name] for name in model.active_adapters]
+        if len(active) == 1 and isinstance(active[0], MoICEConfig):
+            active[0].put_in_card(folder)
+    elif isinstance(model, PreTrainedModel) and hasattr(model.config, "put_in_card"):
+        model.config.put_in_card(folder)
 
 
 def _adapter_of(model: PeftModel, adapter_name: str | None) -> str:
@@ -187,69 +200,4 @@ def _base_model_of(model: PeftModel, adapter_name: str, base_model: str | None) 
 def _rename_base_model(folder: Path, base_model: str) -> None:
     file = folder / CONFIG_NAME
     config = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps({**config, "base_model_name_or_path": base_model}, indent=2), encoding="utf-8")
-
-
-def _snippet(repo_id: str, base_model: str | None, is_causal_lm: bool) -> str:
-    load = "import peft_moice  # registers MoICE with PEFT; without it PEFT raises KeyError: 'MOICE'\n"
-    if is_causal_lm and base_model:
-        load += (
-            "from peft import AutoPeftModelForCausalLM\n"
-            "from transformers import AutoTokenizer\n\n"
-            f'model = AutoPeftModelForCausalLM.from_pretrained("{repo_id}")\n'
-            f'tokenizer = AutoTokenizer.from_pretrained("{base_model}")\n'
-        )
-    else:
-        load += (
-            "from peft import PeftModel\n\n"
-            "base_model = ...  # the model that the adapter was trained on\n"
-            f'model = PeftModel.from_pretrained(base_model, "{repo_id}")\n'
-        )
-    return f"```python\n{load}```"
-
-
-def _facts(model: PeftModel, adapter_name: str) -> list[dict[str, Any]]:
-    config = as_moice_config(model.peft_config[adapter_name])
-    specs = config.router_specs()
-    facts: dict[str, Any] = {}
-    for number, spec in enumerate(specs, start=1):
-        which = "" if len(specs) == 1 else f"Router {number} of {len(specs)}, share {spec.weight:g}: "
-        facts |= {f"{which}{name}": value for name, value in _router_facts(spec).items()}
-    weights = [parameter for name, parameter in model.named_parameters() if f".moice_router.{adapter_name}." in name]
-    facts["Router parameters"] = f"{sum(weight.numel() for weight in weights):,}"
-    return _rows(facts)
-
-
-def _router_facts(spec: RouterSpec) -> dict[str, Any]:
-    first = next(iter(spec.rope_bases.values())) if isinstance(spec.rope_bases, dict) else spec.rope_bases
-    return {
-        "Base angles (`rope_theta`)": _angles(spec.rope_bases),
-        "Angles per head and token (`top_k`)": f"{spec.top_k} of {len(first)}",
-        "Routers": "one per head" if spec.router_scope == "head" else "one per layer, shared by its heads",
-        "Hidden size of a router": spec.router_dim,
-        "Identity scale": "one per head" if spec.identity else "none",
-    }
-
-
-def _angles(bases: Bases) -> str:
-    if isinstance(bases, dict):
-        return "; ".join(f"{layer_type}: {_angles(values)}" for layer_type, values in bases.items())
-    return ", ".join(f"{base:.12g}" for base in bases)
-
-
-def _rows(values: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [{"": name, "value": value} for name, value in values.items()]
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    columns = list(rows[0])
-    for row in rows:
-        if list(row) != columns:
-            raise ValueError(f"A table needs the same columns in every row, but one has {list(row)}, not {columns}.")
-    lines = [columns, ["---"] * len(columns), *([row[column] for column in columns] for row in rows)]
-    return "\n".join("| " + " | ".join(_cell(value) for value in line) + " |" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    write_text(file, json.dumps({**config, "base_model_name_or_path": base_model}, indent=2))

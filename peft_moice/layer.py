@@ -11,7 +11,7 @@ from .built_in import build_in, take_out
 from .config import MoICEConfig, RouterSpec
 from .mixture import LayerMixture, MixesAngles, RouterShare
 from .rope import LayerRope
-from .router import MoICERouter
+from .router import MoICERouter, check_size
 
 BASE_MODEL_NAME = "__base__"
 """Name under which rows of a mixed batch ask for the base model, as in PEFT's LoRA."""
@@ -64,6 +64,7 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: MoICEConfig) -> None:
         """Add the routers of `adapter_name`, or replace them."""
         specs = config.router_specs()
+        check_size(specs, self.rope.layer_type, self.num_heads, self.head_dim, self.base_layer)
         routers = [MoICERouter.from_spec(spec, self.rope.layer_type, self.num_heads, self.head_dim) for spec in specs]
         self._release_rotations(adapter_name)
         self.router_specs[adapter_name] = specs

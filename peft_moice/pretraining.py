@@ -6,8 +6,8 @@ from transformers import PreTrainedModel
 
 from .built_in import BuiltInRouters
 from .config import MoICEConfig
+from .description import describe_routers
 from .model import MoICEModel
-from .standalone import describe_routers
 
 
 def add_routers(model: PreTrainedModel, config: MoICEConfig) -> PreTrainedModel:

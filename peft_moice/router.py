@@ -1,6 +1,6 @@
 """The router: query vectors in, expert logits and gates out; and the loss that balances the experts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -132,6 +132,31 @@ class MoICERouter(nn.Module):
         return (
             f"head_dim={self.gate_proj.shape[-1]}, router_dim={self.gate_proj.shape[-2]}, "
             f"num_experts={self.num_experts}, scope={scope}, identity={self.identity_scale is not None}"
+        )
+
+
+def check_size(
+    specs: Sequence[RouterSpec], layer_type: str | None, num_heads: int, head_dim: int, attention: nn.Module
+) -> None:
+    """Raise before a layer's routers are made, if they would be larger than the attention module that they are for.
+
+    No config that was chosen by anyone asks for that, so it is a mistake or an attack. Routers of a million weights
+    are let pass whatever the attention module.
+
+    Raises:
+        ValueError: they would.
+    """
+    numels = []
+    for spec in specs:
+        copies = num_heads if spec.router_scope == "head" else 1
+        numels.append(copies * spec.router_dim * (2 * head_dim + len(spec.bases_of(layer_type))))
+    # Where DeepSpeed spreads weights over processes, they are empty here.
+    limit = max(2**20, sum(getattr(weight, "ds_numel", weight.numel()) for weight in attention.parameters()))
+    if sum(numels) > limit:
+        raise ValueError(
+            f"The config asks for routers of {sum(numels):,} weights in a layer whose attention module has room for "
+            f"{limit:,}. Lower `router_dim` ({max(spec.router_dim for spec in specs)}) or the number of angles; if "
+            "the config was read from a file, that is damaged."
         )
 
 

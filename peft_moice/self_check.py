@@ -12,8 +12,8 @@ from torch import nn
 
 from .attention.interface import bypassed
 from .built_in import ROUTERS_NAME, BuiltInRouters
-from .evaluation.mode import evaluating
 from .mixture import MixesAngles
+from .mode import evaluating
 
 _WAS_CALLED = "was_called"
 """Attribute of adapted modules, see [`MixesAngles`]; on those without a wrapper it is set from outside."""

@@ -7,12 +7,12 @@ the base model.
 """
 
 import copy
-import dataclasses
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, NamedTuple, ParamSpec, TypeVar
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import modeling_auto
@@ -21,12 +21,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .attention import exchange_config, own_config
 from .built_in import ROUTERS_NAME, BuiltInRouters
-from .config import RouterSpec
+from .description import check_loaded, describe_routers, install_described
 from .mixture import watch_positions
-from .probing import LayerProbe
-from .rope import LayerRope, RotaryLayout
-from .router import MoICERouter
+from .model_card import shared_name
 from .self_check import watch_first_pass
+from .standalone_saving import auto_map, has_tokenizer, put_model_card, put_tokenizer, staged_model, write_stub
 from .training import register_hooks, remove_hooks
 
 MODEL_TYPE = "moice"
@@ -44,6 +43,8 @@ def make_standalone(model: PreTrainedModel) -> PreTrainedModel:
     config.__class__ = standalone_config_class(original_config)
     config.base_model_type = original_config.model_type
     config.moice = describe_routers(model)
+    if original is type(model):
+        config.base_model_name_or_path = shared_name(model.config.name_or_path)
     _exchange_config(model, model.config, config)
     model.__class__ = standalone_model_class(original)
     model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), ROUTERS_NAME}
@@ -57,116 +58,6 @@ def _exchange_config(model: PreTrainedModel, old: PreTrainedConfig, new: PreTrai
                 module.rope.config = new
         elif hasattr(module, "config") and own_config(module) is old:
             exchange_config(module, new)
-
-
-def describe_routers(model: nn.Module) -> dict[str, Any]:
-    """What a config has to record of the routers built into `model`, in JSON's types."""
-    routers: list[dict[str, Any]] = []
-    layers: dict[str, dict[str, Any]] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, BuiltInRouters):
-            continue
-        shares = []
-        for spec in module.router_specs:
-            fields = dataclasses.asdict(spec)
-            weight = fields.pop("weight")
-            if fields not in routers:
-                routers.append(fields)
-            shares.append([routers.index(fields), weight])
-        layers[name.removesuffix(f".{ROUTERS_NAME}")] = {
-            "routers": shares,
-            "num_heads": module.num_heads,
-            "head_dim": module[0].head_dim,
-            "layer_type": module.rope.layer_type,
-            "rope_theta": module.rope.rope_theta,
-            "layout": dataclasses.asdict(module.rope.layout),
-            "direction": module.rope.direction,
-            "original_length": module.rope.original_length,
-        }
-    return {"routers": routers, "layers": layers}
-
-
-class DescribedLayer(NamedTuple):
-    """An attention module of a model, and what a config says of the routers built into it.
-
-    Attributes:
-        name: the module's name in `model`.
-        attention: the module.
-        rope: its rotary embedding.
-        specs: what each of its routers is.
-        num_heads: H, its number of query heads.
-        head_dim: D, the size of a query.
-    """
-
-    name: str
-    attention: nn.Module
-    rope: LayerRope
-    specs: list[RouterSpec]
-    num_heads: int
-    head_dim: int
-
-    def routers(self, num_heads: int | None = None) -> list[MoICERouter]:
-        """Fresh routers, for all H heads or for `num_heads` of them."""
-        heads = self.num_heads if num_heads is None else num_heads
-        return [MoICERouter.from_spec(spec, self.rope.layer_type, heads, self.head_dim) for spec in self.specs]
-
-
-def described_layers(model: PreTrainedModel, description: dict[str, Any]) -> Iterator[DescribedLayer]:
-    """The attention modules of `model` that `description`, see [`describe_routers`], gives routers.
-
-    Raises:
-        ValueError: `model` has no such module, or it has no rotary embedding.
-    """
-    ropes: dict[tuple[int, str | None, RotaryLayout], LayerRope] = {}
-    for described, layer in description["layers"].items():
-        attention = _submodule(model, described)
-        name = _name_of(model, attention)
-        own = LayerProbe(model).find_rotary(name, layer.get("rope_theta"))
-        if own is None:
-            raise ValueError(
-                f"The config names the attention module {described!r}, but that of {type(model).__name__} has no "
-                "rotary embedding. Load the checkpoint with the code of the model that it was saved from."
-            )
-        rotary = own.module
-        layer_type, layout, direction = layer["layer_type"], RotaryLayout(**layer["layout"]), layer["direction"]
-        length = layer.get("original_length")
-        rope = LayerRope(type(rotary), rotary.config, layer_type, layout, direction, length, own=own)
-        rope = ropes.setdefault((id(rotary), layer_type, layout), rope)
-        specs = [RouterSpec(**description["routers"][index], weight=weight) for index, weight in layer["routers"]]
-        yield DescribedLayer(name, attention, rope, specs, layer["num_heads"], layer["head_dim"])
-
-
-def install_described(model: PreTrainedModel, description: dict[str, Any]) -> None:
-    """Give `model` the routers that its config describes, freshly initialized."""
-    for layer in described_layers(model, description):
-        if hasattr(layer.attention, ROUTERS_NAME):
-            # A model that builds its decoder through an auto class, which gave it a standalone one.
-            continue
-        routers = layer.routers()
-        for router in routers:
-            router.reset_parameters()
-        BuiltInRouters(routers, layer.specs, layer.rope, layer.num_heads).install(layer.attention)
-
-
-def _submodule(model: PreTrainedModel, name: str) -> nn.Module:
-    """The module called `name` in the model that was saved, which may have had a head that `model` lacks, or lack
-    one that `model` has."""
-    modules = dict(model.named_modules())
-    found = [other for other in modules if f".{name}".endswith(f".{other}") or other.endswith(f".{name}")]
-    if name in modules:
-        found = [name]
-    if len(found) != 1:
-        raise ValueError(
-            f"The config names the attention module {name!r}, but {type(model).__name__} has {found or 'none'} in its "
-            "place. Load the checkpoint with the auto class that it was saved from."
-        )
-    submodule: nn.Module = modules[found[0]]
-    return submodule
-
-
-def _name_of(model: nn.Module, module: nn.Module) -> str:
-    name: str = next(name for name, candidate in model.named_modules() if candidate is module)
-    return name
 
 
 P = ParamSpec("P")
@@ -187,9 +78,24 @@ def standalone_config_class(original: type[PreTrainedConfig]) -> type[PreTrained
     class StandaloneConfig(original):  # type: ignore[misc, valid-type]  # a base known at run time only
         model_type = MODEL_TYPE
         base_model_type: str = original.model_type
+        base_model_name_or_path: str | None = None
         moice: dict[str, Any] | None = None
 
         original_class = original
+
+        def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+            """Write the config, the stub that [`auto_map`] names, and a model card, see `PreTrainedConfig`."""
+            folder = Path(save_directory)
+            folder.mkdir(parents=True, exist_ok=True)
+            # Not what a config from elsewhere may name.
+            self.auto_map = auto_map()
+            write_stub(folder)
+            self.put_in_card(folder)
+            super().save_pretrained(str(folder), *args, **kwargs)
+
+        def put_in_card(self, folder: str | os.PathLike[str]) -> None:
+            """Say in the model card of `folder` what the model is."""
+            put_model_card(Path(folder), self, _auto_class_of(self))
 
         def __reduce__(self) -> tuple[Any, ...]:
             return _new_instance, (standalone_config_class, original), self.__dict__
@@ -233,6 +139,40 @@ def _model_class(original: type[PreTrainedModel], standalone_config: type[PreTra
             watch_positions(self)
             watch_first_pass(self)
 
+        def save_pretrained(
+            self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args: Any, **kwargs: Any
+        ) -> None:
+            """Write the model, its tokenizer if it is at hand, a stub and a card, see `PreTrainedModel`.
+
+            Until all is written, a model that was in the folder stays there as it was.
+
+            Raises:
+                OSError: the files cannot be written.
+            """
+            folder = Path(save_directory)
+            # All processes write parts of a distributed checkpoint into the same folder.
+            if not is_main_process or kwargs.get("distributed_checkpoint"):
+                super().save_pretrained(folder, is_main_process, *args, **kwargs)
+                return
+            folder.mkdir(parents=True, exist_ok=True)
+            if kwargs.get("push_to_hub"):
+                kwargs.setdefault("repo_id", folder.name)
+            with staged_model(folder, kwargs.get("variant")) as staging:
+                super().save_pretrained(staging, is_main_process, *args, **kwargs)
+                if not has_tokenizer(folder):
+                    put_tokenizer(staging, self.name_or_path)
+
+        @classmethod
+        def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+            """Read a model, see `PreTrainedModel`.
+
+            Raises:
+                ValueError: the files lack weights of the routers or of layers, or hold routers that are not finite.
+            """
+            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+            check_loaded(model, info)
+            return (model, info) if output_loading_info else model
+
         @classmethod
         def is_custom_code(cls) -> bool:
             # transformers leaves out the initialization of some buffers in models that are not its own.
@@ -268,6 +208,20 @@ class MoICEAutoConfig(PreTrainedConfig):
                 "with `merge_and_unload().save_pretrained(...)`; load an adapter with `PeftModel.from_pretrained`."
             )
         return standalone_config_class(CONFIG_MAPPING[base_model_type]).from_dict(config_dict, **kwargs)
+
+
+def _auto_class_of(config: PreTrainedConfig) -> str:
+    """Name of the auto class that makes the model that `config` was saved with."""
+    saved_as = (config.architectures or [""])[0]
+    names = ["AutoModel"]
+    for auto_class in _AUTO_CLASSES:
+        found = auto_class._model_mapping.get(type(config), ())
+        for model_class in found if isinstance(found, tuple) else (found,):
+            # Several may make it: those for pretraining and for generation, say.
+            name: str = auto_class.__name__
+            if model_class.__name__ == saved_as and saved_as.endswith(name.removeprefix("AutoModel")):
+                names.append(name)
+    return max(names, key=len)
 
 
 def _new_instance(make_class: Callable[[type], type], original: type) -> Any:

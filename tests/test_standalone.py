@@ -3,7 +3,6 @@
 import copy
 import json
 import pickle
-import subprocess
 import sys
 
 import pytest
@@ -81,25 +80,6 @@ def test_nothing_of_peft_is_left(llama):
     assert not any("peft." in type(module).__module__ for module in model.modules())
     assert not hasattr(model, "peft_config")
     assert not any(p.requires_grad for name, p in model.named_parameters() if "moice" in name)
-
-
-@pytest.mark.slow
-def test_in_a_fresh_process(llama, tmp_path):
-    model, _ = merged(llama)
-    model.save_pretrained(tmp_path)
-    torch.save(logits_of(model), tmp_path / "logits.pt")
-    read = f"AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})"
-    head = "import torch; from transformers import AutoModelForCausalLM, AutoConfig, AutoTokenizer, pipeline;"
-    without = subprocess.run([*PYTHON, head + read], capture_output=True, text=True)
-    assert without.returncode != 0
-    assert "model type `moice` but Transformers does not recognize this architecture" in without.stderr
-    check = (
-        f"import peft_moice; model = {read}.eval(); expected = torch.load({str(tmp_path / 'logits.pt')!r});"
-        f"ids = torch.tensor({token_ids().tolist()}); assert torch.equal(model(ids).logits, expected);"
-        f"config = AutoConfig.from_pretrained({str(tmp_path)!r}); assert type(config) is type(model.config)"
-    )
-    with_import = subprocess.run([*PYTHON, head + check], capture_output=True, text=True)
-    assert with_import.returncode == 0, with_import.stderr
 
 
 def test_config(llama, tmp_path):

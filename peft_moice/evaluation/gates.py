@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from ..mixture import MixesAngles, RouterRecord
-from .mode import evaluating
+from ..mode import evaluating
 
 
 def gates_along(model: Any, input_ids: torch.Tensor, adapter_name: str = "default") -> dict[str, torch.Tensor]:
@@ -19,8 +19,21 @@ def gates_along(model: Any, input_ids: torch.Tensor, adapter_name: str = "defaul
     Raises:
         ValueError: the model has no routers of this name.
     """
+    gates = {
+        name: record.gates[0].float().cpu()
+        for name, (_, records) in records_along(model, input_ids).items()
+        for record in records
+        if record.share.name == adapter_name
+    }
+    if not gates:
+        raise ValueError(f"No layer of this model has routers of the name {adapter_name!r}.")
+    return gates
+
+
+def records_along(model: Any, input_ids: torch.Tensor) -> dict[str, tuple[MixesAngles, list[RouterRecord]]]:
+    """The layers whose routers took part in a pass over `input_ids` `[S]`, by name, and what these recorded."""
     names = {module: name for name, module in model.named_modules() if isinstance(module, MixesAngles)}
-    collector = _Collector(adapter_name)
+    collector = _Collector()
     before = {layer: layer.recorder for layer in names}
     try:
         with evaluating(model):
@@ -30,20 +43,14 @@ def gates_along(model: Any, input_ids: torch.Tensor, adapter_name: str = "defaul
     finally:
         for layer, recorder in before.items():
             layer.recorder = recorder
-    gates = {name: collector.gates[layer] for layer, name in names.items() if layer in collector.gates}
-    if not gates:
-        raise ValueError(f"No layer of this model has routers of the name {adapter_name!r}.")
-    return gates
+    return {name: (layer, collector.records[layer]) for layer, name in names.items() if layer in collector.records}
 
 
 class _Collector:
-    """Receives the records of a pass and keeps the gates of one adapter's routers."""
+    """Keeps the records of a pass."""
 
-    def __init__(self, adapter_name: str):
-        self.adapter_name = adapter_name
-        self.gates: dict[MixesAngles, torch.Tensor] = {}
+    def __init__(self) -> None:
+        self.records: dict[MixesAngles, list[RouterRecord]] = {}
 
     def take(self, layer: MixesAngles, records: list[RouterRecord]) -> None:
-        for record in records:
-            if record.share.name == self.adapter_name:
-                self.gates[layer] = record.gates[0].float().cpu()
+        self.records[layer] = records

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..mode import evaluating
 from .facts import EncodedChat, encode_chat, sample_facts
 from .intervals import wilson_interval
-from .mode import evaluating
 from .reader import Reader
 from .task import POSITIONS, place
 
