@@ -3,7 +3,6 @@
 import ast
 import os
 import re
-import shlex
 import subprocess
 import sys
 from functools import cache
@@ -124,23 +123,12 @@ def test_the_reference_has_every_public_name():
         assert {*public} - {"__version__", "Example", *modules} <= entries
 
 
-def commands_of(page: Path) -> list[list[str]]:
-    """The words of the command lines of this package that a page shows, from the command's name on."""
-    lines = "\n".join(re.findall(r"^```bash\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL))
-    found = []
-    for line in lines.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
-        if words[:1] == ["peft-moice"]:
-            found.append(words[1:])
-        elif "peft_moice" in words:
-            found.append(words[words.index("peft_moice") + 1 :])
-    return found
-
-
-@pytest.mark.parametrize("page", [page for page in [*sorted(pages()), "../README.md"] if commands_of(DOCS / page)])
+@pytest.mark.parametrize(
+    "page", [page for page in [*sorted(pages()), "../README.md"] if run_snippets.commands_of(DOCS / page)]
+)
 def test_command_lines_are_understood(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # parsing makes the folder of the output
-    for name, *rest in commands_of(DOCS / page):
+    for name, *rest in run_snippets.commands_of(DOCS / page):
         if "--help" not in [name, *rest]:
             # Some ask for bf16, which Trainer refuses where there is neither a GPU nor this.
             COMMANDS[name].parse([*rest, "--use_cpu"] if name == "train" else rest)
