@@ -131,7 +131,9 @@ def test_evaluate_measures_both_models_and_draws(model, tmp_path, capsys):
             )
         )
         base, moice = (Result.load(folder / f"{name}.json") for name in ("base_model", "adapter"))
-        assert base.lengths == lengths and base.mean("loss") != moice.mean("loss")
+        assert base.lengths == moice.lengths == lengths
+        # To the tiny tokenizer, names and codes are all the same.
+        assert (base.mean("loss") != moice.mean("loss")) == bool(documents)
         assert (folder / "positions.png").is_file()
     assert "adapter, 120 tokens: 0.00 at 0%, " in capsys.readouterr().out
 

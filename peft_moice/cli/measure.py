@@ -72,6 +72,7 @@ class Arguments:
     items: list[int] = field(default_factory=lambda: [16, 30, 45], metadata={"help": "Facts or pairs in a prompt."})
     positions: list[float] = field(default_factory=lambda: list(POSITIONS), metadata={"help": "0 first to 1 last."})
     questions: int = field(default=16, metadata={"help": "Questions at each position and length."})
+    batch_size: int = field(default=1, metadata={"help": "Questions read at once; more is faster on a GPU."})
     key_value_file: str | None = field(default=None, metadata={"help": "kv-retrieval-*.jsonl.gz, --items pairs each."})
     question_file: str | None = field(default=None, metadata={"help": "nq-open-oracle.jsonl.gz, --passages each."})
     passages: list[int] = field(default_factory=lambda: [10], metadata={"help": "Passages in a prompt of questions."})
@@ -208,6 +209,7 @@ def measure(
                 lengths=[length],
                 positions=tuple(args.positions),
                 num_groups=args.questions,
+                batch_size=args.batch_size,
                 seed=args.seed,
                 name=measured.name,
             )

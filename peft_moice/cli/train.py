@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import SchedulerType, get_last_checkpoint
 
 from ..callback import MoICECallback
 from ..config import MoICEConfig
@@ -140,7 +140,8 @@ def run(args: TrainArguments) -> Outcome:
     keep_ids = ordinary_text(args, tokenizer)
     checkpoint = training.resume_from_checkpoint
     if checkpoint == "last":
-        checkpoint = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
+        folder = str(training.output_dir)
+        checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None
     model = AutoModelForCausalLM.from_pretrained(
         ours.model, dtype=ours.dtype, attn_implementation=ours.attn_implementation
     )
@@ -202,7 +203,8 @@ def train(trainer: "RouterTrainer", checkpoint: str | None) -> Outcome:
             interrupted = True
     interrupted = interrupted or stop.stopped
     if trainer.eval_dataset is not None and not interrupted:
-        with trainer.model.disable_adapter():
+        adapted: Any = trainer.model
+        with adapted.disable_adapter():
             base = trainer.evaluate(metric_key_prefix="eval_base")["eval_base_loss"]
         trainer.losses = [{"model": "base", "loss": base}, {"model": "MoICE", "loss": trainer.evaluate()["eval_loss"]}]
     trainer.save_model()
@@ -252,14 +254,15 @@ class RouterTrainer(KeepCloseMixin, BalanceLossMixin, Trainer):
         if not self.is_world_process_zero():
             return
         ours, data, training = self.recipe.ours, self.recipe.data, self.args
+        rows: Any = self.train_dataset
         recipe = {
             "Preset": ours.preset or "none",
             "Data": f"{data.data_format}: {', '.join(Path(file).name for file in data.train_files)}",
-            "Rows": f"{len(self.train_dataset):,} of up to {data.max_length:,} tokens{', packed' * data.packing}",
+            "Rows": f"{len(rows):,} of up to {data.max_length:,} tokens{', packed' * data.packing}",
             "Loss on": "all" if data.data_format == "text" else data.loss_on,
             "Steps": self.state.global_step,
             "Rows per step": training.train_batch_size * training.gradient_accumulation_steps * training.world_size,
-            "Learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type.value}",
+            "Learning rate": f"{training.learning_rate:g}, {SchedulerType(training.lr_scheduler_type).value}",
             "Weight decay": training.weight_decay,
             "Weight of the balance loss": ours.aux_coef,
             "Weight of the divergence from the base model": ours.keep_weight,
@@ -268,7 +271,7 @@ class RouterTrainer(KeepCloseMixin, BalanceLossMixin, Trainer):
         }
         write_model_card(
             self.accelerator.unwrap_model(self.model),
-            training.output_dir,
+            str(training.output_dir),
             repo_id=self.hub_model_id if training.push_to_hub else None,
             recipe=recipe,
             evaluation=self.losses,
