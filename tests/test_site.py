@@ -25,6 +25,7 @@ import run_snippets  # noqa: E402
 GENERATED = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
+    "CODE_OF_CONDUCT.md": "code_of_conduct.md",
     "examples/measure_train_picture.ipynb": "guide/notebook.md",
 }
 """Pages that docs/site_hooks.py makes of files outside of docs/."""
