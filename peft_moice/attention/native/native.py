@@ -1,6 +1,5 @@
 """The operator by kernels in C: cost follows K, and decoding reads keys and values once."""
 
-import ctypes
 import functools
 from typing import Any
 
@@ -15,6 +14,8 @@ from .library import Problem, load
 _MAX_HEAD_DIM = 256
 _MOST_DECODED = 8
 """Up to so many queries keys are not rotated; see `decode.c`."""
+_FEWEST_ROTATIONS = 17
+"""So many rows of the table of rotations are read, however few keys there are: one more than vectors have lanes."""
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -39,36 +40,29 @@ def run(call: AttentionCall) -> tuple[torch.Tensor, None]:
 
     For the backward pass the inputs are kept and nothing else. Besides them and the results, many queries need memory
     that does not grow with the length, the backward pass a few copies of the gradients of keys and values, and few
-    queries `H · (N + 2) · T` floats.
+    queries `H · K · T` floats.
     """
-    tensors = (call.query, call.key, call.value)
-    if len({tensor.dtype for tensor in tensors}) > 1:
-        tensors = (call.query.float(), call.key.float(), call.value.float())
-    output: torch.Tensor = _NativeAttention.apply(  # type: ignore[no-untyped-call]
-        *tensors,
-        call.gates.float(),
-        call.picks(),
-        call.attention_mask,
-        call.rotations,
-        first_position(call),
-        call.scaling,
-        call.is_causal,
-    )
+    query, key, value = call.query, call.key, call.value
+    if not query.dtype == key.dtype == value.dtype:
+        query, key, value = query.float(), key.float(), value.float()
+    gates, mask = call.gates.float(), call.attention_mask
+    options = (call.rotations, first_position(call), call.scaling, call.is_causal)
+    output: torch.Tensor
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value, gates)):
+        picked = call.picks()
+        output = _NativeAttention.apply(query, key, value, gates, picked, mask, *options)  # type: ignore[no-untyped-call]
+    else:
+        output = _forward(query, key, value, gates, mask, *options)
     return output.to(call.query.dtype), None
 
 
 class _NativeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
-        *tensors, rotations, query_start, scaling, is_causal = inputs
-        query, key, value, gates, _, mask = tensors
-        ctx.save_for_backward(*tensors)
-        ctx.options = (rotations, query_start, scaling, is_causal)
-        output = _empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
-        kernel = _Kernel(query, key, value, gates, mask, *ctx.options)
-        kernel.point(output=output)
-        kernel.run("decode" if query.shape[-2] <= _MOST_DECODED else "attend")
-        return output
+        query, key, value, gates, picked, mask, *options = inputs
+        ctx.save_for_backward(query, key, value, gates, picked, mask)
+        ctx.options = options
+        return _forward(query, key, value, gates, mask, *options)
 
     @staticmethod
     @once_differentiable
@@ -88,6 +82,16 @@ class _NativeAttention(torch.autograd.Function):
         return *grads, grad_gates, *(None,) * 6
 
 
+def _forward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gates: torch.Tensor, mask: Any, *options: Any
+) -> torch.Tensor:
+    output = _empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
+    kernel = _Kernel(query, key, value, gates, mask, *options)
+    kernel.point(output=output)
+    kernel.run("decode" if query.shape[-2] <= _MOST_DECODED else "attend")
+    return output
+
+
 class _Kernel:
     """A `Problem` with the tensors that its pointers lead to."""
 
@@ -104,13 +108,16 @@ class _Kernel:
         is_causal: bool,
     ):
         batch, heads, length, head_dim = query.shape
-        num_keys = key.shape[-2]
-        cos, sin = rotations.cos_sin(num_keys, query.device)
+        kv_heads, num_keys = key.shape[1], key.shape[2]
+        layout = rotations.layout
+        cos, sin = rotations.cos_sin(max(num_keys, _FEWEST_ROTATIONS), query.device)
         self.threads = torch.get_num_threads()
-        self.problem = Problem(
+        self.problem = Problem()
+        self._kept: list[torch.Tensor] = []
+        self.problem.set(
             batch=batch,
-            kv_heads=key.shape[1],
-            group=heads // key.shape[1],
+            kv_heads=kv_heads,
+            group=heads // kv_heads,
             queries=length,
             keys=num_keys,
             head_dim=head_dim,
@@ -119,42 +126,39 @@ class _Kernel:
             pairs=cos.shape[-1],
             query_start=query_start,
             is_causal=is_causal,
-            is_ordered=rotations.layout.start == 0 and not rotations.layout.interleaved,
+            is_ordered=layout.start == 0 and not layout.interleaved,
             type=_TYPES[query.dtype],
             table_stride=cos.stride(0),
             scaling=scaling,
         )
-        self._kept: list[torch.Tensor] = []
-        self.point(gates=gates.contiguous(), cos=cos, sin=sin, order=_order(rotations.layout, head_dim))
-        for name, tensor in {"query": query, "key": key, "value": value}.items():
-            tensor = tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-            self.point(**{name: tensor})
-            setattr(self.problem, f"{name}_stride", (ctypes.c_int64 * 3)(*tensor.stride()[:3]))
+        query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+        self.point(query=query, key=key, value=value, gates=gates.contiguous(), cos=cos, sin=sin)
+        self.point(order=_order(layout, head_dim))
+        self.problem.set(query_stride=query.stride()[:3], key_stride=key.stride()[:3], value_stride=value.stride()[:3])
         if mask is not None:
             mask = mask if mask.dtype == torch.bool else mask.float()
             mask = mask.expand(batch, heads, length, num_keys)
             self.point(mask=mask)
-            self.problem.mask_stride = (ctypes.c_int64 * 4)(*mask.stride())
-            self.problem.mask_is_boolean = mask.dtype == torch.bool
+            self.problem.set(mask_stride=mask.stride(), mask_is_boolean=mask.dtype == torch.bool)
 
     def point(self, **tensors: torch.Tensor | None) -> None:
         """Set pointers by the names of the problem's fields."""
-        for name, tensor in tensors.items():
-            if tensor is not None:
-                setattr(self.problem, name, tensor.data_ptr())
-                self._kept.append(tensor)
+        found = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        self.problem.set(**{name: tensor.data_ptr() for name, tensor in found.items()})
+        self._kept.extend(found.values())
 
     def count_parts(self) -> int:
         """In how many parts the backward pass leaves the gradients of keys and values."""
-        parts: int = _library().count_parts(ctypes.byref(self.problem), self.threads)
-        self.problem.parts = parts
+        parts: int = _library().count_parts(self.problem.packed(), self.threads)
+        self.problem.set(parts=parts)
         return parts
 
     def run(self, name: str) -> None:
         """Call the C function of this name."""
-        library, problem = _library(), ctypes.byref(self.problem)
-        self.point(scratch=_empty(getattr(library, f"{name}_floats")(problem, self.threads)))
-        getattr(library, name)(problem, self.threads)
+        library = _library()
+        scratch = _empty(getattr(library, f"{name}_floats")(self.problem.packed(), self.threads))
+        self.point(scratch=scratch)
+        getattr(library, name)(self.problem.packed(), self.threads)
 
 
 def _library() -> Any:
