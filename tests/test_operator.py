@@ -410,12 +410,12 @@ def test_any_problem_equals_the_reference(implementation, problem):
     gates = select_experts(logits, problem["top_k"]).requires_grad_()
     results = []
     with pytest.MonkeyPatch.context() as patch:
-        grouped, native = (
-            importlib.import_module(f"peft_moice.attention.{name}") for name in ("grouped", "native.native")
+        grouped, kernel = (
+            importlib.import_module(f"peft_moice.attention.{name}") for name in ("grouped", "native.kernel")
         )
         patch.setattr(grouped, "_MIN_TOKENS", problem["chunk"])
         patch.setattr(grouped, "_MAX_TOKENS", problem["chunk"])
-        patch.setattr(native, "_MOST_DECODED", problem["most_decoded"])
+        patch.setattr(kernel, "_MOST_DECODED", problem["most_decoded"])
         for name in (implementation, "reference"):
             output, _ = mixed_attention(
                 *tensors,
