@@ -448,6 +448,16 @@ class TestResult:
         groups = [[1.0, 1.0, 1.0], *[[1.0, 0.0, 1.0]] * 3] * 2
         assert self.RESULT.interval() == bootstrap_interval(groups)
 
+    def test_intervals_have_a_width_where_there_is_little_to_go_by(self):
+        def result(scores):
+            return Result("t", "u", "m", 0, tuple(Score(g, 30, p, s, s, s) for g, p, s in scores))
+
+        one_draw = result([(0, 0.0, 1.0), (0, 0.5, 0.0), (0, 1.0, 0.0)])
+        assert one_draw.interval() == wilson_interval(1, 3)
+        assert one_draw.interval("loss") == bootstrap_interval([[1.0], [0.0], [0.0]])
+        all_right = result([(g, p, 1.0) for g in range(4) for p in (0.0, 0.5, 1.0)])
+        assert all_right.interval() == wilson_interval(4, 4)
+
     def test_survives_the_disk(self, tmp_path):
         self.RESULT.save(tmp_path / "result.json")
         assert Result.load(tmp_path / "result.json") == self.RESULT

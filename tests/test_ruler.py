@@ -70,7 +70,7 @@ def learn(model, prompt: list[int], answer: list[int]) -> None:
 @pytest.mark.slow
 def test_who_knows_the_answers_by_heart_gets_all_of_them_and_no_others(model, tokenizer, folder):
     def run(adapted, tasks, limit):
-        return ruler.ruler(adapted, tokenizer, folder, tasks, LENGTHS, limit)
+        return {name: cell for name, _, cell in ruler.ruler(adapted, tokenizer, folder, tasks, LENGTHS, limit)}
 
     (prompt,) = prompts_of(model, lambda: run(model, ["niah_single_1"], 1))
     text = tokenizer.decode(prompt)
@@ -80,9 +80,9 @@ def test_who_knows_the_answers_by_heart_gets_all_of_them_and_no_others(model, to
     adapted = get_peft_model(model, MoICEConfig(base_multipliers=[1.0, 0.25], init_weights="identity"))
     results = run(adapted, ["niah_multikey_2", "niah_single_1"], 2)
     assert list(results) == ["niah_multikey_2", "niah_single_1"]
-    cell = results["niah_single_1"]["1024"]
+    cell = results["niah_single_1"]
     assert cell["scores"] == [1.0, 0.0] and cell["score"] == 0.5
-    assert results["niah_multikey_2"]["1024"]["score"] == 0.0
+    assert results["niah_multikey_2"]["score"] == 0.0
 
 
 def test_refuses_tasks_that_need_a_download():

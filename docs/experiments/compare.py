@@ -102,7 +102,8 @@ def main(args: argparse.Namespace) -> None:
 
 def command(argv: list[str]) -> list[str]:
     """Arguments without the machine's folders."""
-    folders = {"--model": "FOLDER", "--data": "FOLDER", "--out": "FILE", "--save": "FILE", "--load": "FILE"}
+    folders = {"--model": "FOLDER", "--data": "FOLDER", "--adapter": "FOLDER"}
+    folders |= {"--out": "FILE", "--save": "FILE", "--load": "FILE"}
     return [folders.get(before, word) for before, word in zip(["", *argv], argv, strict=False)]
 
 

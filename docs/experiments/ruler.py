@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before anything of the harness is imported: its data are made here, and nothing is to wait for a network.
@@ -37,29 +38,20 @@ def main(args: argparse.Namespace) -> None:
     if unknown := set(args.tasks) - set(TASKS):
         raise ValueError(f"--tasks names {sorted(unknown)}; choose among {', '.join(TASKS)}.")
     model, tokenizer = trained.load(args)
-    record = {
+    record: dict = {
         "model": trained.named(args),
         "limit": args.limit,
         "float32": args.float32,
-        "tasks": ruler(
-            model,
-            tokenizer,
-            args.model,
-            args.tasks,
-            args.lengths,
-            args.limit,
-            batch_size=args.batch_size,
-            half=not args.float32,
-        ),
         "command": " ".join(["python docs/experiments/ruler.py", *command(sys.argv[1:])]),
+        "tasks": {},
     }
-    args.out.write_text(json.dumps(record, indent=2) + "\n")
-    for name, by_length in record["tasks"].items():
-        for length, cell in by_length.items():
-            low, high = cell["interval"]
-            print(
-                f"{name:<18}{length:>7}  {cell['score']:.3f} ({low:.3f} to {high:.3f})  {cell['cpu_seconds']} s of CPU"
-            )
+    options = {"batch_size": args.batch_size, "half": not args.float32}
+    for name, length, cell in ruler(model, tokenizer, args.model, args.tasks, args.lengths, args.limit, **options):
+        record["tasks"].setdefault(name, {})[str(length)] = cell
+        args.out.write_text(json.dumps(record, indent=2) + "\n")
+        low, high = cell["interval"]
+        seconds = f"{cell['cpu_seconds']} s of CPU"
+        print(f"{name:<18}{length:>7}  {cell['score']:.3f} ({low:.3f} to {high:.3f})  {seconds}", flush=True)
 
 
 def ruler(
@@ -72,9 +64,9 @@ def ruler(
     *,
     batch_size: int = 1,
     half: bool = False,
-) -> dict[str, dict[str, dict]]:
-    """Scores by task and length: the share of the answers that the model's text contains, mean over `limit` questions
-    with its 95% interval, the score of each question, and processor seconds.
+) -> Iterator[tuple[str, int, dict]]:
+    """Task, length and what the model scored: the share of the answers that its text contains, mean over `limit`
+    questions with its 95% interval; the score of each question; processor seconds.
 
     Args:
         model: measured as it is.
@@ -95,7 +87,6 @@ def ruler(
     if half:  # not before: the harness ties weights
         halve(model)
     definitions = Path(lm_eval.__file__).parent / "tasks" / "ruler"
-    scores: dict[str, dict[str, dict]] = {}
     for name in tasks:
         for length in lengths:
             start = time.process_time()
@@ -111,13 +102,13 @@ def ruler(
                 bootstrap_iters=0,
             )
             answered = [sample[str(length)] for sample in results["samples"][name]]
-            scores.setdefault(name, {})[str(length)] = {
+            cell = {
                 "score": sum(answered) / len(answered),
                 "interval": interval(answered),
                 "scores": answered,
                 "cpu_seconds": round(time.process_time() - start),
             }
-    return scores
+            yield name, length, cell
 
 
 def interval(scores: list[float]) -> tuple[float, float]:
