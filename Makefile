@@ -29,7 +29,7 @@ quick: $(VENV)/test
 vllm: $(VLLM_VENV)/vllm
 
 test-vllm: $(VLLM_VENV)/vllm
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VLLM_VENV)/bin/python -m pytest \
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VLLM_VENV)/bin/python -m pytest --show-capture=no \
 	    tests/serving tests/test_serving_files.py
 
 lint: $(VENV)/dev

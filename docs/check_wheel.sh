@@ -42,3 +42,5 @@ assert not missing, missing
 print('peft_moice', peft_moice.__version__, 'runs from its wheel')
 "
 ../venv/bin/python "$root/docs/run_snippets.py" "$root/README.md"
+../venv/bin/python "$root/docs/run_snippets.py" --commands "$root/README.md"
+../venv/bin/peft-moice --version

@@ -3,11 +3,11 @@
 import itertools
 import math
 import os
-import reprlib
 import sys
 from dataclasses import dataclass, field
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 
 from peft.config import PeftConfig
@@ -69,12 +69,12 @@ class RouterSpec:
             TypeError: a value of the wrong type.
         """
         if not isinstance(fields, dict):
-            raise TypeError(f"`{where}` has to hold the fields of a router, not {reprlib.repr(fields)}.")
+            raise TypeError(f"`{where}` has to hold the fields of a router, not {shortened(fields)}.")
         names = {name.name for name in dataclass_fields(cls)}
         required = {"rope_bases", "top_k", "router_dim", "router_scope", "hidden_act"}
         if not required <= fields.keys() <= names or any(fields[name] is None for name in required):
             raise ValueError(
-                f"`{where}` has the fields {reprlib.repr(sorted(map(str, fields)))}; a router has {sorted(required)}, "
+                f"`{where}` has the fields {shortened(sorted(map(str, fields)))}; a router has {sorted(required)}, "
                 f"and may have {sorted(names - required)}. Save the adapter or the model anew."
             )
         spec = cls(**fields)
@@ -92,8 +92,8 @@ class RouterSpec:
             raise type(error)(f"In `{where}`: {error}") from error
         if not isinstance(spec.identity, bool) or not isinstance(spec.implementation, str) or spec.weight <= 0:
             raise ValueError(
-                f"`{where}` has `identity` {reprlib.repr(spec.identity)}, `implementation` "
-                f"{reprlib.repr(spec.implementation)} and `weight` {reprlib.repr(spec.weight)}, but they have to be "
+                f"`{where}` has `identity` {shortened(spec.identity)}, `implementation` "
+                f"{shortened(spec.implementation)} and `weight` {shortened(spec.weight)}, but they have to be "
                 "true or false, a name, and a positive number."
             )
         return spec
@@ -186,7 +186,7 @@ class MoICEConfig(PeftConfig):
         self._check_router()
         if self.members is not None:
             if not isinstance(self.members, list) or not self.members:
-                raise TypeError(f"`members` has to be a list of routers, not {reprlib.repr(self.members)}.")
+                raise TypeError(f"`members` has to be a list of routers, not {shortened(self.members)}.")
             self.router_specs()
 
     @classmethod
@@ -305,7 +305,15 @@ class MoICEConfig(PeftConfig):
             if not isinstance(value, (set, list, tuple, str, type(None))) or not all(
                 isinstance(n, str) for n in names
             ):
-                raise TypeError(f"`{name}` has to be a list of names, a regular expression or None, not {value!r}.")
+                raise TypeError(
+                    f"`{name}` has to be a list of names, a regular expression or None, not {shortened(value)}."
+                )
+        if self.modules_to_save is not None:
+            names = self.modules_to_save if isinstance(self.modules_to_save, (list, tuple, set)) else [None]
+            if not all(isinstance(name, str) for name in names):
+                raise TypeError(
+                    f"`modules_to_save` has to be a list of names or None, not {shortened(self.modules_to_save)}."
+                )
         if self.target_modules == "all-linear":
             raise ValueError(
                 "target_modules='all-linear' selects linear layers, but MoICE adapts attention modules. Leave "
@@ -315,11 +323,13 @@ class MoICEConfig(PeftConfig):
             indices = self.layers_to_transform
             indices = list(indices) if isinstance(indices, (list, tuple, set, range)) else [indices]
             if any(isinstance(index, bool) or not isinstance(index, int) for index in indices):
-                raise TypeError(f"`layers_to_transform` has to hold integers, not {self.layers_to_transform!r}.")
+                raise TypeError(
+                    f"`layers_to_transform` has to hold integers, not {shortened(self.layers_to_transform)}."
+                )
             if not indices or min(indices) < 0:
                 raise ValueError(
-                    f"`layers_to_transform` is {self.layers_to_transform!r}, but has to name at least one layer, by "
-                    "its index from 0. Leave it out to adapt all layers."
+                    f"`layers_to_transform` is {shortened(self.layers_to_transform)}, but has to name at least one "
+                    "layer, by its index from 0. Leave it out to adapt all layers."
                 )
             self.layers_to_transform = indices
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
@@ -356,7 +366,7 @@ class MoICEConfig(PeftConfig):
         for name in ("top_k", "router_dim"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise TypeError(f"`{name}` has to be an integer or None, not {value!r}.")
+                raise TypeError(f"`{name}` has to be an integer or None, not {shortened(value)}.")
         if self.top_k is not None and not 1 <= self.top_k <= self.num_experts:
             raise ValueError(
                 f"`top_k` is {self.top_k}, but has to lie in 1..{self.num_experts}, the number of angles. Lower it, "
@@ -366,13 +376,13 @@ class MoICEConfig(PeftConfig):
             raise ValueError(f"`router_dim` is {self.router_dim}, but has to be at least 1.")
         if self.router_scope not in ("layer", "head") and not (self.members and self.router_scope is None):
             raise ValueError(
-                f"`router_scope` is {self.router_scope!r}; choose 'layer' (a router shared by a layer's heads) or "
-                "'head' (a router per head)."
+                f"`router_scope` is {shortened(self.router_scope)}; choose 'layer' (a router shared by a layer's "
+                "heads) or 'head' (a router per head)."
             )
         if self.init_weights not in (True, False, "identity"):
-            raise ValueError(f"`init_weights` is {self.init_weights!r}; choose True, False or 'identity'.")
+            raise ValueError(f"`init_weights` is {shortened(self.init_weights)}; choose True, False or 'identity'.")
         if self.hidden_act is not None and (not isinstance(self.hidden_act, str) or self.hidden_act not in ACT2FN):
-            raise ValueError(f"`hidden_act` is {self.hidden_act!r}; choose one of {sorted(ACT2FN)}.")
+            raise ValueError(f"`hidden_act` is {shortened(self.hidden_act)}; choose one of {sorted(ACT2FN)}.")
         if self.members and self.router_aux_loss_coef is None:
             return
         if _check_number(self.router_aux_loss_coef, "router_aux_loss_coef") < 0:
@@ -420,15 +430,15 @@ def _check_own_base(rope_bases: Bases, own_thetas: dict[str | None, float]) -> N
 def _check_number(value: object, name: str) -> float:
     """`value`, if it is a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"`{name}` has to be a number, not {reprlib.repr(value)}.")
+        raise TypeError(f"`{name}` has to be a number, not {shortened(value)}.")
     if not abs(value) <= sys.float_info.max:
-        raise ValueError(f"`{name}` is {reprlib.repr(value)}, but has to be a finite number of at least 0; 0 is none.")
+        raise ValueError(f"`{name}` is {shortened(value)}, but has to be a finite number of at least 0; 0 is none.")
     return value
 
 
 def _checked_angles(values: list[float], name: str) -> list[float]:
     if isinstance(values, str) or not hasattr(values, "__iter__"):
-        raise TypeError(f"`{name}` has to be a list of numbers, not {reprlib.repr(values)}.")
+        raise TypeError(f"`{name}` has to be a list of numbers, not {shortened(values)}.")
     values = list(itertools.islice(values, MAX_EXPERTS + 1))
     if not values:
         raise ValueError(f"`{name}` is empty; give at least one angle, or leave it out for the default.")
@@ -436,9 +446,9 @@ def _checked_angles(values: list[float], name: str) -> list[float]:
         raise ValueError(f"`{name}` holds more than {MAX_EXPERTS} angles, each of which is an expert. Give fewer.")
     for value in values:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"`{name}` has to be a list of numbers, but holds {reprlib.repr(value)}.")
+            raise TypeError(f"`{name}` has to be a list of numbers, but holds {shortened(value)}.")
         if not 0 < value <= sys.float_info.max:
-            shown = float(value) if abs(value) <= sys.float_info.max else reprlib.repr(value)
+            shown = float(value) if abs(value) <= sys.float_info.max else shortened(value)
             raise ValueError(f"`{name}` holds {shown}; base angles have to be positive and finite.")
     angles = [float(value) for value in values]
     if len(set(angles)) < len(angles):

@@ -4,8 +4,8 @@ Configs come from files, and files from anywhere. What one says of routers is ch
 """
 
 import dataclasses
-import reprlib
 from collections.abc import Iterator
+from reprlib import repr as shortened
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -94,7 +94,7 @@ def described_layers(model: PreTrainedModel, description: dict[str, Any]) -> Ite
         name, where = _name_of(model, attention), f"moice.layers[{described!r}]"
         rope_theta = layer.get("rope_theta") if isinstance(layer, dict) else None
         if rope_theta is not None and (isinstance(rope_theta, bool) or not isinstance(rope_theta, (int, float))):
-            raise TypeError(f"`{where}` has the rope_theta {reprlib.repr(rope_theta)}, which is no number.")
+            raise TypeError(f"`{where}` has the rope_theta {shortened(rope_theta)}, which is no number.")
         own = LayerProbe(model).find_rotary(name, rope_theta)
         if own is None:
             raise ValueError(
@@ -108,8 +108,8 @@ def described_layers(model: PreTrainedModel, description: dict[str, Any]) -> Ite
         layout = _layout(layer, head_dim, where)
         if direction not in (1, -1) or not (length is None or (type(length) is int and length > 0)):
             raise ValueError(
-                f"`{where}` has the direction {reprlib.repr(direction)} and the original_length "
-                f"{reprlib.repr(length)}, but they have to be 1 or -1, and a number of tokens or null."
+                f"`{where}` has the direction {shortened(direction)} and the original_length "
+                f"{shortened(length)}, but they have to be 1 or -1, and a number of tokens or null."
             )
         rope = LayerRope(type(rotary), rotary.config, layer_type, layout, direction, length, own=own)
         rope = ropes.setdefault((id(rotary), layer_type, layout), rope)
@@ -149,7 +149,7 @@ def check_loaded(model: PreTrainedModel, info: dict[str, Any]) -> None:
     layers = {f".{name.rpartition('.')[0]}." for name in model.config.moice["layers"]}
     # A decoder alone has names without the part that its owner gives it.
     layers |= {f".{layer.split('.', 2)[2]}" for layer in layers}
-    same_head = (model.config.architectures or [None])[0] == type(model).__name__
+    same_head = model.config.architectures == [type(model).__name__]
     mismatched = [key for key, *_ in info.get("mismatched_keys", ())]
     for key in [*sorted(info.get("missing_keys", ())), *mismatched]:
         in_layer = any(f".{key}".startswith(layer) for layer in layers)
@@ -174,14 +174,14 @@ def _shares(layer: dict[str, Any], kinds: list[RouterSpec], layer_type: object, 
         index, weight = share if isinstance(share, list) and len(share) == 2 else (None, None)
         if type(index) is not int or not 0 <= index < len(kinds):
             raise ValueError(
-                f"`{where}` names the router {reprlib.repr(share)}, but has to give pairs of an index, 0 to "
+                f"`{where}` names the router {shortened(share)}, but has to give pairs of an index, 0 to "
                 f"{len(kinds) - 1}, and a weight."
             )
         fields = {**dataclasses.asdict(kinds[index]), "weight": weight}
         bases = fields["rope_bases"]
         if (isinstance(bases, dict) and layer_type not in bases) or not isinstance(layer_type, (str, type(None))):
             raise ValueError(
-                f"`{where}` has the layer_type {reprlib.repr(layer_type)}, of which its routers know nothing."
+                f"`{where}` has the layer_type {shortened(layer_type)}, of which its routers know nothing."
             )
         specs.append(RouterSpec.from_saved(fields, where))
     if not specs:
@@ -193,7 +193,7 @@ def _layout(layer: dict[str, Any], head_dim: int, where: str) -> RotaryLayout:
     fields = _field(layer, "layout", dict, where)
     start, size, interleaved = (fields.get(key) for key in ("start", "size", "interleaved"))
     if type(start) is not int or type(size) is not int or not isinstance(interleaved, bool) or len(fields) != 3:
-        raise TypeError(f"`{where}` has the layout {reprlib.repr(fields)}, which is not one of rotated dimensions.")
+        raise TypeError(f"`{where}` has the layout {shortened(fields)}, which is not one of rotated dimensions.")
     if start < 0 or size < 2 or size % 2 or start + size > head_dim:
         raise ValueError(f"`{where}` rotates {size} dimensions from {start} on, but a query has {head_dim}.")
     return RotaryLayout(start, size, interleaved)
@@ -203,7 +203,7 @@ def _field(fields: object, key: str, kind: type, where: str) -> Any:
     value = fields.get(key) if isinstance(fields, dict) else None
     if type(value) is not kind:
         raise TypeError(
-            f"`{where}` of the config has to hold {key!r} as a {kind.__name__}, not {reprlib.repr(value)}. Save the "
+            f"`{where}` of the config has to hold {key!r} as a {kind.__name__}, not {shortened(value)}. Save the "
             "model anew, with `merge_and_unload().save_pretrained(...)`."
         )
     return value
@@ -225,8 +225,8 @@ def _submodule(model: PreTrainedModel, name: str) -> nn.Module:
         found = [name]
     if len(found) != 1:
         raise ValueError(
-            f"The config names the attention module {reprlib.repr(name)}, but {type(model).__name__} has "
-            f"{reprlib.repr(found) if found else 'none'} in its place. Load the checkpoint with the auto class that "
+            f"The config names the attention module {shortened(name)}, but {type(model).__name__} has "
+            f"{shortened(found) if found else 'none'} in its place. Load the checkpoint with the auto class that "
             "it was saved from."
         )
     submodule: nn.Module = modules[found[0]]

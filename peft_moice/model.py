@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from reprlib import repr as shortened
 from typing import Any, Literal
 
 import torch
@@ -107,9 +108,10 @@ class MoICEModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> MoICEConfig:
         config = as_moice_config(peft_config)
-        if config.implementation not in ("auto", *IMPLEMENTATIONS):
+        if not isinstance(config.implementation, str) or config.implementation not in ("auto", *IMPLEMENTATIONS):
             raise ValueError(
-                f"`implementation` is {config.implementation!r}; choose 'auto' or one of {sorted(IMPLEMENTATIONS)}."
+                f"`implementation` is {shortened(config.implementation)}; choose 'auto' or one of "
+                f"{sorted(IMPLEMENTATIONS)}."
             )
         if config.members is not None:
             return config

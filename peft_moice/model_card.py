@@ -200,7 +200,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         if list(row) != columns:
             raise ValueError(f"A table needs the same columns in every row, but one has {list(row)}, not {columns}.")
-    return _table(columns, [[plain(row[column]) for column in columns] for row in rows])
+    return _table(list(map(plain, columns)), [[plain(row[column]) for column in columns] for row in rows])
 
 
 def values_table(values: Mapping[str, Any]) -> str:
@@ -230,7 +230,7 @@ def _in_literal(character: str) -> str:
 
 def _metadata(library: str, base_model: str | None, tags: list[str], is_causal_lm: bool) -> ModelCardData:
     pipeline_tag = "text-generation" if is_causal_lm else None
-    return ModelCardData(library_name=library, base_model=base_model, tags=tags, pipeline_tag=pipeline_tag)
+    return ModelCardData(library_name=library, base_model=base_model or None, tags=tags, pipeline_tag=pipeline_tag)
 
 
 def _with_metadata(data: ModelCardData, text: str) -> str:

@@ -47,7 +47,7 @@ DECISIVE = ("rope_bases", "base_multipliers", "top_k", "router_dim", "router_sco
 """Fields of an adapter's config that change what it computes."""
 
 CLEAR = (ValueError, TypeError, RuntimeError, OSError, ImportError, SafetensorError, pickle.UnpicklingError)
-PASSED_ON = {"from_pretrained", "from_dict", "__init__"}
+PASSED_ON = {"from_pretrained", "from_dict", "__init__", "__post_init__"}
 """Functions of this package that call those of the libraries, whose own errors come through them."""
 
 MEMORY = 2**30

@@ -53,8 +53,8 @@ def test_an_unmerged_adapter_is_refused_with_a_command_that_merges_it(base, tmp_
     model.save_pretrained(folder)
     with pytest.raises(ValueError, match=r"both holds a MoICE adapter beside a model.*Merge it with") as raised:
         refuse_adapter(folder)
-    command = str(raised.value).split('python -c "')[1].split('"\nand serve')[0]
-    subprocess.run([sys.executable, "-W", "ignore", "-c", command], check=True)
+    command = str(raised.value).split("    peft-moice ")[1].split("\nand serve")[0].split()
+    subprocess.run([sys.executable, "-W", "ignore", "-m", "peft_moice", *command], check=True)
     check_merged(tmp_path / "both-merged", description(tmp_path / "both-merged"))
     assert torch.allclose(logits_of(load(str(tmp_path / "both-merged"))), logits_of(model), atol=1e-5)
     assert AutoTokenizer.from_pretrained(tmp_path / "both-merged")("w5 w6").input_ids == [5, 6]

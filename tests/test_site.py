@@ -14,6 +14,8 @@ import pytest
 import yaml
 from nbclient import NotebookClient
 
+from peft_moice.cli.main import COMMANDS
+
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 sys.path.insert(0, str(DOCS))
@@ -23,6 +25,7 @@ import run_snippets  # noqa: E402
 GENERATED = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
+    "CODE_OF_CONDUCT.md": "code_of_conduct.md",
     "examples/measure_train_picture.ipynb": "guide/notebook.md",
 }
 """Pages that docs/site_hooks.py makes of files outside of docs/."""
@@ -110,14 +113,26 @@ def test_the_reference_has_every_public_name():
         for page in (DOCS / "reference").glob("*.md")
         for entry in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)
     }
-    for module in ("__init__", "evaluation/__init__"):
+    for module in ("__init__", "data/__init__", "evaluation/__init__"):
         tree = ast.parse((ROOT / "peft_moice" / f"{module}.py").read_text())
         (public,) = (
             ast.literal_eval(node.value)
             for node in tree.body
             if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "__all__"
         )
-        assert {name for name in public if name != "__version__"} <= entries
+        modules = {path.stem for path in (ROOT / "peft_moice").iterdir()}
+        assert {*public} - {"__version__", "Example", *modules} <= entries
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in [*sorted(pages()), "../README.md"] if run_snippets.commands_of(DOCS / page)]
+)
+def test_command_lines_are_understood(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # parsing makes the folder of the output
+    for name, *rest in run_snippets.commands_of(DOCS / page):
+        if "--help" not in [name, *rest]:
+            # Some ask for bf16, which Trainer refuses where there is neither a GPU nor this.
+            COMMANDS[name].parse([*rest, "--use_cpu"] if name == "train" else rest)
 
 
 @pytest.fixture(scope="module")

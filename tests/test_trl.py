@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from tiny_models import VOCABULARY, decide, load, router_state, save_tiny_model, wide_config
 from transformers import AutoTokenizer
@@ -155,3 +156,17 @@ def test_dpo(llama, tmp_path):
     expected = COEF * balance_loss(list(logits), 2, inputs["attention_mask"]).item()
     assert losses[1] - losses[0] == pytest.approx(expected, rel=1e-4)
     assert balanced.state.log_history[0]["rewards/margins"] != 0.0
+
+
+def test_the_model_cards_of_trl_say_how_the_model_is_loaded(llama, tmp_path):
+    """TRL writes a card into the output folder with every checkpoint, and before it uploads."""
+    trainer = trainer_of(BalancedSFTTrainer, SFTConfig, llama, tmp_path, CHATS, save_strategy="steps", save_steps=1)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card("mine")
+    for folder in (tmp_path, tmp_path / "checkpoint-1"):
+        card = (folder / "README.md").read_text()
+        assert card.count("import peft_moice") == 1
+        assert "moice" in ModelCard(card).data.tags
+    assert "trained using [TRL]" in (tmp_path / "README.md").read_text()
+    assert "sft" in ModelCard.load(tmp_path / "README.md").data.tags

@@ -65,7 +65,7 @@ def mixed_attention(
             follows K), `"native"` (CPU; cost follows K; compiled on first use), `"triton"` (CUDA; cost follows K) or
             `"auto"` (default), which measures on a GPU, see [`certification`], and has a fixed rule on the CPU.
         backend: name of the attention implementation behind `attend`, by which "auto" chooses.
-        top_k: the most experts that a row picks, by which "auto" chooses on a GPU. Default: N.
+        top_k: the most experts that a row picks, by which "auto" chooses. Default: N.
         options: further arguments of `attend`, such as `scaling` and `dropout`.
 
     Returns:
@@ -114,16 +114,18 @@ def mixed_attention(
 
 def choose(call: AttentionCall) -> str:
     """The name of the fastest implementation that computes what the backend would, at least in the same precision."""
-    if call.num_experts == 1 or torch.compiler.is_compiling():
+    if call.num_experts == 1:
         return "delegated"
     if call.query.device.type == "cuda":
-        return _choose_on_gpu(call)
+        return "delegated" if torch.compiler.is_compiling() else _choose_on_gpu(call)
     if call.backend != "sdpa":
         return "delegated"
     if native.why_not(call) is None:
         return "native"
+    # Without a compiler; for single queries, and where all experts are picked, it is no faster.
     mixes_a_sequence = call.query.shape[-2] > 1 and call.query.dtype == call.value.dtype == torch.float32
-    return "grouped" if mixes_a_sequence and grouped.why_not(call) is None else "delegated"
+    picks_some = call.top_k is not None and call.top_k < call.num_experts
+    return "grouped" if mixes_a_sequence and picks_some and grouped.why_not(call) is None else "delegated"
 
 
 def why(call: AttentionCall, chosen: str) -> str:

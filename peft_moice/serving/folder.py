@@ -11,24 +11,17 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 from ..built_in import ROUTERS_NAME
 from ..config import PEFT_TYPE_NAME
 
-MERGE = (
-    "import peft_moice; from peft import AutoPeftModelForCausalLM; from transformers import AutoTokenizer; "
-    "AutoPeftModelForCausalLM.from_pretrained('{source}').merge_and_unload().save_pretrained('{target}'); "
-    "AutoTokenizer.from_pretrained('{source}').save_pretrained('{target}')"
-)
-"""Python that merges the adapter at `source` into its base model and writes the result to `target`."""
-
 
 def refuse_adapter(folder: Path) -> None:
     """Raise a ValueError if `folder` holds a MoICE adapter that is not merged, with the command that merges it."""
     file = folder / ADAPTER_CONFIG_NAME
     if not file.is_file() or _read_json(file).get("peft_type") != PEFT_TYPE_NAME:
         return
-    beside = (folder / CONFIG_NAME).is_file()
-    code = MERGE.format(source=folder, target=f"{folder}-merged")
+    has_model = (folder / CONFIG_NAME).is_file()
+    command = f"peft-moice merge {folder} {folder}-merged" + (f" --model {folder}" if has_model else "")
     raise ValueError(
-        f"{folder} holds a MoICE adapter{' beside a model' if beside else ''}, and servers run merged models. Merge "
-        f'it with\n    python -c "{code}"\nand serve {folder}-merged.'
+        f"{folder} holds a MoICE adapter{' beside a model' if has_model else ''}, and servers run merged models. "
+        f"Merge it with\n    {command}\nand serve {folder}-merged."
     )
 
 

@@ -62,6 +62,24 @@ class Served:
         places = [first_near_tie(record) for record in self.records]
         return logits.log_softmax(-1), min([len(ids), *places])
 
+    def draw(self, *lengths: int, begin: list[int] | None = None, new_tokens: int = 0) -> list[list[int]]:
+        """Random prompts in which no router comes near a tie, nor in the first `new_tokens` of their answers.
+
+        Args:
+            lengths: of the prompts, behind `begin`.
+            begin: what all of them begin with.
+            new_tokens: how much of the greedy answer is looked at.
+        """
+        generator, prompts = torch.Generator().manual_seed(len(lengths)), []
+        while len(prompts) < len(lengths):
+            drawn = torch.randint(2, VOCABULARY, (lengths[len(prompts)],), generator=generator).tolist()
+            ids = prompt = [*(begin or []), *drawn]
+            for _ in range(new_tokens):
+                ids = [*ids, int(self.log_probabilities(ids)[0][-1].argmax())]
+            if self.log_probabilities(ids)[1] == len(ids):
+                prompts.append(prompt)
+        return prompts
+
     @torch.no_grad()
     def base_log_probabilities(self, ids: list[int]) -> torch.Tensor:
         return self.base(torch.tensor([ids])).logits[0].log_softmax(-1)
@@ -126,11 +144,6 @@ def engine(folder: str, **options):
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
-
-
-def random_prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(2, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
 
 
 def generate(llm, prompts: list[list[int]], max_tokens: int = 16, with_prompts: bool = True, **options):

@@ -12,7 +12,6 @@ from served_models import (
     assert_routers_matter,
     engine,
     generate,
-    random_prompts,
 )
 
 BLOCK = 128
@@ -23,12 +22,12 @@ BLOCK = 128
 def test_as_transformers(served, name):
     """Six sequences at once, prompts in pieces of 96 tokens; then two that begin as others did."""
     model = served[name]
-    prompts = random_prompts(3, 40, 95, 97, 200, 500)
+    prompts = model.draw(3, 40, 95, 97, 200, 500)
+    shared = model.draw(30, 70, begin=prompts[-1][: 3 * BLOCK])
     assert_routers_matter(model, prompts[-1])
     with engine(model.folder, max_num_batched_tokens=96, max_num_seqs=6) as llm:
         outputs = generate(llm, prompts)
         assert_as_transformers(model, outputs)
-        shared = [prompts[-1][: 3 * BLOCK] + tail for tail in random_prompts(30, 70, seed=1)]
         outputs = generate(llm, shared, with_prompts=False)
         assert [output.num_cached_tokens for output in outputs] == [3 * BLOCK] * 2
         assert_as_transformers(model, outputs)
@@ -37,6 +36,8 @@ def test_as_transformers(served, name):
 @pytest.mark.parametrize("name", ["llama K < N, per layer", "mistral K = N, per head", "one key head"])
 def test_a_cache_that_keeps_keys_once(served, name):
     model = served[name]
+    prompts = model.draw(3, 40, 95, 97, 200, 500)
+    shared = model.draw(30, 70, begin=prompts[-1][: 3 * BLOCK])
     blocks = {}
     for cache in ("folded", "rotating"):
         with engine(
@@ -44,9 +45,7 @@ def test_a_cache_that_keeps_keys_once(served, name):
         ) as llm:
             blocks[cache] = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
             if cache == "rotating":
-                prompts = random_prompts(3, 40, 95, 97, 200, 500)
                 assert_as_transformers(model, generate(llm, prompts))
-                shared = [prompts[-1][: 3 * BLOCK] + tail for tail in random_prompts(30, 70, seed=1)]
                 outputs = generate(llm, shared, with_prompts=False)
                 assert all(output.num_cached_tokens for output in outputs)
                 assert_as_transformers(model, outputs)
@@ -64,7 +63,7 @@ def test_preemption(served, cache):
         preempted = []
         preempt = scheduler._preempt_request
         scheduler._preempt_request = lambda *args, **kwargs: (preempted.append(1), preempt(*args, **kwargs))[1]
-        outputs = generate(llm, random_prompts(*[120] * 8), max_tokens=40, with_prompts=False)
+        outputs = generate(llm, model.draw(*[120] * 8), max_tokens=40, with_prompts=False)
         assert preempted
         assert_as_transformers(model, outputs)
 
@@ -80,7 +79,7 @@ def test_a_real_model(smollm2):
 def test_compiled(served):
     model = served["qwen3 K = N, per head"]
     with engine(model.folder, enforce_eager=False) as llm:
-        assert_as_transformers(model, generate(llm, random_prompts(5, 300)))
+        assert_as_transformers(model, generate(llm, model.draw(5, 300)))
 
 
 def test_half_precision_keeps_routers_exact(served):
@@ -88,7 +87,7 @@ def test_half_precision_keeps_routers_exact(served):
     model = served["llama K = N, per head"]
     with engine(model.folder, dtype="bfloat16") as llm:
         dtypes = llm.apply_model(lambda m: {p.dtype for name, p in m.named_parameters() if ".moice_routers." in name})
-        (output,) = generate(llm, random_prompts(200))
+        (output,) = generate(llm, model.draw(200))
     assert dtypes == [{torch.float32}]
     ids = list(output.prompt_token_ids)
     expected = model.log_probabilities(ids)[0][torch.arange(199), torch.tensor(ids[1:])]
@@ -102,7 +101,7 @@ def test_lora_over_a_merged_model(with_lora, served):
 
     folder, model = with_lora
     plain = served["llama K < N, per layer"]
-    prompts = random_prompts(5, 60, 300)
+    prompts = [model.draw(5)[0], *plain.draw(60, 300)]
     difference = model.log_probabilities(prompts[-1])[0] - plain.log_probabilities(prompts[-1])[0]
     assert difference.abs().max() > 0.1
     with engine(model.folder, enable_lora=True, max_lora_rank=8) as llm:
@@ -118,7 +117,7 @@ def test_a_moice_adapter_is_no_lora(served):
         engine(served["llama K < N, per layer"].folder, enable_lora=True) as llm,
         pytest.raises(Exception, match=r"(?i)lora"),
     ):
-        generate(llm, random_prompts(5), lora_request=LoRARequest("moice", 1, adapter))
+        generate(llm, [[5, 6, 7]], lora_request=LoRARequest("moice", 1, adapter))
 
 
 def change_config(folder, **changes):
@@ -195,7 +194,7 @@ def test_other_models_are_left_to_vllm(served):
     """A plain model is served as ever beside the plugin."""
     model = served["llama K < N, per layer"]
     with engine(f"{model.folder}/../base") as llm:
-        (output,) = generate(llm, random_prompts(200))
+        (output,) = generate(llm, model.draw(200))
     ids = list(output.prompt_token_ids)
     expected = model.base_log_probabilities(ids)[torch.arange(199), torch.tensor(ids[1:])]
     found = torch.tensor([values[ids[i]].logprob for i, values in enumerate(output.prompt_logprobs) if values])
