@@ -53,7 +53,8 @@ class MoICECallback(TrainerCallback):
         self.statistics = RouterStatistics()
         self.start: dict[str, list[list[float]]] | None = None
         if not isinstance(trainer, BalanceLossMixin):
-            trainer.create_model_card = partial(_create_model_card, trainer, trainer.create_model_card)
+            create = partial(_create_model_card, trainer, trainer.create_model_card)
+            trainer.create_model_card = create  # type: ignore[method-assign]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
