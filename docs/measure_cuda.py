@@ -1,110 +1,211 @@
-"""Times one layer's attention on a GPU, with the Triton kernels and without: prefill, training and decoding.
+"""Measures what is to be known on a GPU, within eight minutes and in the order of worth.
 
-This script has not been run yet: no GPU was at hand.
+It has not been run on one yet: none was at hand.
 
-python docs/measure_cuda.py
-python docs/measure_cuda.py --tokens 4096 --implementations triton
+    python docs/measure_cuda.py
+
+1. the tests of the Triton kernels, on the device;
+2. `certify()`: the kernels against `reference`, by dtype, head size and layout;
+3. one layer's attention in bfloat16 at the shapes of Llama-2-7B and Llama-3-8B, N = 7 rope bases: prefill, training
+   and one decoded token for every implementation, beside PyTorch's attention under one base; with the share of the
+   device's peak rate, for which all K attentions are counted;
+4. a step of decoding, prefill and memory of a whole Llama of about a billion random weights, against its base;
+5. compute-sanitizer on small problems, if it is installed.
+
+Every figure is one line of JSON, printed when it is measured and added to `--output`. What does not fit the time is
+left out, and named.
 """
 
 import argparse
+import copy
+import functools
+import itertools
+import json
+import shutil
 import statistics
+import subprocess
+import sys
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
+from peft import get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from peft_moice import MoICEConfig
 from peft_moice.attention import mixed_attention
+from peft_moice.attention.certification import certify
+from peft_moice.config import RELEASED_MULTIPLIERS
 from peft_moice.rope import RotaryLayout, RotationTable
 from peft_moice.router import select_experts
 
-HEADS = {"Llama-2-7B": (32, 32, 10000.0), "Llama-3-8B": (32, 8, 500000.0)}
+SHAPES = {"Llama-2-7B": (32, 32, 10000.0), "Llama-3-8B": (32, 8, 500000.0)}
 """Query heads, key-value heads, rope_theta; all heads have 128 dimensions."""
-HEAD_SIZE = 128
-MULTIPLIERS = (1.0, 1.75, 1.8, 1.9, 2.0, 2.25, 2.5)
-ROUNDS = 10
+HEAD_DIM = 128
+NUM_EXPERTS = len(RELEASED_MULTIPLIERS)
+IMPLEMENTATIONS = ("triton", "folded", "delegated")
+PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "L40S": 362.0, "4090": 165.0}
+"""Dense bfloat16 rates by a part of the device's name, from NVIDIA's data sheets."""
+TESTS = Path(__file__).parent.parent / "tests"
+Figure = dict[str, Any]
 
 
-def sdpa(query, key, value, attention_mask=None, **kwargs):
+def device_tests(args: argparse.Namespace) -> Iterator[Figure]:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", str(TESTS / "test_triton.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=args.seconds)
+    yield {"status": done.returncode, "end": done.stdout.strip().splitlines()[-3:]}
+
+
+def certification(args: argparse.Namespace) -> Iterator[Figure]:
+    for dtype, head_dim in itertools.product((torch.bfloat16, torch.float16, torch.float32), (64, HEAD_DIM)):
+        for verdict in certify(args.device, [dtype], [head_dim]):
+            layout = "interleaved" if verdict.layout.interleaved else "half"
+            yield {"dtype": str(dtype), "head_dim": head_dim, "layout": layout, "fault": verdict.fault}
+
+
+def attention(args: argparse.Namespace) -> Iterator[Figure]:
+    for tokens, (shape, (heads, kv_heads, theta)) in itertools.product(args.tokens, SHAPES.items()):
+        exponents = torch.arange(0, HEAD_DIM, 2, dtype=torch.float64) / HEAD_DIM
+        frequencies = torch.stack([(multiple * theta) ** -exponents for multiple in RELEASED_MULTIPLIERS])
+        rotations = RotationTable(frequencies - frequencies[:1], RotaryLayout(0, HEAD_DIM, False))
+        tensors = [
+            torch.randn(1, count, tokens, HEAD_DIM, dtype=torch.bfloat16, device=args.device, requires_grad=True)
+            for count in (heads, kv_heads, kv_heads)
+        ]
+        logits = torch.randn(1, heads, tokens, NUM_EXPERTS, device=args.device)
+        for name, top_k in (("sdpa", 1), *itertools.product(IMPLEMENTATIONS, (NUM_EXPERTS, 2, 1))):
+            gates = select_experts(logits, top_k)
+            for job in ("prefill", "decode", "training"):
+                run = functools.partial(attend, tensors, gates, rotations, name, job)
+                operations = top_k * 2 * heads * HEAD_DIM * tokens**2 if job == "prefill" else 0
+                figure = {"shape": shape, "tokens": tokens, "implementation": name, "top_k": top_k, "job": job}
+                yield {**figure, **timed(run, args, operations)}
+
+
+def attend(tensors: list[torch.Tensor], gates: torch.Tensor, rotations: RotationTable, name: str, job: str) -> None:
+    query, key, value = tensors
+    if job == "decode":
+        query, gates = query[:, :, -1:], gates[:, :, -1:]
+    with torch.set_grad_enabled(job == "training"):
+        if name == "sdpa":
+            output, _ = sdpa(query, key, value)
+        else:
+            start = key.shape[2] - query.shape[2]
+            options = {"rotations": rotations, "query_start": start, "attend": sdpa, "implementation": name}
+            output, _ = mixed_attention(query, key, value, gates, **options)
+    if job == "training":
+        output.backward(output)
+
+
+def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
+    is_grouped = query.shape[1] != key.shape[1]
     output = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=query.shape[-2] > 1, enable_gqa=query.shape[1] != key.shape[1]
+        query, key, value, is_causal=query.shape[-2] > 1, enable_gqa=is_grouped
     )
     return output.transpose(1, 2), None
 
 
-def make_rotations(rope_theta: float) -> RotationTable:
-    pairs = torch.arange(0, HEAD_SIZE, 2, dtype=torch.float64) / HEAD_SIZE
-    frequencies = torch.stack([(multiplier * rope_theta) ** -pairs for multiplier in MULTIPLIERS])
-    return RotationTable(frequencies - frequencies[0], RotaryLayout(0, HEAD_SIZE, False))
-
-
-def milliseconds(function, device: str) -> float:
-    """Median of several runs after two to warm up."""
-    times = []
-    for _ in range(ROUNDS + 2):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times[2:])
-
-
-def measure(model: str, tokens: int, implementations: list[str], device: str = "cuda") -> None:
-    """Print a row per implementation and number of experts."""
-    heads, kv_heads, rope_theta = HEADS[model]
-    rotations = make_rotations(rope_theta)
-    options = {"dtype": torch.bfloat16, "device": device}
-    query = torch.randn(1, heads, tokens, HEAD_SIZE, **options)
-    key, value = (torch.randn(1, kv_heads, tokens, HEAD_SIZE, **options) for _ in range(2))
-    weight = torch.randn(1, tokens, heads, HEAD_SIZE, **options)
-    logits = torch.randn(1, heads, tokens, len(MULTIPLIERS), device=device)
-
-    def mixed(implementation: str, top_k: int):
-        gates = select_experts(logits, top_k)
-
-        def attend(q, k, v, gates=gates):
-            start = k.shape[-2] - q.shape[-2]
-            gates = gates[:, :, start:]
-            return mixed_attention(
-                q, k, v, gates, rotations=rotations, query_start=start, attend=sdpa, implementation=implementation
-            )[0]
-
-        return attend
-
-    variants = {"sdpa, one angle": lambda q, k, v: sdpa(q, k, v)[0]}
-    for name in implementations:
-        variants |= {f"{name}, N = 7, K = {top_k}": mixed(name, top_k) for top_k in (2, 7)}
-    for name, attend in variants.items():
-
-        def training_step(attend=attend):
-            tensors = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
-            (attend(*tensors) * weight).sum().backward()
-
+def whole_model(args: argparse.Namespace) -> Iterator[Figure]:
+    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16} if not args.tiny else {}
+    sizes = sizes or {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = LlamaConfig(
+        **sizes, vocab_size=512, num_attention_heads=sizes["hidden_size"] // 64, num_key_value_heads=1, head_dim=64
+    )
+    model = LlamaForCausalLM(config).to(args.device, torch.bfloat16).eval()
+    names = [("base", model)]
+    for top_k in (NUM_EXPERTS, 2, 1):
+        adapter = MoICEConfig(task_type="CAUSAL_LM", top_k=top_k, init_weights=False)
+        parts = {id(parameter): parameter for parameter in model.parameters()}
+        names.append((f"K = {top_k}", get_peft_model(copy.deepcopy(model, parts), adapter).eval()))
+    for tokens, (name, variant) in itertools.product(args.tokens, names):
+        ids = torch.randint(config.vocab_size, (1, tokens), device=args.device)
         with torch.no_grad():
-            prefill = milliseconds(lambda attend=attend: attend(query, key, value), device)
-            decoding = milliseconds(lambda attend=attend: attend(query[:, :, -1:], key, value), device)
-        training = milliseconds(training_step, device)
-        print(f"| {model} | {tokens:,} | {name} | {prefill:.2f} | {training:.2f} | {decoding:.3f} |", flush=True)
-    if {"triton", "delegated"} <= set(implementations):
-        with torch.no_grad():
-            outputs = [mixed(name, 2)(query, key, value).float() for name in ("triton", "delegated")]
-        print(f"largest difference of triton and delegated: {(outputs[0] - outputs[1]).abs().max().item():.2e}")
+            cache = variant(input_ids=ids, logits_to_keep=1).past_key_values
+            decode = functools.partial(variant, input_ids=ids[:, :1], past_key_values=cache)
+            prefill = functools.partial(variant, input_ids=ids, use_cache=False, logits_to_keep=1)
+            for job, run in (("decode", decode), ("prefill", prefill)):
+                yield {"variant": name, "tokens": tokens, "job": job, **timed(run, args)}
+
+
+def sanitizer(args: argparse.Namespace) -> Iterator[Figure]:
+    if shutil.which("compute-sanitizer") is None:
+        yield {"left out": "compute-sanitizer is not installed"}
+        return
+    small = f"{TESTS / 'test_triton.py'}::TestPrefill"
+    command = ["compute-sanitizer", "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", "-x", small]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=args.seconds)
+    yield {"status": done.returncode, "end": done.stdout.strip().splitlines()[-3:]}
+
+
+def timed(run: Callable[[], Any], args: argparse.Namespace, operations: float = 0.0) -> Figure:
+    """Median milliseconds, peak MiB above what was allocated, and the share of the peak rate of `operations`."""
+    times, is_cuda = [], args.device == "cuda"
+    try:
+        for repetition in range(args.repetitions + 1):
+            if is_cuda and repetition == 1:  # the first compiles
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            start = time.perf_counter()
+            run()
+            if is_cuda:
+                torch.cuda.synchronize()
+            times.append(1000 * (time.perf_counter() - start))
+    except (RuntimeError, ValueError) as error:
+        return {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
+    figure: Figure = {"ms": round(statistics.median(times[1:]), 4)}
+    if is_cuda:
+        figure["MiB"] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+        name = torch.cuda.get_device_name()
+        peak = next((rate for part, rate in PEAK_TFLOPS.items() if part in name), None)
+        if peak is not None and operations:
+            figure["share of peak"] = round(operations / figure["ms"] / 1e9 / peak, 3)
+    return figure
+
+
+PARTS = {
+    "tests": device_tests,
+    "certification": certification,
+    "attention": attention,
+    "whole model": whole_model,
+    "sanitizer": sanitizer,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 32768])
-    parser.add_argument("--implementations", nargs="+", default=["delegated", "triton"])
+    parser.add_argument("--repetitions", type=int, default=10)
+    parser.add_argument("--seconds", type=int, default=480, help="for everything together")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--device", default="cuda", help='"cpu" tries the script itself')
+    parser.add_argument("--tiny", action="store_true", help="a tiny whole model")
+    parser.add_argument("--output", type=Path, default=Path("outputs/cuda.json"))
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("needs a CUDA device")
-    print(torch.cuda.get_device_name(), f"torch {torch.__version__}", "one layer, bfloat16, batch of 1")
-    print("| model | tokens | attention | prefill ms | forward and backward ms | one token ms |")
-    print("|---|---|---|---|---|---|")
-    for model in HEADS:
-        for tokens in args.tokens:
-            measure(model, tokens, args.implementations)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("There is no CUDA device here. `--device cpu --tiny --tokens 64` tries the script itself.")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + args.seconds
+    device = torch.cuda.get_device_name() if args.device == "cuda" else args.device
+    with args.output.open("w") as file:
+
+        def show(figure: Figure) -> None:
+            line = json.dumps(figure)
+            print(line, flush=True)
+            file.write(line + "\n")
+            file.flush()
+
+        show({"device": device, "torch": torch.__version__, "cuda": torch.version.cuda})
+        for name in args.parts:
+            args.seconds = max(1, int(end - time.monotonic()))
+            try:
+                for figure in PARTS[name](args):
+                    show({"part": name, **figure})
+                    if time.monotonic() > end:
+                        raise TimeoutError
+            except (TimeoutError, subprocess.TimeoutExpired):
+                show({"part": name, "left out": "the rest, for want of time"})
 
 
 if __name__ == "__main__":

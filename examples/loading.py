@@ -1,4 +1,4 @@
-"""Loads what the examples work on: a model with its tokenizer, and the text of files."""
+"""Loads what the examples work on: a model with its tokenizer."""
 
 import importlib.util
 import sys
@@ -31,19 +31,3 @@ def load_model(model: str | None):
         ),
         tokenizer,
     )
-
-
-def read_text(file: str) -> str:
-    """The text of a file.
-
-    Raises:
-        ValueError: it is missing or not UTF-8, naming file, line and reason.
-    """
-    path = Path(file)
-    if not path.is_file():
-        raise ValueError(f"{file}: there is no such file. Give the path of a file of text.")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise ValueError(f"{file}, line {line}: not UTF-8 text ({error.reason}).") from None

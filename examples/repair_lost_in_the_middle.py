@@ -24,12 +24,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from keeping import distance_from_base
 from loading import load_model
 from peft import PeftModel, get_peft_model
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
-from peft_moice import MoICEConfig
+from peft_moice import KeepCloseMixin, MoICEConfig
 from peft_moice.evaluation import PositionSweep, encode_chat, perplexity, position_sweep, sample_facts
 from peft_moice.plotting import plot_position_sweeps
 
@@ -202,26 +201,14 @@ def docstrings() -> str:
     return "\n\n".join(dict.fromkeys(doc for doc in docs if doc and len(doc) > 200))
 
 
-class KeepingTrainer(Trainer):
-    """Adds the distance from the base model on ordinary text: routers should change only what they have to."""
-
-    def __init__(self, *, tokenizer, keep_weight: float, keep_tokens: int, **kwargs):
-        super().__init__(**kwargs)
-        self.keep_weight, self.keep_tokens = keep_weight, keep_tokens
-        self.text_ids = torch.tensor(tokenizer(docstrings(), add_special_tokens=False, verbose=False)["input_ids"])
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        if self.keep_weight == 0 or not model.training:
-            return loss
-        distance = distance_from_base(model, model, self.text_ids, self.keep_tokens)
-        return loss + self.keep_weight * distance
+class CloseTrainer(KeepCloseMixin, Trainer):
+    """Stays near the base model on ordinary text: routers should change only what they have to."""
 
 
 def train(model, tokenizer, args: Arguments) -> list[float]:
     """Train what is trainable, the routers, and return the loss of every step."""
-    trainer = KeepingTrainer(
-        tokenizer=tokenizer,
+    trainer = CloseTrainer(
+        keep_text=tokenizer(docstrings(), add_special_tokens=False, verbose=False)["input_ids"],
         keep_weight=args.keep_weight,
         keep_tokens=args.keep_tokens,
         model=model,

@@ -15,7 +15,7 @@ from .official import load_official_checkpoint
 from .registration import register
 from .self_check import check
 from .stacking import unwrapped
-from .training import BalanceLossMixin, collect_balance_loss
+from .training import BalanceLossMixin, KeepCloseMixin, collect_balance_loss
 from .versions import warn_of_untested_versions
 
 if TYPE_CHECKING:
@@ -24,11 +24,12 @@ if TYPE_CHECKING:
     from .explaining import Explanation, explain
     from .pretraining import add_routers
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BalanceLossMixin",
     "Explanation",
+    "KeepCloseMixin",
     "MoICECallback",
     "MoICEConfig",
     "MoICELayer",

@@ -58,7 +58,7 @@ class BuiltInRouters(MixesAngles, nn.ModuleList):
         delattr(attention, ROUTERS_NAME)
 
     def _add_mixture(self, attention: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        call = LayerMixture(self.shares(), self.rope).call_of_pass(_index(attention), args, kwargs)
+        call = self.mixture().call_of_pass(_index(attention), args, kwargs)
         return args, kwargs if call is None else {**kwargs, **call.as_keyword()}
 
     def _finish(self, attention: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from .attention import observing_choices
+from .describing import describe_training
 from .hub import add_to_card
-from .mixture import RouterRecord
+from .mixture import MixesAngles, RouterRecord
 from .training.balance import PassRecords
 from .training.hooks import RouterHooks, hooks_of
 from .training.losses_outside import BalanceLossMixin
@@ -42,6 +45,10 @@ class MoICECallback(TrainerCallback):
     `load_<expert>` (share of tokens and heads that picked the expert) and `gate_<expert>` (its mean gate). Padding
     counts nowhere. Only steps that are logged are measured, over all their micro-batches.
 
+    At the start, one line tells Python's log (`logging`, level INFO) what trains, the base angles, K, and which
+    attention implementation was chosen and why. With [`BalanceLossMixin`], Trainer's log also has the balance loss
+    apart from the rest of the loss.
+
     The model cards that this trainer writes also say what the routers are and how the model is loaded.
 
     Args:
@@ -52,6 +59,8 @@ class MoICECallback(TrainerCallback):
         self.trainer = trainer
         self.statistics = RouterStatistics()
         self.start: dict[str, list[list[float]]] | None = None
+        self._announced = False
+        self._announcing = ExitStack()
         if not isinstance(trainer, BalanceLossMixin):
             create = partial(_create_model_card, trainer, trainer.create_model_card)
             trainer.create_model_card = create  # type: ignore[method-assign]
@@ -60,6 +69,8 @@ class MoICECallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._hooks().observer = self.statistics
+        self._announcing.close()
+        self._announcing.enter_context(observing_choices(self._announce))
         if state.global_step > 0 and self.start is None:
             path = self._start_path(args, state)
             if path.is_file():
@@ -76,6 +87,8 @@ class MoICECallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        # Nobody chose: the config forces an implementation, or the model is compiled.
+        self._announce(*self._without_choice())
         if self.start is None and self.statistics.sums:
             self.start = {name: sums.gates().tolist() for name, sums in self._reduced().items()}
 
@@ -124,7 +137,23 @@ class MoICECallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._hooks().observer = None
+        self._announcing.close()
         self.statistics.clear()
+
+    def _announce(self, implementation: str, reason: str) -> None:
+        """Log the line of the start, once."""
+        self._announcing.close()
+        if not self._announced and self.trainer.is_world_process_zero():
+            assert self.trainer.model is not None
+            logger.info("%s; attention by %s (%s)", describe_training(self.trainer.model), implementation, reason)
+        self._announced = True
+
+    def _without_choice(self) -> tuple[str, str]:
+        """The implementation where "auto" did not choose, and why."""
+        assert self.trainer.model is not None
+        layers = [layer for layer in self.trainer.model.modules() if isinstance(layer, MixesAngles)]
+        forced = {share.spec.implementation for layer in layers for share in layer.shares()} - {"auto"}
+        return (", ".join(sorted(forced)), "asked for by the config") if forced else ("delegated", "it is compiled")
 
     def _hooks(self) -> RouterHooks:
         assert self.trainer.model is not None

@@ -4,8 +4,9 @@ Configs come from files, and files from anywhere. What one says of routers is ch
 """
 
 import dataclasses
+from collections.abc import Iterator
 from reprlib import repr as shortened
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -54,8 +55,33 @@ def described_specs(description: object) -> list[RouterSpec]:
     return [RouterSpec.from_saved(fields, f"moice.routers[{index}]") for index, fields in enumerate(routers)]
 
 
-def install_described(model: PreTrainedModel, description: dict[str, Any]) -> None:
-    """Give `model` the routers that its config describes, freshly initialized.
+class DescribedLayer(NamedTuple):
+    """An attention module of a model, and what a config says of the routers built into it.
+
+    Attributes:
+        name: the module's name in `model`.
+        attention: the module.
+        rope: its rotary embedding.
+        specs: what each of its routers is.
+        num_heads: H, its number of query heads.
+        head_dim: D, the size of a query.
+    """
+
+    name: str
+    attention: nn.Module
+    rope: LayerRope
+    specs: list[RouterSpec]
+    num_heads: int
+    head_dim: int
+
+    def routers(self, num_heads: int | None = None) -> list[MoICERouter]:
+        """Fresh routers, for all H heads or for `num_heads` of them."""
+        heads = self.num_heads if num_heads is None else num_heads
+        return [MoICERouter.from_spec(spec, self.rope.layer_type, heads, self.head_dim) for spec in self.specs]
+
+
+def described_layers(model: PreTrainedModel, description: dict[str, Any]) -> Iterator[DescribedLayer]:
+    """The attention modules of `model` that `description`, see [`describe_routers`], gives routers.
 
     Raises:
         ValueError: the description does not fit the model, or asks for more than any router needs.
@@ -63,20 +89,17 @@ def install_described(model: PreTrainedModel, description: dict[str, Any]) -> No
     """
     kinds = described_specs(description)
     ropes: dict[tuple[int, str | None, RotaryLayout], LayerRope] = {}
-    for name, layer in _field(description, "layers", dict, "moice").items():
-        attention = _submodule(model, name)
-        if hasattr(attention, ROUTERS_NAME):
-            # A model that builds its decoder through an auto class, which gave it a standalone one.
-            continue
-        where = f"moice.layers[{name!r}]"
+    for described, layer in _field(description, "layers", dict, "moice").items():
+        attention = _submodule(model, described)
+        name, where = _name_of(model, attention), f"moice.layers[{described!r}]"
         rope_theta = layer.get("rope_theta") if isinstance(layer, dict) else None
         if rope_theta is not None and (isinstance(rope_theta, bool) or not isinstance(rope_theta, (int, float))):
             raise TypeError(f"`{where}` has the rope_theta {shortened(rope_theta)}, which is no number.")
-        own = LayerProbe(model).find_rotary(_name_of(model, attention), rope_theta)
+        own = LayerProbe(model).find_rotary(name, rope_theta)
         if own is None:
             raise ValueError(
-                f"The config names the attention module {name!r}, but that of {type(model).__name__} has no rotary "
-                "embedding. Load the checkpoint with the code of the model that it was saved from."
+                f"The config names the attention module {described!r}, but that of {type(model).__name__} has no "
+                "rotary embedding. Load the checkpoint with the code of the model that it was saved from."
             )
         rotary = own.module
         num_heads, head_dim = (_count(layer, key, where) for key in ("num_heads", "head_dim"))
@@ -91,10 +114,23 @@ def install_described(model: PreTrainedModel, description: dict[str, Any]) -> No
         rope = LayerRope(type(rotary), rotary.config, layer_type, layout, direction, length, own=own)
         rope = ropes.setdefault((id(rotary), layer_type, layout), rope)
         check_size(specs, layer_type, num_heads, head_dim, attention)
-        routers = [MoICERouter.from_spec(spec, layer_type, num_heads, head_dim) for spec in specs]
+        yield DescribedLayer(name, attention, rope, specs, num_heads, head_dim)
+
+
+def install_described(model: PreTrainedModel, description: dict[str, Any]) -> None:
+    """Give `model` the routers that its config describes, freshly initialized.
+
+    Raises:
+        ValueError, TypeError: see [`described_layers`].
+    """
+    for layer in described_layers(model, description):
+        if hasattr(layer.attention, ROUTERS_NAME):
+            # A model that builds its decoder through an auto class, which gave it a standalone one.
+            continue
+        routers = layer.routers()
         for router in routers:
             router.reset_parameters()
-        BuiltInRouters(routers, specs, rope, num_heads).install(attention)
+        BuiltInRouters(routers, layer.specs, layer.rope, layer.num_heads).install(layer.attention)
 
 
 def check_loaded(model: PreTrainedModel, info: dict[str, Any]) -> None:

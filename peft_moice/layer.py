@@ -106,7 +106,6 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         if self.disable_adapters and self.merged:
             self.unmerge()
-        own_weight: float | torch.Tensor = 0.0
         if adapter_names is not None and not self.disable_adapters:
             hidden_states = args[0] if args else kwargs["hidden_states"]
             if len(adapter_names) != hidden_states.shape[0]:
@@ -115,17 +114,18 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
                     f"{len(adapter_names)} and {hidden_states.shape[0]}. Give one name per row of the batch."
                 )
             shares, own_weight = self._shares_of_rows(adapter_names)
+            mixture = LayerMixture(shares, self.rope, own_weight)
         else:
-            shares = self.shares()
+            mixture = self.mixture()
         if self.merged:
             # Routers built into the attention module look at the pass themselves.
             return self.base_layer(*args, **kwargs)
-        mixture = LayerMixture(shares, self.rope, own_weight)
         return self.mix(mixture, self.base_layer, getattr(self.base_layer, "layer_idx", None), args, kwargs)
 
     def _shares_of(self, adapter_names: list[str]) -> list[RouterShare]:
         """The routers of those adapters that this layer has, in equal shares per adapter."""
-        names = [name for name in adapter_names if name in self.moice_router]
+        routers = self.moice_router
+        names = [name for name in adapter_names if name in routers]
         shares = []
         for name in names:
             specs = self.router_specs[name]

@@ -1,7 +1,7 @@
 """A layer's mixture: several routers over the layer's distinct angles, and the forward pass that applies it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -82,12 +82,18 @@ class LayerMixture:
     shares: list[RouterShare]
     rope: LayerRope
     own_weight: float | torch.Tensor = 0.0
+    _rope_bases: tuple[float, ...] | None = field(default=None, init=False, repr=False, compare=False)
 
     def rope_bases(self) -> tuple[float, ...]:
         """The distinct base angles `[N]`: in the order of a single router, else the smallest first.
 
         So combinations of the same adapters in another order have the same tables of rotations.
         """
+        if self._rope_bases is None:
+            self._rope_bases = self._find_rope_bases()
+        return self._rope_bases
+
+    def _find_rope_bases(self) -> tuple[float, ...]:
         of_shares = [tuple(share.spec.bases_of(self.rope.layer_type)) for share in self.shares]
         has_own = isinstance(self.own_weight, torch.Tensor) or bool(self.own_weight)
         if len(of_shares) == 1 and not has_own:
@@ -102,7 +108,8 @@ class LayerMixture:
         picked: torch.Tensor | None = None
         records = []
         for share in self.shares:
-            columns = [rope_bases.index(base) for base in share.spec.bases_of(self.rope.layer_type)]
+            bases = share.spec.bases_of(self.rope.layer_type)
+            columns = None if bases == rope_bases else [rope_bases.index(base) for base in bases]
             logits = share.router(query)
             gates = share.router.gates(logits, share.spec.top_k)
             learns = share.router.picks(logits, share.spec.top_k)
@@ -174,10 +181,20 @@ class MixesAngles(nn.Module):
     layer_idx: int | None
     recorder: Recorder | None = None
     was_called: bool = False
+    _mixture: LayerMixture | None = None
 
     def shares(self) -> list[RouterShare]:
         """The routers that take part in a forward pass."""
         raise NotImplementedError
+
+    def mixture(self) -> "LayerMixture":
+        """The mixture of [`shares`], in which what follows from them is worked out once until they change."""
+        shares = self.shares()
+        if torch.compiler.is_compiling():
+            return LayerMixture(shares, self.rope)
+        if self._mixture is None or self._mixture.rope is not self.rope or self._mixture.shares != shares:
+            self._mixture = LayerMixture(shares, self.rope)
+        return self._mixture
 
     def mix(
         self,
@@ -207,9 +224,9 @@ class MixesAngles(nn.Module):
             self.recorder.take(self, call.records)
 
 
-def _in_columns(values: torch.Tensor, columns: list[int], size: int) -> torch.Tensor:
-    """Values `[..., M]` in the given columns of `[..., size]`, zero elsewhere."""
-    if columns == list(range(size)):
+def _in_columns(values: torch.Tensor, columns: list[int] | None, size: int) -> torch.Tensor:
+    """Values `[..., M]` in the given columns of `[..., size]`, zero elsewhere; None: they are all columns in order."""
+    if columns is None:
         return values
     index = torch.tensor(columns, device=values.device)
     return values.new_zeros(*values.shape[:-1], size).index_add(-1, index, values)

@@ -6,7 +6,7 @@ ImportError where matplotlib is not installed and ValueError where there is noth
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -52,7 +52,11 @@ class LossByPosition(Protocol):
 
 
 def plot_positions(
-    panels: Mapping[str, Mapping[str, Curve]], positions: Sequence[float], *, confidence: float = 0.95
+    panels: Mapping[str, Mapping[str, Curve]],
+    positions: Sequence[float],
+    *,
+    confidence: float = 0.95,
+    title: str = "",
 ) -> "Figure":
     """Draw shares of right answers against the position of what was asked for, one curve per model.
 
@@ -61,6 +65,7 @@ def plot_positions(
             markers in all panels.
         positions: relative positions of all curves, 0 to 1.
         confidence: of the intervals, for the label of the axis. Default: 0.95.
+        title: of the picture; name the model in it, unless the curves do.
     """
     figure_class = _figure_class()
     from matplotlib.ticker import PercentFormatter
@@ -70,7 +75,7 @@ def plot_positions(
     names = _distinct(name for curves in panels.values() for name in curves)
     figure = figure_class(figsize=(_PANEL[0] * len(panels), _PANEL[1] + 0.4), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axis, (title, curves) in zip(axes, panels.items(), strict=True):
+    for axis, (heading, curves) in zip(axes, panels.items(), strict=True):
         for name, (values, intervals) in curves.items():
             style = names.index(name)
             # Bars of different curves stand side by side.
@@ -87,7 +92,7 @@ def plot_positions(
                 capsize=3,
                 label=name,
             )
-        axis.set_title(title, fontsize=10)
+        axis.set_title(heading, fontsize=10)
         axis.set_xlabel("position of what is asked for")
         axis.set_xticks(positions)
         axis.xaxis.set_major_formatter(PercentFormatter(1.0))
@@ -95,12 +100,14 @@ def plot_positions(
     axes[0].set_ylim(-0.03, 1.03)
     axes[0].set_ylabel(f"right answers ({confidence:.0%} intervals)")
     axes[0].yaxis.set_major_formatter(PercentFormatter(1.0))
+    if title:
+        figure.suptitle(title, fontsize=10)
     _legend_below(figure, axes)
     return figure
 
 
 def plot_position_sweeps(
-    panels: Mapping[str, Mapping[str, AccuracyByPosition]], *, confidence: float = 0.95
+    panels: Mapping[str, Mapping[str, AccuracyByPosition]], *, confidence: float = 0.95, title: str = ""
 ) -> "Figure":
     """Draw accuracy against the position of the asked fact, one curve per model, with Wilson intervals as bars.
 
@@ -108,13 +115,14 @@ def plot_position_sweeps(
         panels: for each panel's title, the sweeps to draw in it by the names of their curves. All have the same
             positions.
         confidence: of the intervals, in (0, 1). Default: 0.95.
+        title: of the picture; name the model in it, unless the curves do.
     """
     curves = {
         title: {name: (sweep.accuracy, sweep.intervals(confidence)) for name, sweep in sweeps.items()}
         for title, sweeps in panels.items()
     }
     positions = next((sweep.positions for sweeps in panels.values() for sweep in sweeps.values()), ())
-    return plot_positions(curves, positions, confidence=confidence)
+    return plot_positions(curves, positions, confidence=confidence, title=title)
 
 
 def plot_heat_map(
@@ -164,7 +172,7 @@ def plot_tradeoff(
     """Draw what methods repair against what they damage, one curve per method over its settings.
 
     Args:
-        curves: for each method, points (damage, repair), in the order in which they are joined.
+        curves: for each method, points (damage, repair), in the order in which they are joined; at most 14 methods.
         base: the base model's point.
         repair: label of the vertical axis, on which higher is better.
         damage: label of the horizontal axis, in shares.
@@ -175,12 +183,15 @@ def plot_tradeoff(
 
     if not curves or not all(curves.values()):
         raise ValueError("There is nothing to draw; give at least one method, with one point.")
-    names = _distinct(curves)
-    figure = figure_class(figsize=(1.5 * _PANEL[0], _PANEL[1] + 0.6), layout="constrained")
+    names = _distinct(curves, most=2 * len(_COLORS))
+    figure = figure_class(figsize=(1.7 * _PANEL[0], 1.2 * _PANEL[1]), layout="constrained")
     axis = figure.subplots()
     for style, name in enumerate(names):
         across, up = zip(*curves[name], strict=True)
-        axis.plot(across, up, color=_COLORS[style], marker=_MARKERS[style], label=name)
+        again, color = divmod(style, len(_COLORS))
+        # Colours come a second time with other markers.
+        marker = _MARKERS[(color + 3 * again) % len(_MARKERS)]
+        axis.plot(across, up, color=_COLORS[color], marker=marker, linestyle=("-", "--")[again], label=name)
     axis.plot(*base, color="black", marker="*", markersize=12, linestyle="none", label="base model")
     axis.set_xlabel(damage)
     axis.set_ylabel(repair)
@@ -205,14 +216,13 @@ def plot_expert_load(load: torch.Tensor, *, names: Sequence[str] | None = None, 
         raise ValueError(f"`load` has shape {tuple(load.shape)}, but has to be [layers, heads, experts].")
     layers, heads, experts = load.shape
     names = _names_of(experts, names)
-    low, high = min(0.0, load.min().item()), max(1.0, load.max().item())
+    colors = _colors_of(load)
     width, height = 0.9 + max(1.0, 0.16 * heads) * experts, 1.2 + 0.12 * layers
     figure = figure_class(figsize=(width, height), layout="constrained")
     axes = figure.subplots(1, experts, sharey=True, squeeze=False)[0]
     for expert, axis in enumerate(axes):
-        image = axis.imshow(
-            load[:, :, expert].cpu().numpy(), vmin=low, vmax=high, cmap="cividis", aspect="auto", origin="lower"
-        )
+        values = load[:, :, expert].cpu().numpy()
+        image = axis.imshow(values, aspect="auto", origin="lower", **colors)
         axis.set_title(names[expert], fontsize=9)
         axis.set_xlabel("head")
     axes[0].set_ylabel("layer")
@@ -227,8 +237,8 @@ def plot_gates(
     """Draw how the experts share the gates along a prompt.
 
     Args:
-        gates: `[S, N]`, gates of N experts at each of S tokens, in one head or as a mean. They are stacked, unless
-            some are negative.
+        gates: `[S, N]`, gates of N experts at each of S tokens, in one head or as a mean. They are stacked; where some
+            are negative, as with the identity start, they are drawn as a heat map.
         tokens: the S tokens as text; every token is named where they are few, else some of them.
         names: of the experts. Default: their numbers.
         title: of the picture; name the model in it.
@@ -243,56 +253,105 @@ def plot_gates(
     figure = figure_class(figsize=(9, 3.4), layout="constrained")
     axis = figure.subplots()
     names = _names_of(gates.shape[1], names)
-    if gates.min() < 0:  # the identity start can leave 0 to 1, and then there is nothing to stack
-        for name, values, color in zip(names, gates.T, _COLORS, strict=False):
-            axis.step(range(len(tokens)), values, where="mid", color=color, label=name)
-        axis.set_ylabel("gate")
+    if gates.min() < 0:  # there is nothing to stack, and lines would hide each other
+        image = axis.imshow(gates.T.cpu().numpy(), aspect="auto", interpolation="nearest", **_colors_of(gates))
+        axis.set_yticks(range(len(names)), names)
+        figure.colorbar(image, ax=axis, label="gate", pad=0.01)
     else:
         axis.stackplot(range(len(tokens)), gates.T, colors=_COLORS[: len(names)], labels=names, step="mid")
         # The own angle at the bottom mostly fills the picture; what the others take is at the top.
         axis.set_ylim(max(0.0, 0.95 - gates[:, 1:].sum(dim=1).max().item()), 1)
         axis.set_ylabel("share of the gates")
-    step = max(1, len(tokens) // 60)
-    shown = range(0, len(tokens), step)
-    axis.set_xticks(shown, [tokens[index].replace("$", r"\$") for index in shown], rotation=90, fontsize=6)
-    axis.set_xlim(-0.5, len(tokens) - 0.5)
+        _legend_below(figure, [axis])
+    _name_tokens(axis, tokens)
     axis.set_title(title, fontsize=10)
+    return figure
+
+
+def plot_choices(
+    gates: torch.Tensor, tokens: Sequence[str], *, names: Sequence[str] | None = None, title: str = ""
+) -> "Figure":
+    """Draw which expert each head chose at each token of a prompt: the one with the largest gate.
+
+    Args:
+        gates: `[H, S, N]`, gates of N experts at each of S tokens in H heads, such as `evaluation.gates_along` gives
+            for a layer. Where the own angle always has the largest, hand over the gates of the others (with the
+            identity start their absolute values).
+        tokens: the S tokens as text; every token is named where they are few, else some of them.
+        names: of the experts. Default: their numbers.
+        title: of the picture; name the model and the layer in it.
+    """
+    figure_class = _figure_class()
+    from matplotlib.colors import ListedColormap
+
+    if gates.dim() != 3 or len(tokens) != gates.shape[1] or not gates.numel():
+        raise ValueError(
+            f"`gates` has shape {tuple(gates.shape)} and there are {len(tokens)} tokens; give [heads, tokens, "
+            "experts]."
+        )
+    experts = gates.shape[2]
+    if experts > len(_COLORS):
+        raise ValueError(f"{experts} experts cannot be told apart; draw at most {len(_COLORS)}.")
+    names = _names_of(experts, names)
+    figure = figure_class(figsize=(9, 1.8 + 0.2 * len(gates)), layout="constrained")
+    axis = figure.subplots()
+    colors = ListedColormap(_COLORS[:experts])
+    chosen = gates.argmax(dim=-1).cpu().numpy()
+    axis.imshow(chosen, cmap=colors, vmin=-0.5, vmax=experts - 0.5, aspect="auto", interpolation="nearest")
+    axis.set_ylabel("head")
+    _name_tokens(axis, tokens)
+    axis.set_title(title, fontsize=10)
+    for color, name in zip(_COLORS, names, strict=False):
+        axis.plot([], [], color=color, marker="s", linestyle="none", label=name)
     _legend_below(figure, [axis])
     return figure
 
 
 def plot_losses(losses: Mapping[str, LossByPosition], *, title: str = "") -> "Figure":
-    """Draw loss against position in running text, one curve per model, on a logarithmic axis of positions.
+    """Draw loss against position in running text, one curve per model, on a logarithmic axis of positions; and below,
+    where there are several, how far each is from the first.
 
     Args:
-        losses: by the names of their curves.
+        losses: by the names of their curves, all over the same positions.
         title: of the picture; name the text in it.
     """
     figure_class = _figure_class()
     if not losses:
         raise ValueError("There is nothing to draw; give at least one curve.")
     names = _distinct(losses)
-    figure = figure_class(figsize=(1.5 * _PANEL[0], _PANEL[1]), layout="constrained")
-    axis = figure.subplots()
+    centers, first = losses[names[0]].centers, losses[names[0]].losses
+    if any(tuple(curve.centers) != tuple(centers) for curve in losses.values()):
+        raise ValueError("The curves were measured over other positions. Measure all with one `chunk_length`.")
+    panels = min(2, len(names))
+    figure = figure_class(figsize=(1.7 * _PANEL[0], (0.7 + 0.4 * panels) * _PANEL[1]), layout="constrained")
+    axes = list(figure.subplots(panels, 1, sharex=True, squeeze=False, height_ratios=(3, 2)[:panels])[:, 0])
     for style, name in enumerate(names):
-        axis.plot(losses[name].centers, losses[name].losses, color=_COLORS[style], marker=_MARKERS[style], label=name)
-    axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.set_xlabel("position in the text, in tokens")
-    axis.set_ylabel("mean loss, in nats")
-    axis.set_title(title, fontsize=10)
-    axis.grid(alpha=0.3)
-    _legend_below(figure, [axis])
+        look: dict[str, Any] = {"color": _COLORS[style], "marker": _MARKERS[style], "markersize": 4, "label": name}
+        axes[0].plot(centers, losses[name].losses, **look)
+        if panels == 2:
+            change = [loss - before for loss, before in zip(losses[name].losses, first, strict=True)]
+            axes[1].plot(centers, change, **look)
+    axes[0].set_ylabel("mean loss, in nats")
+    axes[0].set_title(title, fontsize=10)
+    if panels == 2:
+        axes[1].set_ylabel("minus the first")
+    axes[-1].set_xscale("log", base=2)
+    axes[-1].xaxis.set_major_formatter("{x:g}")
+    axes[-1].set_xlabel("position in the text, in tokens")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    _legend_below(figure, axes)
     return figure
 
 
-def plot_waveforms(head_dim: int, rope_bases: Sequence[float], context_length: int) -> "Figure":
+def plot_waveforms(head_dim: int, rope_bases: Sequence[float], context_length: int, *, title: str = "") -> "Figure":
     """Draw the attention waveforms of base angles, and the envelope of all of them over that of the first.
 
     Args:
         head_dim: number D of rotated dimensions.
         rope_bases: base angles, the model's own first; at most seven.
         context_length: number of distances.
+        title: of the picture; name the model in it.
     """
     figure_class = _figure_class()
     if not 1 <= len(rope_bases) <= len(_COLORS):
@@ -306,13 +365,14 @@ def plot_waveforms(head_dim: int, rope_bases: Sequence[float], context_length: i
     figure = figure_class(figsize=(9, 6), layout="constrained")
     single, envelope = figure.subplots(2, 1, sharex=True, sharey=True)
     for base, waveform, color in zip(rope_bases, smooth, _COLORS, strict=False):
-        single.plot(distances, waveform, color=color, linewidth=0.8, label=f"{base:g}")
+        single.plot(distances, waveform, color=color, linewidth=0.8, label=f"{base:,g}")
     highest = smooth.max(axis=0)
     envelope.fill_between(distances, smooth[0], highest, color=_COLORS[5], alpha=0.6)
-    envelope.plot(distances, smooth[0], color=_COLORS[0], linewidth=0.8, label=f"{rope_bases[0]:g} alone")
+    envelope.plot(distances, smooth[0], color=_COLORS[0], linewidth=0.8, label=f"{rope_bases[0]:,g} alone")
     envelope.plot(distances, highest, color=_COLORS[1], linewidth=0.8, label="the highest of all")
-    single.legend(title="base angle", ncols=2, loc="upper right")
-    envelope.legend(loc="upper right")
+    for axis, heading in ((single, "base angle"), (envelope, None)):
+        axis.legend(title=heading, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    single.set_title(title, fontsize=10)
     envelope.set_xscale("log")
     envelope.set_xlim(1, context_length)
     envelope.set_xlabel("distance in tokens")
@@ -330,11 +390,24 @@ def _names_of(experts: int, names: Sequence[str] | None) -> list[str]:
     return list(names)
 
 
-def _distinct(names: Iterable[str]) -> list[str]:
+def _colors_of(gates: torch.Tensor) -> dict[str, Any]:
+    """Colours of gates from zero to one, or of either side of zero, equally strong at equal distance."""
+    low, high = gates.min().item(), max(1.0, gates.abs().max().item())
+    return {"vmin": -high, "vmax": high, "cmap": "RdBu_r"} if low < 0 else {"vmin": 0, "vmax": high, "cmap": "cividis"}
+
+
+def _name_tokens(axis: "Axes", tokens: Sequence[str]) -> None:
+    step = max(1, len(tokens) // 60)
+    shown = range(0, len(tokens), step)
+    axis.set_xticks(shown, [tokens[index].replace("$", r"\$") for index in shown], rotation=90, fontsize=7)
+    axis.set_xlim(-0.5, len(tokens) - 0.5)
+
+
+def _distinct(names: Iterable[str], most: int = len(_COLORS)) -> list[str]:
     """Names without repetitions."""
     names = list(dict.fromkeys(names))
-    if len(names) > len(_COLORS):
-        raise ValueError(f"{len(names)} curves cannot be told apart; draw at most {len(_COLORS)} in a picture.")
+    if len(names) > most:
+        raise ValueError(f"{len(names)} curves cannot be told apart; draw at most {most} in a picture.")
     return names
 
 
@@ -343,10 +416,13 @@ def _legend_below(figure: "Figure", axes: "Sequence[Axes]") -> None:
     entries: dict[str, Artist] = {}
     for axis in axes:
         entries |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    # A letter takes about a twelfth of an inch, a line's sample with its margins as much as eight letters.
-    fitting = int(figure.get_figwidth() * 12 / (8 + max(map(len, entries))))
+    # A letter takes about a fourteenth of an inch, a line's sample with its margins as much as eight letters.
+    fitting = int(figure.get_figwidth() * 14 / (8 + max(map(len, entries))))
     columns = max(1, min(4, len(entries), fitting))
-    figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=columns)
+    # Further rows add to the picture and take nothing of what is drawn.
+    rows = -(-len(entries) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.19 * (rows - 1))
+    figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=columns, fontsize=9)
 
 
 def _figure_class() -> type["Figure"]:

@@ -13,6 +13,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import benchmark  # noqa: E402
+from benchmark import Row  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -24,24 +25,49 @@ def folder(tmp_path_factory) -> str:
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory of a process is read from /proc")
 def test_table_json_and_picture(folder, tmp_path):
     output = tmp_path / "results" / "benchmark.json"
-    lengths = {"prompt_length": 64, "cached_tokens": 40, "train_length": 32, "repetitions": 1, "sweep_repetitions": 1}
-    options = {**lengths, "model": folder, "output": output, "threads": 1, "top_ks": 2}
-    command = [sys.executable, str(EXAMPLES / "benchmark.py")]
+    lengths = {"prefill": 64, "decode": 40, "train": 32, "identity": 24, "memory": 48, "curve": 16}
+    options = {**lengths, "repetitions": 1, "model": folder, "output": output, "threads": 1, "top_ks": 2}
+    command = [sys.executable, str(EXAMPLES / "benchmark.py"), "--buckets"]
     command += [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     rows = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("|")]
-    jobs = ["prefill", "decode step", "training step"]
-    assert rows == ["", "---", *jobs, "peak memory, prefill", "peak memory, training step"]
-    results = json.loads(output.read_text())
-    assert set(results["times"]["prefill"]) == {"base", "K = 2", "Buckets"}
-    assert set(results["memory"]["training step"]) == {"base", "K = 2"}
+    jobs = ["decode step, 40 cached tokens", "prefill, 64 tokens", "training step, 32 tokens"]
+    further = ["training step, 24 tokens, identity start", "peak memory, prefill, 48 tokens"]
+    assert rows == ["", "---", *jobs, *further]
+    found = {name: set(row["found"]) for name, row in json.loads(output.read_text())["rows"].items()}
+    assert set(found) == {*jobs, *further, "prefill, 16 tokens"}
+    assert found["prefill, 64 tokens"] == {"base", "K = 2", "N copies", "Buckets"}
+    assert all(found[name] == {"base", "K = 2"} for name in (jobs[0], jobs[2], *further))
     assert output.with_suffix(".png").stat().st_size > 1000
+
+
+def test_rows_are_printed_one_by_one(folder, tmp_path, monkeypatch, capsys):
+    """Who stops it early has what was measured until then."""
+    output = tmp_path / "benchmark.json"
+    args = benchmark.Arguments(folder, prefill=[16, 2], decode=[], train=[], identity=[], top_ks=[2], threads=1)
+    args.output, measured = str(output), []
+
+    def times(model, args, row):
+        if measured:
+            raise KeyboardInterrupt
+        measured.append(row)
+        return {"base": 2.0, "K = 2": 3.0, "N copies": 8.0}
+
+    monkeypatch.setattr(benchmark, "times", times)
+    threads = torch.get_num_threads()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            benchmark.main(args)
+    finally:
+        torch.set_num_threads(threads)
+    assert "| prefill, 16 tokens | 2.00 s | 1.50 (" in capsys.readouterr().out
+    assert list(json.loads(output.read_text())["rows"]) == ["prefill, 16 tokens"]
 
 
 def test_variants_share_the_weights_and_nothing_else(folder):
     model = load(folder)
     args = benchmark.Arguments(top_ks=[2])
-    found = benchmark.variants(model, args, "training step")
+    found = benchmark.variants(model, args, Row("training step", 28))
     ids = torch.arange(2, 30)[None]
     before = model(ids).logits
     weight = model.model.embed_tokens.weight
@@ -52,10 +78,28 @@ def test_variants_share_the_weights_and_nothing_else(folder):
     assert not torch.equal(found["K = 2"].eval()(ids).logits, before)
 
 
+def test_the_identity_start_is_that_of_the_base_model(folder):
+    model = load(folder)
+    adapted = benchmark.adapted(model, 2, "auto", identity=True).eval()
+    ids = torch.arange(2, 30)[None]
+    torch.testing.assert_close(adapted(ids).logits, model(ids).logits)
+    assert any("identity_scale" in name for name, _ in adapted.named_parameters())
+
+
+def test_caches_to_decode_from_are_as_long_as_they_say(folder):
+    model = load(folder)
+    model = benchmark.adapted(model, 2, "auto", identity=False).eval()
+    cache = benchmark.random_cache(model, 37)
+    assert cache.get_seq_length() == 37
+    with torch.no_grad():
+        model(torch.tensor([[5]]), past_key_values=cache)
+    assert cache.get_seq_length() == 38
+
+
 def test_bounds(folder):
     """With one angle the operations are the base model's; each further one adds a score product."""
     model = load(folder)
-    prefill = benchmark.bounds(model, [1, 2, 3], "prefill", 100)
+    prefill = benchmark.bounds(model, [1, 2, 3], Row("prefill", 100))
     assert prefill["K = 1"] == 1.0
     assert prefill["K = 3"] - prefill["K = 2"] == pytest.approx(prefill["K = 2"] - 1.0)
     layers, heads, size = 3, 4, 16

@@ -131,6 +131,14 @@ def test_the_fastest_is_taken_and_a_failing_one_never(certificates, caplog):
     assert certificates.fastest({"only": stand_in(fail)}, make_call()) == "only"
 
 
+def test_answers_cost_next_to_nothing_later(certificates, monkeypatch):
+    """Every layer asks in every pass; names of devices and versions are put together for the first one only."""
+    candidates = {"slow": stand_in(slow), "fast": stand_in()}
+    first = certificates.fault("right", make_call()), certificates.fastest(candidates, make_call())
+    monkeypatch.setattr(certification, "_key", lambda *parts: pytest.fail("put together again"))
+    assert (certificates.fault("right", make_call()), certificates.fastest(candidates, make_call())) == first
+
+
 def test_timing_leaves_the_graph_of_the_pass_alone(certificates):
     """As under gradient checkpointing, which counts what a pass saves."""
     saved = []

@@ -4,11 +4,15 @@ import pytest
 import torch
 from families import tiny_model, tokens
 from peft import get_peft_model
+from test_operator import LAYOUTS, attend, inputs, table
 from torch._dynamo.testing import CompileCounter
 from transformers import StaticCache
 
 from peft_moice import MoICEConfig
+from peft_moice.attention import mixed_attention
+from peft_moice.attention.native import library
 
+ROTATIONS = table(LAYOUTS["half"])
 FAMILIES = ["llama", *(pytest.param(family, marks=pytest.mark.slow) for family in ("mistral", "gemma3_text"))]
 
 
@@ -80,5 +84,64 @@ def test_exported_programs_compute_the_same(merged):
     # One that has not run yet: the first pass is watched.
     model = adapted().merge_and_unload() if merged else adapted().get_base_model()
     program = torch.export.export(model, (), {"input_ids": tokens(), "use_cache": False}, strict=False)
+    # Whoever runs it needs nothing but PyTorch.
+    assert not any(node.op == "call_function" and "peft_moice" in str(node.target) for node in program.graph.nodes)
     actual = program.module()(input_ids=tokens(), use_cache=False).logits
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+class TestKernels:
+    """Graphs call the kernels for the CPU as an operator, whose cost follows K."""
+
+    pytestmark = pytest.mark.skipif(isinstance(library.load(), str), reason="the kernels cannot be had here")
+
+    def test_output_and_gradients_are_those_without_compilation(self):
+        for length, keys in ((9, 9), (2, 30)):
+            leaves = [x.requires_grad_() for x in inputs(length, keys)]
+            results = []
+            for function in (mixture, torch.compile(mixture, fullgraph=True, backend="aot_eager")):
+                output = function(*leaves, query_start=keys - length)
+                results.append((output, *torch.autograd.grad(output.square().sum(), leaves)))
+            for compiled, eager in zip(*results, strict=True):
+                assert torch.equal(compiled, eager)
+
+    def test_they_compute_only_the_gradients_that_are_wanted(self):
+        query, key, value, gates = inputs()
+        results = []
+        for function in (mixture, torch.compile(mixture, fullgraph=True, backend="aot_eager")):
+            leaf = gates.clone().requires_grad_()
+            function(query, key, value, leaf).square().sum().backward()
+            results.append(leaf.grad)
+        assert torch.equal(*results)
+
+    def test_a_decoding_graph_computes_no_rotation(self):
+        """Cosines and sines of all positions, in every step, took many times as long as the rest."""
+        operations = []
+
+        def note(graph, example_inputs):
+            operations.extend(str(node.target) for node in graph.graph.nodes if node.op.startswith("call"))
+            return graph.forward
+
+        query, key, value, gates = inputs(1, 40)
+        start = torch.tensor(39)
+        with torch.no_grad():
+            compiled = torch.compile(mixture, fullgraph=True, backend=note)(query, key, value, gates, start)
+            assert torch.equal(compiled, mixture(query, key, value, gates, start))
+        assert any("peft_moice" in name for name in operations)
+        assert not any(name.endswith(("cos", "sin")) for name in operations)
+
+    def test_lengths_may_be_dynamic(self):
+        compiled = torch.compile(mixture, fullgraph=True, backend="eager", dynamic=True)
+        for length in (9, 12, 15):
+            tensors = inputs(length, length)
+            assert torch.equal(compiled(*tensors), mixture(*tensors))
+
+    def test_a_position_on_the_device_has_to_fit(self):
+        compiled = torch.compile(mixture, fullgraph=True, backend="eager")
+        with pytest.raises(ValueError, match="9 queries starting at position 4 do not fit 9 keys"):
+            compiled(*inputs(), query_start=torch.tensor(4))
+
+
+def mixture(query, key, value, gates, query_start=0) -> torch.Tensor:
+    options = {"rotations": ROTATIONS, "query_start": query_start, "attend": attend, "backend": "sdpa"}
+    return mixed_attention(query, key, value, gates, **options)[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def names_of_tests(file: Path) -> set[str]:
@@ -22,7 +22,7 @@ def names_of_tests(file: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
 def test_named_tests_exist(document):
     for file, name in re.findall(r"`(?:tests/)?(test_\w+\.py)::([\w:]+)`", document.read_text()):
         existing = names_of_tests(ROOT / "tests" / file)
@@ -37,7 +37,7 @@ def test_features_name_tests_that_exist():
         assert name in {"*", *existing, *(method.partition("::")[0] for method in existing)}, test
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
 def test_links_within_the_project_lead_somewhere(document):
     for target in re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", document.read_text()):
         assert (document.parent / target).exists(), target

@@ -1,29 +1,17 @@
-import gzip
 import json
 import math
 import random
-import re
 
 import pytest
 import torch
+from byte_models import CHAT_TEMPLATE, byte_tokenizer, tiny_llama
 from peft import get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from peft_moice import MoICEConfig
 from peft_moice.evaluation import (
-    Exam,
     Example,
     Facts,
-    KeyValues,
-    MultiDocument,
-    Needles,
     Result,
     Score,
     bootstrap_interval,
@@ -31,39 +19,15 @@ from peft_moice.evaluation import (
     evaluate,
     gates_along,
     losses_by_position,
+    perplexities,
     perplexity,
     position_sweep,
     sample_facts,
     wilson_interval,
 )
 from peft_moice.evaluation.encoding import encode_example
+from peft_moice.evaluation.grid import contained
 from peft_moice.evaluation.reader import Reader
-
-CHAT_TEMPLATE = "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"
-CHAT_TEMPLATE += "{% if add_generation_prompt %}<assistant>{% endif %}"
-
-
-def byte_tokenizer(chat_template=None):
-    """A tokenizer with one token per byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat_template)
-
-
-def tiny_llama(seed=0):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-    )
-    return LlamaForCausalLM(config)
 
 
 def answers_of(tokenizer, chat):
@@ -252,6 +216,21 @@ class TestPerplexity:
         with pytest.raises(ValueError, match="max_chunks"):
             perplexity(model, tokenizer, self.TEXT, max_chunks=0)
 
+    def test_every_length_reads_the_same_tokens(self):
+        model, tokenizer = tiny_llama(), byte_tokenizer()
+        measured = perplexities(model, tokenizer, self.TEXT, chunk_lengths=(50, 100, 300))
+        expected = {n: perplexity(model, tokenizer, self.TEXT[:600], chunk_length=n) for n in (50, 100, 300)}
+        assert measured == pytest.approx(expected)
+        measured = perplexities(model, tokenizer, self.TEXT, chunk_lengths=(100, 300), max_tokens=599)
+        assert measured[100] == pytest.approx(perplexity(model, tokenizer, self.TEXT[:300], chunk_length=100))
+
+    def test_lengths_that_read_different_tokens_are_refused(self):
+        model, tokenizer = tiny_llama(), byte_tokenizer()
+        with pytest.raises(ValueError, match=r"\[64, 100\], but each has to divide the longest"):
+            perplexities(model, tokenizer, self.TEXT, chunk_lengths=(64, 100))
+        with pytest.raises(ValueError, match="`max_tokens` is 99, fewer than a chunk of 100"):
+            perplexities(model, tokenizer, self.TEXT, chunk_lengths=(50, 100), max_tokens=99)
+
 
 class TestBootstrapInterval:
     def test_of_equal_values_is_a_point(self):
@@ -323,6 +302,38 @@ def test_reader_reads_a_common_beginning_once():
     assert read == [42, 4]  # the last common token is read anew: it predicts the first that differs
 
 
+QUESTIONS = [[*range(100, 140), *end] for end in ([1, 2, 3], [4, 5], [6, 7, 8, 9, 10], [4, 6])]
+
+
+@pytest.mark.parametrize("kind", ["plain", "adapted", "sliding"])
+@pytest.mark.parametrize("begun", [False, True])
+def test_reader_reads_questions_together_as_one_by_one(kind, begun):
+    model = models_that_read()[kind].eval()
+    sequences = [(ids, len(ids) - 1) for ids in QUESTIONS]
+    reader, alone = Reader(model), Reader(model)
+    with torch.no_grad():
+        if begun:
+            reader.logits([*range(100, 150)], 40)
+        for together, (ids, first) in zip(reader.logits_of(sequences, 3), sequences, strict=True):
+            torch.testing.assert_close(together, alone.logits(ids, first), rtol=1e-4, atol=1e-5)
+        # What was read together leaves the reader able to go on.
+        ids = [*QUESTIONS[0][:20], 7, 7]
+        torch.testing.assert_close(reader.logits(ids, 20), alone.logits(ids, 20), rtol=1e-4, atol=1e-5)
+
+
+def test_reader_reads_together_only_what_does_not_cost_more():
+    model, read = tiny_llama().eval(), []
+    model.model.embed_tokens.register_forward_pre_hook(lambda module, args: read.append(tuple(args[0].shape)))
+    with torch.no_grad():
+        Reader(model).logits_of([([*range(100, 140), end, 7, 7], 41) for end in range(4)], 4)
+        assert read == [(1, 40), (4, 3)]
+        read.clear()
+        # The second has most in common with the first, the third little.
+        beginnings = [[*range(100, 140), 1], [*range(100, 138), 2, 2, 2], [*range(100, 110), *range(30)]]
+        Reader(model).logits_of([(ids, len(ids) - 1) for ids in beginnings], 4)
+        assert sum(rows * tokens for rows, tokens in read) <= 1.1 * (41 + 3 + 30)
+
+
 def test_reader_writes_what_greedy_decoding_does():
     model = tiny_llama().eval()
     ids = list(range(40, 60))
@@ -330,6 +341,7 @@ def test_reader_writes_what_greedy_decoding_does():
     with torch.no_grad():
         assert Reader(model).write(ids, 8, set()) == expected
         assert Reader(model).write(ids, 8, {expected[3]}) == expected[: expected.index(expected[3])]
+        assert Reader(model).write(ids, 8, set(), lambda written: len(written) == 3) == expected[:3]
 
 
 @pytest.mark.parametrize("chat_template", [None, CHAT_TEMPLATE])
@@ -341,111 +353,6 @@ def test_encoded_answers_start_where_the_model_goes_on(chat_template, opening):
     assert answer.strip() == "42"
     assert tokenizer.decode(encoded.input_ids).endswith(f"{opening}42")
     assert ("<assistant>" in tokenizer.decode(encoded.input_ids)) == (chat_template is not None)
-
-
-def write_lines(file, records):
-    opened = gzip.open if file.suffix == ".gz" else open
-    with opened(file, "wt") as lines:
-        lines.write("\n".join(map(json.dumps, records)))
-    return file
-
-
-def passages(tmp_path, number=9):
-    records = [
-        {"question": f"which {i}", "answers": [f"gold{i}"], "ctxs": [{"title": f"t{i}", "text": f"it is gold{i}"}]}
-        for i in range(number)
-    ]
-    # Answers the first question, so it must never stand beside it.
-    records.append({"question": "other", "answers": ["x"], "ctxs": [{"title": "t", "text": "GOLD0 and x"}]})
-    return write_lines(tmp_path / "nq.jsonl.gz", records)
-
-
-HAYSTACK = " ".join(f"Sentence number {index} says nothing." for index in range(200))
-
-
-def tasks(tmp_path):
-    pairs = [[[f"k{i}{j}", f"v{i}{j}"] for j in range(7)] for i in range(3)]
-    file = write_lines(tmp_path / "kv.jsonl", [{"ordered_kv_records": pairs_} for pairs_ in pairs])
-    needles = [Needles(HAYSTACK, byte_tokenizer(), kind) for kind in ("single", "keys", "values", "variables")]
-    return [Facts(), KeyValues(), KeyValues(file=file), MultiDocument(passages(tmp_path)), *needles]
-
-
-@pytest.mark.parametrize("index", range(8))
-class TestTasks:
-    def test_answers_stand_where_they_are_said_to(self, tmp_path, index):
-        task = tasks(tmp_path)[index]
-        length, positions = (2000, (0.0, 0.5, 1.0)) if task.unit == "tokens" else (7, (0.0, 0.5, 1.0))
-        examples = task.draw(random.Random(3), length, positions)
-        assert sorted(example.position for example in examples) == list(positions)
-        assert {example.length for example in examples} == {length}
-        places = {example.position: example.prompt.index(example.answers[0]) for example in examples}
-        assert places[0.0] < 400 and len(examples[0].prompt) - places[1.0] < 400
-        middle = (places[0.0] + places[1.0]) / 2
-        assert places[0.5] == pytest.approx(middle, abs=0.15 * (places[1.0] - places[0.0]))
-
-    def test_draws_depend_on_the_seed_alone(self, tmp_path, index):
-        task = tasks(tmp_path)[index]
-        length = 1000 if task.unit == "tokens" else 5
-        first, again = ([task.draw(random.Random(seed), length, (0.0, 1.0)) for seed in range(5)] for _ in "ab")
-        assert first == again
-        assert any(draw != first[0] for draw in first)
-
-
-def test_passages_that_answer_are_no_distractors(tmp_path):
-    task = MultiDocument(passages(tmp_path))
-    for seed in range(40):
-        for example in task.draw(random.Random(seed), 6, (0.5,)):
-            if example.answers == ("gold0",):
-                assert "GOLD0" not in example.prompt
-            shown = re.findall(r"Document \[(\d)\]\(Title: (.*?)\)", example.prompt)
-            assert [int(number) for number, _ in shown] == [1, 2, 3, 4, 5, 6]
-            assert len({title for _, title in shown}) == 6
-    with pytest.raises(ValueError, match="`length` is 11"):
-        task.draw(random.Random(0), 11, (0.0,))
-
-
-def test_haystacks_have_their_length_even_without_sentences():
-    text, tokenizer = " | ".join(f"cell {index}" for index in range(2000)), byte_tokenizer()
-    (example,) = Needles(text, tokenizer).draw(random.Random(0), 2000, (0.5,))
-    assert 2000 < len(tokenizer(example.prompt)["input_ids"]) < 2800  # with the instruction, up to 40 words more
-    with pytest.raises(ValueError, match="fewer than the haystack's 99999"):
-        Needles(text, tokenizer).draw(random.Random(0), 99_999, (0.5,))
-
-
-def test_variables_form_one_chain_in_order():
-    (example,) = Needles(HAYSTACK, byte_tokenizer(), "variables").draw(random.Random(0), 3000, (0.3,))
-    (value,) = re.findall(r"assigned the value (\d+)", example.prompt)
-    steps = re.findall(r"VAR (\w+) = (?:VAR )?(\w+)", example.prompt)
-    assert [name for name, _ in steps] == list(example.answers) and len(steps) == 5
-    assert [source for _, source in steps] == [value, *example.answers[:-1]]
-
-
-def test_exams_take_questions_of_one_right_answer(tmp_path):
-    record = {
-        "input": "abc " * 100,
-        "instructions": ["Q1\nA. x\nB. y", "Q2\nA. x\nB. y", "It rains, True or False?"],
-        "outputs": ["B", "AB", "False [fact: True]"],
-    }
-    file = write_lines(tmp_path / "coursera.jsonl", [record])
-    task = Exam(file, byte_tokenizer())
-    examples = task.draw(random.Random(0), 80, (0.0, 1.0))
-    assert [(e.answers, e.choices) for e in examples] == [(("B",), ("A", "B")), (("False",), ("True", "False"))]
-    assert examples[0].prompt.startswith("abc " * 20 + "\n\nAnswer") or examples[0].prompt.startswith("abc " * 20)
-    assert "abc " * 21 not in examples[0].prompt
-    model = tiny_llama()
-    result = evaluate(model, byte_tokenizer(CHAT_TEMPLATE), task, lengths=[40], num_groups=1)
-    assert result.positions == [] and len(result.scores) == 2
-
-
-def test_needs_files_in_their_format(tmp_path):
-    (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="is empty"):
-        KeyValues(file=tmp_path / "empty.jsonl")
-    (tmp_path / "broken.jsonl").write_text('{"ordered_kv_records": []}\n{')
-    with pytest.raises(ValueError, match=r"broken.jsonl, line 2: not JSON"):
-        KeyValues(file=tmp_path / "broken.jsonl")
-    with pytest.raises(ValueError, match=r"line 1: no 'question'"):
-        MultiDocument(write_lines(tmp_path / "other.jsonl", [{"answers": []}]))
 
 
 class TestEvaluate:
@@ -476,11 +383,46 @@ class TestEvaluate:
             losses = [result.mean("loss", position=position) for position in positions]
             assert max(losses[::2]) < min(losses[1::2])
 
+    def test_batches_ask_the_same(self, knows_some):
+        model, tokenizer, _ = knows_some
+        results = [evaluate(model, tokenizer, Facts(), lengths=[5], num_groups=2, batch_size=size) for size in (1, 4)]
+        for alone, together in zip(*(result.scores for result in results), strict=True):
+            assert (alone.score, alone.tokens, alone.position) == (together.score, together.tokens, together.position)
+            assert together.loss == pytest.approx(alone.loss, rel=1e-4)
+
+    def test_nothing_is_asked_twice(self):
+        class Two:
+            name, unit, scoring = "two", "words", "exact"
+
+            def draw(self, rng, length, positions):
+                word = rng.choice("ab")
+                return [Example(f"Say {word}.", (word,), position, length) for position in positions]
+
+        result = evaluate(tiny_llama(), byte_tokenizer(), Two(), lengths=[1, 2], positions=[0.0, 1.0], num_groups=20)
+        assert len(result.scores) == 2 * 2 * 2
+
     def test_refuses_bad_values(self):
         model, tokenizer = tiny_llama(), byte_tokenizer()
-        for wrong in ({"num_groups": 0}, {"lengths": []}, {"lengths": [0]}, {"positions": (2.0,)}):
+        for wrong in ({"num_groups": 0}, {"batch_size": 0}, {"lengths": []}, {"lengths": [0]}, {"positions": (2.0,)}):
             with pytest.raises(ValueError, match=next(iter(wrong))):
                 evaluate(model, tokenizer, Facts(), **{"lengths": [3], **wrong})
+
+
+@pytest.mark.parametrize(
+    ("scoring", "answers", "written", "score"),
+    [
+        ("any", ["42", "forty two"], "It is Forty-Two", 0.0),  # SQuAD's metric joins what a hyphen parts
+        ("any", ["42", "fortytwo"], "It is Forty-Two", 1.0),
+        ("any", ["The Who"], "by who?", 1.0),
+        ("any", ["Paris"], "Lyon\nParis", 0.0),  # else copying the prompt would do
+        ("any", ["The", "Paris"], "Lyon", 0.0),  # an answer of nothing but articles is in no text
+        ("all", ["123", "456"], "456 and 78", 0.5),
+        ("all", ["ABC", "123"], "abc,\n123", 1.0),
+        ("all", ["12345"], "12,345", 0.0),
+    ],
+)
+def test_written_answers_are_scored_as_the_papers_do(scoring, answers, written, score):
+    assert contained(scoring, answers, written) == score
 
 
 class TestResult:
@@ -505,6 +447,16 @@ class TestResult:
     def test_means_over_positions_draw_whole_groups(self):
         groups = [[1.0, 1.0, 1.0], *[[1.0, 0.0, 1.0]] * 3] * 2
         assert self.RESULT.interval() == bootstrap_interval(groups)
+
+    def test_intervals_have_a_width_where_there_is_little_to_go_by(self):
+        def result(scores):
+            return Result("t", "u", "m", 0, tuple(Score(g, 30, p, s, s, s) for g, p, s in scores))
+
+        one_draw = result([(0, 0.0, 1.0), (0, 0.5, 0.0), (0, 1.0, 0.0)])
+        assert one_draw.interval() == wilson_interval(1, 3)
+        assert one_draw.interval("loss") == bootstrap_interval([[1.0], [0.0], [0.0]])
+        all_right = result([(g, p, 1.0) for g in range(4) for p in (0.0, 0.5, 1.0)])
+        assert all_right.interval() == wilson_interval(4, 4)
 
     def test_survives_the_disk(self, tmp_path):
         self.RESULT.save(tmp_path / "result.json")

@@ -1,22 +1,34 @@
 """The scripts behind docs/experiments.md compute what they say."""
 
+import argparse
+import json
+import math
 import random
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from byte_models import byte_tokenizer, tiny_llama
+from peft import LoraConfig, get_peft_model
 from tiny_models import load, logits_of, save_tiny_model, token_ids
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from peft_moice.evaluation import gates_along
+from peft_moice.evaluation import Exam, Result, gates_along, perplexity
 
 EXPERIMENTS = Path(__file__).parent.parent / "docs" / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 
+import controls  # noqa: E402
+import depth  # noqa: E402
 import forms  # noqa: E402
 import frozen  # noqa: E402
+import measure  # noqa: E402
 import methods  # noqa: E402
+import objectives  # noqa: E402
+import per_head  # noqa: E402
+import short_context  # noqa: E402
+import trained  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +54,10 @@ def fill(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize("name", [name for name in methods.METHODS if name != "base"])
+@pytest.mark.parametrize("name", [name for name in methods.METHODS if name not in methods.UNTRAINED])
 def test_every_method_starts_as_the_base_model_and_can_be_switched_off(folder, name):
     base = logits_of(load(folder))
     make, options = methods.METHODS[name]
-    if name == "lora_q_equal":
-        options = {**options, "layers": [1, 2]}
     model = make(load(folder), options).eval()
     torch.testing.assert_close(logits_of(model), base, rtol=1e-4, atol=1e-5)
     fill(model)
@@ -95,3 +105,163 @@ def test_frozen_gates_are_the_means_of_the_trained_ones(folder):
         assert torch.equal(gates, gates[:, :1].expand_as(gates))
         assert not torch.equal(before[name], before[name][:, :1].expand_as(gates))
         torch.testing.assert_close(gates.sum(-1), torch.ones_like(gates[..., 0]))
+
+
+def arguments(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    trained.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+class TestTrained:
+    def test_loads_what_was_trained(self, folder, tmp_path):
+        base = logits_of(load(folder))
+        torch.testing.assert_close(logits_of(trained.load(arguments("--model", folder))[0]), base)
+        adapted = fill(get_peft_model(load(folder), LoraConfig(r=2, target_modules=["q_proj"])))
+        adapted.save_pretrained(tmp_path / "lora")
+        args = arguments("--model", folder, "--adapter", str(tmp_path / "lora"))
+        torch.testing.assert_close(logits_of(trained.load(args)[0]), logits_of(adapted))
+        assert trained.named(args) == f"{Path(folder).name} with lora"
+        make, options = methods.METHODS["routers"]
+        routers = fill(make(load(folder), options))
+        torch.save({n: p.detach() for n, p in routers.named_parameters() if p.requires_grad}, tmp_path / "saved")
+        args = arguments("--model", folder, "--method", "routers", "--load", str(tmp_path / "saved"))
+        torch.testing.assert_close(logits_of(trained.load(args)[0]), logits_of(routers))
+
+    @pytest.mark.parametrize("words", [("--method", "routers"), ("--load", "f"), ("--adapter", "a", "--load", "f")])
+    def test_refuses_half_of_what_it_needs(self, words):
+        with pytest.raises(ValueError, match="--method with --load, or --adapter alone"):
+            trained.load(arguments("--model", "none", *words))
+
+
+def write_exam(file: Path) -> Path:
+    questions = [f"Q{i}\nA. x\nB. y\nC. z" for i in range(4)]
+    records = [{"input": "abc " * 60, "instructions": questions, "outputs": list("ABCA")}]
+    file.write_text("\n".join(map(json.dumps, records)))
+    return file
+
+
+def test_questions_are_read_without_their_document(tmp_path):
+    model, tokenizer = tiny_llama(), byte_tokenizer()
+    exam = Exam(write_exam(tmp_path / "exam.jsonl"), tokenizer)
+    loss, tokens = short_context.question_loss(model, tokenizer, exam, 9, 0)
+    texts = [f"Q{i}\nA. x\nB. y\nC. z\nThe answer is {answer}" for i, answer in enumerate("ABCA")]
+    losses = [math.log(perplexity(model, tokenizer, text, chunk_length=len(text))) for text in texts]
+    assert loss == pytest.approx(sum(losses) / 4, rel=1e-5) and tokens == 4 * (len(texts[0]) - 1)
+    assert short_context.question_loss(model, tokenizer, exam, 2, 0)[1] == tokens / 2
+
+
+def test_depth_is_written_after_every_length(folder, tmp_path):
+    out = tmp_path / "depth"
+    args = arguments("--model", folder)
+    vars(args).update(kind="keys", lengths=[60, 90], positions=[0.0, 1.0], questions=2, seed=0, name="tiny", out=out)
+    depth.main(args)
+    result = Result.load(out.with_suffix(".json"))
+    assert result.lengths == [60, 90] and result.positions == [0.0, 1.0] and len(result.scores) == 8
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_base_for_all_heads_is_the_model_with_this_rope_theta(folder):
+    config = AutoConfig.from_pretrained(folder)
+    config.rope_parameters["rope_theta"] *= 2.0
+    expected = AutoModelForCausalLM.from_pretrained(folder, config=config)
+    actual = methods.METHODS["single_2"][0](load(folder), {"multiplier": 2.0})
+    ids = token_ids(length=40)
+    torch.testing.assert_close(logits_of(actual, ids), logits_of(expected, ids), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["geometry_per_head", "buckets", "ms_poe"])
+def test_reading_on_from_a_cache_gives_what_reading_whole_gives(folder, name):
+    make, options = methods.METHODS[name]
+    model = make(load(folder), options).eval()
+    if name == "geometry_per_head":
+        fill(model)
+    ids = token_ids(length=40)[0].tolist()
+    other = [*ids[:20], *reversed(ids[20:])]
+    reader = measure.Reader(model)
+    read = [reader.logits(sequence, 30) for sequence in (ids, other, ids)]
+    for sequence, logits in zip((ids, other, ids), read, strict=True):
+        whole = model(input_ids=torch.tensor([sequence])).logits[0, 29:-1].detach()
+        torch.testing.assert_close(logits.log_softmax(-1), whole.log_softmax(-1), rtol=1e-3, atol=1e-4)
+
+
+def test_buckets_follow_the_surest_model(folder):
+    """The average of two bases lies between them, nearer to the surer."""
+    model = methods.METHODS["buckets"][0](load(folder), {"multipliers": [1.0, 4.0]}).eval()
+    ids = token_ids(length=30)
+    each = [methods.METHODS["single_2"][0](load(folder), {"multiplier": m}) for m in (1.0, 4.0)]
+    probs = torch.stack([logits_of(one, ids).softmax(-1) for one in each])
+    weights = probs.amax(-1, keepdim=True).softmax(0)
+    torch.testing.assert_close(logits_of(model, ids).exp(), (weights * probs).sum(0), rtol=1e-4, atol=1e-6)
+
+
+def test_ms_poe_divides_positions_by_every_ratio_once_and_spares_the_first_layers(folder):
+    model = methods.METHODS["ms_poe"][0](load(folder), {})
+    ratios = [layer.self_attn.head_geometry.positions.exp() for layer in model.model.layers]
+    heads = len(ratios[0])
+    expected = 1.2 + 0.6 * torch.arange(heads) / heads
+    for index, of_layer in enumerate(ratios):
+        wanted = torch.ones(heads) if index < per_head.MS_POE_FIRST_LAYER else expected
+        torch.testing.assert_close(of_layer.sort().values, wanted)
+
+
+@pytest.mark.parametrize("how", controls.SCORE_MIXTURES)
+def test_scores_of_equal_experts_mix_to_themselves(folder, monkeypatch, how):
+    monkeypatch.setitem(methods.EXPERTS, "same", [(1.0, 1.0), (1.0, 1.0)])
+    base = logits_of(load(folder))
+    model = methods.mixture(load(folder), {"experts": "same", "static": True, "equal": True, "scores": how})
+    torch.testing.assert_close(logits_of(model), base, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", controls.SCORE_MIXTURES)
+def test_mixed_scores_differ_from_mixed_probabilities(folder, how):
+    equal = methods.mixture(load(folder), {"experts": "angles", "static": True, "equal": True})
+    scores = methods.mixture(load(folder), {"experts": "angles", "static": True, "equal": True, "scores": how})
+    assert (logits_of(equal) - logits_of(scores)).abs().max() > 1e-4
+
+
+def test_heads_frozen_to_their_best_have_one_expert_each(folder):
+    model = fill(methods.mixture(load(folder), {"experts": "angles", "static": True})).eval()
+    layer = next(module for module in model.modules() if isinstance(module, methods.MoICELayer))
+    router = layer.moice_router["default"]
+    query = torch.randn(1, layer.num_heads, 3, layer.head_dim)
+    before = router.gates(router(query), 5)
+    methods.freeze_to_best(model)
+    after = router.gates(router(query), 5)
+    assert torch.equal(after.argmax(-1), before.argmax(-1))
+    assert torch.equal(after.sort(-1).values[..., -1], torch.ones_like(after[..., 0]))
+    assert torch.equal(after.sum(-1), torch.ones_like(after[..., 0]))
+
+
+def test_lora_of_equal_size_has_as_many_parameters_as_routers(tmp_path):
+    """Within half a layer, for the shape of SmolLM2-135M."""
+    shape = {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
+    folder = save_tiny_model(tmp_path, num_hidden_layers=10, **shape)
+    sizes = []
+    for name in ("routers", "lora_q_equal"):
+        make, options = methods.METHODS[name]
+        sizes.append(methods.number_of_parameters(make(load(folder), options)))
+    assert abs(sizes[0] - sizes[1]) <= 576
+
+
+class First(random.Random):
+    """Draws the first of everything."""
+
+    def randrange(self, *args):
+        return 0
+
+
+@pytest.mark.parametrize("name", ["best_position", "perturbed_positions"])
+def test_a_model_is_no_distance_from_itself_and_some_distance_elsewhere(tmp_path, name):
+    folder, tokenizer = save_tiny_model(tmp_path, vocab_size=256), byte_tokenizer()
+    model = methods.mixture(load(folder), {"experts": "angles"}).eval()
+    text_ids = torch.arange(1200) % 90
+    objective = objectives.OBJECTIVES[name]
+    draws = [objectives.Draw(rng, "", text_ids, 1, True) for rng in (First(0), random.Random(1))]
+    # The asked fact stands first already; the positions jump by nothing.
+    assert objective(model, tokenizer, draws[0]).item() == pytest.approx(0.0, abs=1e-5)
+    fill(model)
+    loss = objective(model, tokenizer, draws[1])
+    assert loss.item() > 1e-4
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

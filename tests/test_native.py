@@ -8,7 +8,7 @@ from torch.utils import checkpoint
 
 from peft_moice.attention import mixed_attention
 from peft_moice.attention.call import AttentionCall
-from peft_moice.attention.native import library, native
+from peft_moice.attention.native import kernel, library
 from peft_moice.attention.operator import choose
 from peft_moice.rope import RotaryLayout
 
@@ -17,11 +17,15 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def chosen(dtype: torch.dtype = torch.float32, backend: str = "sdpa", length: int = 9, **options) -> str:
+def chosen(
+    dtype: torch.dtype = torch.float32, backend: str = "sdpa", length: int = 9, top_k: int | None = None, **options
+) -> str:
     query, key, value, gates = inputs(length, length)
     tensors = (x.to(dtype) for x in (query, key, value))
-    call = AttentionCall(*tensors, gates, table(LAYOUTS["half"]), backend=backend, attend=attend, options=options)
-    return choose(call)
+    rotations = table(LAYOUTS["half"])
+    return choose(
+        AttentionCall(*tensors, gates, rotations, backend=backend, attend=attend, top_k=top_k, options=options)
+    )
 
 
 def test_they_are_chosen_where_they_compute_what_sdpa_would():
@@ -30,6 +34,18 @@ def test_they_are_chosen_where_they_compute_what_sdpa_would():
     assert chosen(torch.float64) == "delegated"
     assert chosen(backend="eager") == "delegated"
     assert chosen(dropout=0.1) == "delegated"
+
+
+def test_without_a_compiler_what_follows_k_is_chosen_where_it_is_faster(monkeypatch):
+    """By `PEFT_MOICE_NATIVE=0 python docs/measure_attention.py --compare`."""
+    monkeypatch.setenv(library.SWITCH, "0")
+    library.load.cache_clear()
+    try:
+        assert chosen(top_k=2) == "grouped"
+        assert chosen(top_k=3) == chosen() == chosen(length=1, top_k=1) == "delegated"
+        assert chosen(torch.bfloat16, top_k=2) == "delegated"
+    finally:
+        library.load.cache_clear()
 
 
 @pytest.mark.parametrize("length", [1, 50])
@@ -140,7 +156,7 @@ def test_memory_that_held_something_before_changes_nothing(monkeypatch):
     def used(*shape: int) -> torch.Tensor:
         return torch.full(shape, float("nan"), dtype=torch.float32)
 
-    monkeypatch.setattr(native, "_empty", used)
+    monkeypatch.setattr(kernel, "_empty", used)
     for lengths, right in zip(((9, 9), (3, 200), (150, 300)), expected, strict=True):
         assert_same(outcome("native", *lengths)[:4], right[:4])
 
@@ -149,7 +165,7 @@ def test_memory_that_held_something_before_changes_nothing(monkeypatch):
 def test_fewer_threads_may_run_than_were_asked_for(monkeypatch, lengths):
     """OMP_DYNAMIC, OMP_THREAD_LIMIT, containers; here the library is compiled without OpenMP."""
     expected = outcome("reference", *lengths)
-    monkeypatch.setattr(native, "_empty", lambda *shape: torch.full(shape, 1e9, dtype=torch.float32))
+    monkeypatch.setattr(kernel, "_empty", lambda *shape: torch.full(shape, 1e9, dtype=torch.float32))
     monkeypatch.setenv(library.FLAGS, "-O1 -fno-openmp")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     library.load.cache_clear()

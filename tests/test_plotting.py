@@ -2,10 +2,12 @@ import sys
 
 import pytest
 import torch
+from matplotlib.colors import to_hex
 
 from peft_moice.angles import attention_waveform
 from peft_moice.evaluation import PositionLosses, PositionSweep
 from peft_moice.plotting import (
+    plot_choices,
     plot_expert_load,
     plot_gates,
     plot_heat_map,
@@ -132,15 +134,62 @@ def test_gates_are_stacked_to_one():
     assert figure.axes[0].get_ylim()[0] == pytest.approx(0.45)
 
 
-def test_negative_gates_are_drawn_as_lines():
+def test_negative_gates_are_drawn_as_a_heat_map():
     gates = torch.tensor([[1.5, -0.5], [0.5, 0.5]])
-    (axis,) = plot_gates(gates, ["What", "is"]).axes
-    assert [line.get_ydata().tolist() for line in axis.lines] == gates.T.tolist()
+    axis = plot_gates(gates, ["What", "is"], names=["own", "other"]).axes[0]
+    assert axis.images[0].get_array().tolist() == gates.T.tolist()
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["own", "other"]
 
 
-def test_load_below_zero_has_its_own_colour():
+def test_gates_on_either_side_of_zero_are_equally_strong():
     image = plot_expert_load(torch.tensor([[[1.25, -0.25]]])).axes[0].images[0]
-    assert (image.norm.vmin, image.norm.vmax) == (-0.25, 1.25)
+    assert (image.norm.vmin, image.norm.vmax) == (-1.25, 1.25)
+    image = plot_expert_load(torch.tensor([[[0.75, 0.25]]])).axes[0].images[0]
+    assert (image.norm.vmin, image.norm.vmax) == (0.0, 1.0)
+
+
+def test_choices_show_the_expert_with_the_largest_gate():
+    gates = torch.tensor([[[0.7, 0.2, 0.1], [0.1, 0.2, 0.7]], [[0.3, 0.4, 0.3], [0.6, 0.2, 0.2]]])
+    figure = plot_choices(gates, ["What", "is"], names=["own", "low", "high"], title="model")
+    (axis,) = figure.axes
+    (image,) = axis.images
+    assert image.get_array().tolist() == [[0, 2], [1, 0]]
+    entries = figure.legends[0].legend_handles
+    assert [entry.get_label() for entry in entries] == ["own", "low", "high"]
+    for number, entry in enumerate(entries):
+        assert to_hex(image.cmap(image.norm(number))) == to_hex(entry.get_color())
+
+
+def test_a_legend_of_many_names_takes_nothing_of_the_axes():
+    heights = []
+    for count in (1, 13):
+        curves = {f"a method with a name of many words, number {i}": [(0.01, 0.4)] for i in range(count)}
+        figure = plot_tradeoff(curves, (0.0, 0.3), repair="right")
+        figure.draw_without_rendering()
+        heights.append(figure.axes[0].get_window_extent().height)
+    assert heights[1] == pytest.approx(heights[0], rel=0.1)
+
+
+def test_fourteen_methods_are_told_apart_and_no_more():
+    lines = plot_tradeoff({str(i): [(0.01, 0.4)] for i in range(14)}, (0.0, 0.3), repair="right").axes[0].lines
+    assert len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}) == 15
+    with pytest.raises(ValueError, match="at most 14"):
+        plot_tradeoff({str(i): [(0.01, 0.4)] for i in range(15)}, (0.0, 0.3), repair="right")
+
+
+def test_small_differences_of_losses_are_drawn_by_themselves():
+    base, adapted = (PositionLosses((2, 4), losses, 1) for losses in ((5.0, 4.0), (5.0, 3.875)))
+    upper, lower = plot_losses({"base": base, "adapted": adapted}).axes
+    assert [list(line.get_ydata()) for line in upper.lines] == [[5.0, 4.0], [5.0, 3.875]]
+    assert [list(line.get_ydata()) for line in lower.lines] == [[0.0, 0.0], [0.0, -0.125]]
+    with pytest.raises(ValueError, match="other positions"):
+        plot_losses({"base": base, "longer": PositionLosses((2, 4, 8), (5.0, 4.0, 3.0), 1)})
+
+
+def test_pictures_name_the_model():
+    sweeps = plot_position_sweeps({"30 facts": {"before": BEFORE}}, title="model")
+    assert sweeps.get_suptitle() == "model"
+    assert plot_waveforms(16, [1e4], 50, title="model").axes[0].get_title() == "model"
 
 
 def test_losses_are_drawn_over_a_logarithmic_axis():
@@ -158,6 +207,8 @@ def test_losses_are_drawn_over_a_logarithmic_axis():
         (plot_expert_load, (torch.zeros(2, 2),)),
         (plot_gates, (torch.zeros(2, 2), ["one"])),
         (plot_gates, (torch.zeros(1, 8), ["one"])),
+        (plot_choices, (torch.zeros(1, 2), ["one"])),
+        (plot_choices, (torch.zeros(2, 1, 8), ["one"])),
         (plot_losses, ({},)),
         (lambda load: plot_expert_load(load, names=["one"]), (torch.zeros(1, 1, 2),)),
     ],

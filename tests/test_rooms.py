@@ -1,4 +1,4 @@
-"""The README lists every room of the package, and imports go one way."""
+"""The page on architecture lists every room of the package, and imports go one way."""
 
 import ast
 import re
@@ -9,21 +9,21 @@ PACKAGE = ROOT / "peft_moice"
 
 
 def listed_rooms() -> set[str]:
-    """Paths within the package that the README's tree names, read by their indentation."""
-    text = (ROOT / "README.md").read_text()
+    """Paths within the package that the tree of docs/architecture.md names, read by their indentation."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
     tree = re.search(r"```\npeft_moice/\n(.*?)```", text, re.DOTALL).group(1)
     folders, rooms = [], set()
     for line in filter(None, tree.splitlines()):
         depth = (len(line) - len(line.lstrip())) // 2
         name, _, purpose = line.strip().partition(" ")
-        assert purpose.strip(), f"the README says nothing about {name}"
+        assert purpose.strip(), f"docs/architecture.md says nothing about {name}"
         folders[depth - 1 :] = [name.rstrip("/")]
         if not name.endswith("/"):
             rooms.add("/".join(folders))
     return rooms
 
 
-def test_the_readme_lists_every_room():
+def test_the_page_lists_every_room():
     files = {
         str(path.relative_to(PACKAGE))
         for path in PACKAGE.rglob("*")

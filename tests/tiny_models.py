@@ -11,6 +11,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PhiConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -43,6 +44,7 @@ FAMILIES = {
 OTHER_FAMILIES = {
     "phi": (PhiConfig, {}),  # rotates half of a head
     "gemma3": (Gemma3TextConfig, {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "phi3": (Phi3Config, {}),
     "gpt2": (GPT2Config, {}),  # no rotary embedding
 }
 WIDE = [1.0, 0.25, 0.5, 4.0]

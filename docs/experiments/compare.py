@@ -16,10 +16,14 @@ import time
 from pathlib import Path
 
 import torch
-from forms import docstrings, draw
-from measure import measure
-from methods import METHODS, halve, number_of_parameters, without_adapter
+from forms import docstrings
+from measure import TASKS, measure
+from methods import METHODS, UNTRAINED, freeze_to_best, halve, number_of_parameters, without_adapter
+from objectives import OBJECTIVES, Draw, divergence
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+LORA_BELOW = 0.1
+"""Rate of LoRA below routers, times that of the routers."""
 
 
 def parse() -> argparse.Namespace:
@@ -34,6 +38,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--keep_tokens", type=int, default=192)
     parser.add_argument("--questions", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--train_on", choices=("forms", "facts"), default="forms", help="five forms, or lists of facts"
+    )
+    parser.add_argument("--objective", choices=OBJECTIVES, default="answers")
+    parser.add_argument("--freeze_to_best", action="store_true", help="static gates: keep each head's greatest only")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="what is measured")
     parser.add_argument("--float32", action="store_true")
     parser.add_argument("--save", type=Path, help="file for the trained parameters")
     parser.add_argument("--load", type=Path, help="such a file, in place of training")
@@ -45,7 +55,7 @@ def main(args: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     make, options = METHODS[args.method]
-    model = make(model, options)
+    model = make(model, {**options, "tokenizer": tokenizer})
     if not args.float32:
         halve(model)
     start = time.perf_counter()
@@ -56,22 +66,28 @@ def main(args: argparse.Namespace) -> None:
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 parameter.data.copy_(saved[name])
-    elif args.method != "base":
+    elif args.method not in UNTRAINED:
         losses, distances = train(model, tokenizer, args)
+    if args.freeze_to_best:
+        freeze_to_best(model)
     seconds = {"train": time.perf_counter() - start}
     start = time.perf_counter()
-    results = measure(model, tokenizer, args.data)
+    results = measure(model, tokenizer, args.data, tasks=args.tasks)
     seconds["measure"] = time.perf_counter() - start
     record = {
+        "model": Path(args.model).resolve().name,
         "method": args.method,
         "rate": args.rate,
         "steps": args.steps if losses else 0,
         "seed": args.seed,
         "keep_weight": args.keep_weight,
+        "train_on": args.train_on,
+        "objective": args.objective,
+        "frozen": args.freeze_to_best,
         "float32": args.float32,
         "parameters": number_of_parameters(model) if losses else 0,
-        "loss_last_10": sum(losses[-10:]) / 10 if losses else None,
-        "distance_last_10": sum(distances[-10:]) / 10 if distances else None,
+        "loss_last_10": sum(losses[-10:]) / len(losses[-10:]) if losses else None,
+        "distance_last_10": sum(distances[-10:]) / len(distances[-10:]) if distances else None,
         **results,
         "losses": [round(loss, 4) for loss in losses],
         "seconds": {name: round(value) for name, value in seconds.items()},
@@ -86,7 +102,8 @@ def main(args: argparse.Namespace) -> None:
 
 def command(argv: list[str]) -> list[str]:
     """Arguments without the machine's folders."""
-    folders = {"--model": "FOLDER", "--data": "FOLDER", "--out": "FILE", "--save": "FILE", "--load": "FILE"}
+    folders = {"--model": "FOLDER", "--data": "FOLDER", "--adapter": "FOLDER"}
+    folders |= {"--out": "FILE", "--save": "FILE", "--load": "FILE"}
     return [folders.get(before, word) for before, word in zip(["", *argv], argv, strict=False)]
 
 
@@ -94,27 +111,25 @@ def train(model, tokenizer, args: argparse.Namespace) -> tuple[list[float], list
     """Losses on the answers, and distances (KL) from the base model on ordinary text, of every step."""
     text = docstrings()
     text_ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.rate, weight_decay=0.0)
+    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
+    rates = [args.rate * (LORA_BELOW if below_routers(args.method, name) else 1.0) for name in names]
+    optimizer = torch.optim.AdamW([{"params": [p]} for p in parameters], lr=args.rate, weight_decay=0.0)
     rng = random.Random(args.seed)
+    draw = Draw(rng, text, text_ids, args.questions, facts=args.train_on == "facts")
     losses, distances = [], []
     model.train()
     for step in range(args.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = args.rate * 0.5 * (1 + math.cos(math.pi * step / args.steps))
-        ids, labels = encode(tokenizer, draw(rng, text, args.questions))
-        first = labels.ne(-100).nonzero()[0].item()
-        logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=len(ids) - first + 1).logits[0, :-1]
-        loss = torch.nn.functional.cross_entropy(logits.float(), labels[first:])
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+        loss = OBJECTIVES[args.objective](model, tokenizer, draw)
         loss.backward()
         distance = 0.0
         if args.keep_weight:
             start = rng.randrange(len(text_ids) - args.keep_tokens)
             chunk = text_ids[None, start : start + args.keep_tokens]
             with torch.no_grad(), without_adapter(model):
-                base = model(input_ids=chunk, use_cache=False).logits[0].float().log_softmax(-1)
-            adapted = model(input_ids=chunk, use_cache=False).logits[0].float().log_softmax(-1)
-            kept = torch.nn.functional.kl_div(adapted, base, log_target=True, reduction="batchmean")
+                base = model(input_ids=chunk, use_cache=False).logits[0]
+            kept = divergence(model(input_ids=chunk, use_cache=False).logits[0], base)
             (args.keep_weight * kept).backward()
             distance = kept.item()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -122,25 +137,13 @@ def train(model, tokenizer, args: argparse.Namespace) -> tuple[list[float], list
         optimizer.zero_grad()
         losses.append(loss.item())
         distances.append(distance)
-        print(f"{args.method} {args.rate:g} step {step}: {losses[-1]:.3f} kl {distance:.4f} {len(ids)}", flush=True)
+        print(f"{args.method} {args.rate:g} step {step}: {losses[-1]:.3f} kl {distance:.4f}", flush=True)
     return losses, distances
 
 
-def encode(tokenizer, messages: list[dict[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids, and labels where the assistant speaks, the end of its turn included."""
-
-    def render(count: int, add_generation_prompt: bool = False) -> str:
-        return tokenizer.apply_chat_template(
-            messages[:count], tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-
-    spans = [(len(render(i, True)), len(render(i + 1)) - 1) for i in range(1, len(messages), 2)]
-    encoded = tokenizer(render(len(messages)), add_special_tokens=False, return_offsets_mapping=True)
-    labels = [
-        token if any(a < end and start < b for start, end in spans) else -100
-        for token, (a, b) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    ]
-    return torch.tensor(encoded["input_ids"]), torch.tensor(labels)
+def below_routers(method: str, name: str) -> bool:
+    """Whether a parameter belongs to LoRA that is trained together with routers."""
+    return method == "lora_below_routers" and "lora_" in name
 
 
 if __name__ == "__main__":

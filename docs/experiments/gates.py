@@ -1,4 +1,4 @@
-"""What trained routers choose: expert load per layer and head, and gates along a prompt, as pictures.
+"""What trained routers choose, as pictures: expert load per layer and head, gates along a prompt, choices of heads.
 
     python docs/experiments/gates.py --model FOLDER --method routers --load FILE --out docs/images
 
@@ -10,29 +10,21 @@ import random
 from pathlib import Path
 
 import torch
+import trained
 from forms import table
 from methods import EXPERTS, METHODS
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_moice.evaluation import gates_along
-from peft_moice.plotting import plot_expert_load, plot_gates
+from peft_moice.plotting import plot_choices, plot_expert_load, plot_gates
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--method", default="routers", choices=METHODS)
-    parser.add_argument("--load", required=True, type=Path)
+    trained.add_arguments(parser)
+    parser.set_defaults(method="routers")
     parser.add_argument("--out", required=True, type=Path)
     args = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    make, options = METHODS[args.method]
-    model = make(model, options)
-    saved = torch.load(args.load)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            parameter.data.copy_(saved[name])
+    model, tokenizer = trained.load(args)
 
     shown, pairs = table(random.Random(0), "")
     question, _ = pairs[len(pairs) // 2]
@@ -41,7 +33,7 @@ def main() -> None:
     ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids[0]
     gates = torch.stack([*gates_along(model, ids).values()])  # [L, H, S, N]
 
-    experts = EXPERTS[options["experts"]]
+    experts = EXPERTS[METHODS[args.method][1]["experts"]]
     names = [f"{angle:g} x own angle" for angle, _ in experts]
     title = "SmolLM2-135M-Instruct, mean over a prompt"
     plot_expert_load(gates.mean(dim=2), names=names, title=title).savefig(args.out / "expert_load.png", dpi=110)
@@ -50,6 +42,9 @@ def main() -> None:
     tokens = [tokenizer.decode([token]).replace("\n", "\\n") for token in ids[-60:]]
     title = f"SmolLM2-135M-Instruct, layer {layer}, head {head}, whose gates vary most over the tokens"
     plot_gates(gates[layer, head, -60:], tokens, names=names, title=title).savefig(args.out / "gates.png", dpi=110)
+    choices = gates[layer, :, -60:, 1:].abs()
+    title = f"SmolLM2-135M-Instruct, layer {layer}: the angle beside the own one whose gate is farthest from zero"
+    plot_choices(choices, tokens, names=names[1:], title=title).savefig(args.out / "choices.png", dpi=110)
     own = gates[..., 0]
     print(f"distance of the own angle's gate from one: mean {(1 - own).abs().mean():.4f}")
     print(f"share of heads whose own gate is above one on average: {(own.mean(dim=-1) > 1).float().mean():.2f}")

@@ -4,12 +4,14 @@ import gzip
 import json
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from forms import FIRST, LAST
 from transformers import DynamicCache
 
-from peft_moice.evaluation import encode_chat, sample_facts
+from peft_moice.evaluation import FactList, encode_chat, sample_facts
 
 MIN_READ = 9
 """Tokens that a continued pass reads at least: experimental operators are served by the path of long passes."""
@@ -140,6 +142,23 @@ def codes(tokenizer, lists: int, facts: int, seed: int):
     return groups
 
 
+def long_codes(tokenizer, lists: int, facts: int, seed: int):
+    """Likewise with first and last names, of which there are enough for long lists."""
+    rng = random.Random(seed)
+    names = [f"{first} {last}" for first in FIRST for last in LAST]
+    groups = []
+    for _ in range(lists):
+        drawn = FactList(
+            tuple(rng.sample(names, facts)), tuple(str(code) for code in rng.sample(range(10_000, 100_000), facts))
+        )
+        group = []
+        for place in (0, 0.25, 0.5, 0.75, 1):
+            encoded = encode_chat(tokenizer, drawn, [round(place * (facts - 1))])
+            group.append((encoded.input_ids, [i for i, is_answer in enumerate(encoded.is_answer) if is_answer]))
+        groups.append(group)
+    return groups
+
+
 @torch.no_grad()
 def perplexity(model, tokenizer, file: str, length: int, chunks: int) -> float:
     """Of the first document of an L-Eval file, read in chunks."""
@@ -153,16 +172,24 @@ def perplexity(model, tokenizer, file: str, length: int, chunks: int) -> float:
     return math.exp(loss / chunks)
 
 
-def measure(model, tokenizer, data: Path, seed: int = 4321) -> dict:
-    """Everything, for one model."""
+TASKS = ("json", "nq", "codes30", "codes60", "codes120", "perplexity")
+
+
+def measure(model, tokenizer, data: Path, seed: int = 4321, tasks: Sequence[str] = TASKS) -> dict:
+    """`tasks`, for one model."""
     model.eval()
-    questions = natural_questions(tokenizer, str(data / "nq-open-oracle.jsonl.gz"), 12, 6, seed)
-    nq = columns(score(model, questions))
-    for name in ("right", "tokens", "loss"):
-        nq[name] = nq[name][::-1]  # by position again
-    return {
-        "json": columns(score(model, json_pairs(tokenizer, 12, 16, seed))),
-        "nq": nq,
-        "codes60": columns(score(model, codes(tokenizer, 6, 60, seed))),
-        "perplexity": perplexity(model, tokenizer, str(data / "leval-coursera.jsonl.gz"), 1024, 5),
+    questions, course = str(data / "nq-open-oracle.jsonl.gz"), str(data / "leval-coursera.jsonl.gz")
+    prompts = {
+        "json": lambda: json_pairs(tokenizer, 12, 16, seed),
+        "nq": lambda: natural_questions(tokenizer, questions, 12, 6, seed),
+        "codes30": lambda: codes(tokenizer, 6, 30, seed),
+        "codes60": lambda: codes(tokenizer, 6, 60, seed),
+        "codes120": lambda: long_codes(tokenizer, 4, 120, seed),
     }
+    results = {name: columns(score(model, prompts[name]())) for name in TASKS if name in tasks and name in prompts}
+    if "nq" in results:
+        for name in ("right", "tokens", "loss"):
+            results["nq"][name] = results["nq"][name][::-1]  # by position again
+    if "perplexity" in tasks:
+        results["perplexity"] = perplexity(model, tokenizer, course, 1024, 5)
+    return results

@@ -1,12 +1,17 @@
-"""What is trained: routers, routers over angles and temperatures, their static controls, query scales, LoRA.
+"""What is compared: routers, their static controls, other mixtures, query scales, LoRA, and rivals without training.
 
-`METHODS[name](model, options)` returns the model to train. Everything but "base" starts as the base model.
+`make, options = METHODS[name]`, and `make(model, options)` returns the model to train. What has something to train
+starts as the base model.
 """
 
 from collections.abc import Callable
 
 import torch
+from buckets import buckets
+from controls import mix_scores
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from per_head import HeadGeometry, ms_poe, per_head, single_base
 from torch import nn
 
 from peft_moice import MoICEConfig, MoICELayer
@@ -26,7 +31,8 @@ class HalfLinear(nn.Linear):
     """A frozen linear layer that multiplies in bfloat16: four times as fast on the processor used."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x.bfloat16(), self.weight, self.bias).float()
+        product = nn.functional.linear(x.bfloat16(), self.weight).float()
+        return product if self.bias is None else product + self.bias
 
 
 def halve(model: nn.Module) -> None:
@@ -74,7 +80,7 @@ def mixture(model: nn.Module, options: dict) -> nn.Module:
     # Equal angles are told apart by a millionth: the config takes an angle once, and the table is ours anyway.
     config = MoICEConfig(
         base_multipliers=[angle * (1 + 1e-6 * i) if i else 1.0 for i, (angle, _) in enumerate(experts)],
-        init_weights="identity",
+        init_weights=True if options.get("equal") else "identity",
         router_aux_loss_coef=0.0,
         router_scope=options.get("scope", "layer"),
         router_dim=options.get("router_dim"),
@@ -96,8 +102,22 @@ def mixture(model: nn.Module, options: dict) -> nn.Module:
             router.forward = static.forward
             for name in ("gate_proj", "up_proj", "down_proj"):
                 getattr(router, name).requires_grad_(False)
+            static.requires_grad_(not options.get("equal"))
             router.static = static
+    if "scores" in options:
+        mix_scores(adapted, options["scores"])
     return adapted
+
+
+def freeze_to_best(model: nn.Module) -> None:
+    """Give every head of static gates the one expert whose gate is greatest: no mixture is left."""
+    for layer in model.modules():
+        if isinstance(layer, MoICELayer):
+            router = layer.moice_router["default"]
+            logits = router.static.head_logits[None, :, None].detach()
+            best = router.gates(logits, router.num_experts)[0, :, 0].argmax(-1)
+            gates = nn.functional.one_hot(best, router.num_experts).float()
+            router.gates = lambda logits, top_k, gates=gates: gates[None, :, None].expand(logits.shape).contiguous()
 
 
 class QueryScale(nn.Module):
@@ -126,7 +146,7 @@ def query_scales(model: nn.Module, options: dict) -> nn.Module:
     """No mixture: the model's own angle and a learned temperature."""
     if not hasattr(model, "peft_config"):
         model.requires_grad_(False)
-    heads, head_dim = model.config.num_attention_heads, model.config.head_dim
+    heads, head_dim = model.config.num_attention_heads, head_dim_of(model)
     for module in list(model.modules()):
         projection = module._modules.get("q_proj")
         if projection is not None:
@@ -136,13 +156,39 @@ def query_scales(model: nn.Module, options: dict) -> nn.Module:
 
 
 def lora(model: nn.Module, options: dict) -> nn.Module:
+    layers = None
+    if options.get("equal_size"):
+        layers = list(range(model.config.num_hidden_layers))[-layers_of_equal_size(model) :]
     config = LoraConfig(
         r=options.get("r", 1),
         lora_alpha=options.get("r", 1),
         target_modules=options.get("targets", ["q_proj"]),
-        layers_to_transform=options.get("layers"),
+        layers_to_transform=layers,
     )
     return get_peft_model(model, config)
+
+
+def layers_of_equal_size(model: nn.Module) -> int:
+    """In how many layers LoRA of rank 1 on the query projection has as many parameters as five experts' routers."""
+    config, experts = model.config, len(ANGLES)
+    router = 2 * experts * head_dim_of(model) + experts**2 + config.num_attention_heads
+    rank = config.hidden_size + config.num_attention_heads * head_dim_of(model)
+    return max(1, round(config.num_hidden_layers * router / rank))
+
+
+def head_dim_of(model: nn.Module) -> int:
+    config = model.config
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def lora_below_routers(model: nn.Module, options: dict) -> nn.Module:
+    """Routers over a model whose query projections have LoRA, trained together."""
+    below = lora(model, options)
+    adapted = mixture(below.base_model.model, {"experts": options["experts"]})
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.requires_grad_(True)
+    return adapted
 
 
 def mixture_and_scales(model: nn.Module, options: dict) -> nn.Module:
@@ -164,22 +210,43 @@ METHODS: dict[str, tuple[Callable[[nn.Module, dict], nn.Module], dict]] = {
     "scales_by_token": (query_scales, {"by_token": True}),
     "routers_and_scales_by_token": (mixture_and_scales, {"experts": "angles", "by_token": True}),
     "lora_q": (lora, {"r": 1}),
-    "lora_q_equal": (lora, {"r": 1, "layers": list(range(12, 30))}),
+    "lora_q_equal": (lora, {"r": 1, "equal_size": True}),
     "lora_r8": (lora, {"r": 8, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"]}),
+    "lora_below_routers": (lora_below_routers, {"experts": "angles", "r": 1, "equal_size": True}),
+    "routers_k1": (mixture, {"experts": "angles", "top_k": 1}),
+    "score_mean": (mixture, {"experts": "angles", "scores": "mean"}),
+    "equal": (mixture, {"experts": "angles", "static": True, "equal": True}),
+    "equal_score_mean": (mixture, {"experts": "angles", "static": True, "equal": True, "scores": "mean"}),
+    "equal_score_greatest": (mixture, {"experts": "angles", "static": True, "equal": True, "scores": "greatest"}),
+    "base_per_head": (per_head, {"learned": ("base",)}),
+    "base_and_scale_per_head": (per_head, {"learned": ("base", "scale")}),
+    "geometry_per_head": (per_head, {"learned": ("base", "positions", "scale")}),
+    "single_0.25": (single_base, {"multiplier": 0.25}),
+    "single_0.5": (single_base, {"multiplier": 0.5}),
+    "single_2": (single_base, {"multiplier": 2.0}),
+    "single_4": (single_base, {"multiplier": 4.0}),
+    "ms_poe": (ms_poe, {}),
+    "buckets": (buckets, {"multipliers": [angle for angle, _ in ANGLES]}),
 }
+UNTRAINED = (
+    "base", "equal", "equal_score_mean", "equal_score_greatest", "single_0.25", "single_0.5", "single_2", "single_4",
+    "ms_poe", "buckets",
+)  # fmt: skip
 
 
 def without_adapter(model: nn.Module):
     """A context in which the model is the base model."""
-    if hasattr(model, "disable_adapter") and not any(isinstance(m, QueryScale) for m in model.modules()):
-        return model.disable_adapter()
-    return _NoScales(model)
+    return _Without(model)
 
 
-class _NoScales:
+class _Without:
+    """Switches off a PEFT adapter, LoRA below it, query scales and geometries of heads."""
+
     def __init__(self, model: nn.Module):
         self.model = model
         self.scales = [module for module in model.modules() if isinstance(module, QueryScale)]
+        self.geometries = [module for module in model.modules() if isinstance(module, HeadGeometry)]
+        self.loras = [module for module in model.modules() if isinstance(module, LoraLayer)]
 
     def __enter__(self):
         self.disabled = self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else None
@@ -187,12 +254,21 @@ class _NoScales:
             self.disabled.__enter__()
         for scale in self.scales:
             scale.forward = lambda module, args, output: output
+        self._enable(False)
 
     def __exit__(self, *error):
         for scale in self.scales:
             del scale.forward
         if self.disabled is not None:
             self.disabled.__exit__(*error)
+        self._enable(True)
+
+    def _enable(self, enabled: bool):
+        for geometry in self.geometries:
+            geometry.enabled = enabled
+        for layer in self.loras:
+            # Not `enable_adapters`, which would also change what is trained.
+            layer._disable_adapters = not enabled
 
 
 def number_of_parameters(model: nn.Module) -> int:

@@ -259,9 +259,19 @@ class Certificates:
     path: Path | None = None
     find: Callable[[str, torch.device, torch.dtype, RotaryLayout, int], str | None] = find_fault_apart
     _known: dict[str, Any] | None = None
+    # The same by what is cheap to compare, as each layer asks in every pass.
+    _answers: dict[tuple[Any, ...], Any] = dataclasses.field(default_factory=dict)
 
     def fault(self, name: str, call: AttentionCall) -> str | None:
         """Why the implementation called `name` must not compute calls like this one; found out once per machine."""
+        query, layout = call.query, call.rotations.layout
+        question = (name, query.device, query.dtype, query.shape[-1], layout)
+        if question not in self._answers:
+            self._answers[question] = self._find_fault(name, call)
+        known: str | None = self._answers[question]
+        return known
+
+    def _find_fault(self, name: str, call: AttentionCall) -> str | None:
         query, layout = call.query, call.rotations.layout
         key = _key(query.device, name, query.dtype, query.shape[-1], layout)
         if key not in self._entries():
@@ -287,9 +297,15 @@ class Certificates:
         """The name of the fastest of `candidates`, timed once per machine and size of the call."""
         if len(candidates) == 1:
             return next(iter(candidates))
-        sizes = (call.query.shape[0], call.query.shape[1], call.key.shape[1], call.query.shape[-1], call.num_experts)
-        lengths = [(length - 1).bit_length() for length in (call.query.shape[2], call.key.shape[2])]
-        key = _key(call.query.device, *candidates, call.query.dtype, *sizes, *lengths, call.top_k, call.backend)
+        query, num_keys = call.query, call.key.shape[2]
+        sizes = (query.shape[0], query.shape[1], call.key.shape[1], query.shape[-1], call.num_experts)
+        lengths = ((query.shape[2] - 1).bit_length(), (num_keys - 1).bit_length())
+        question = (query.device, *candidates, query.dtype, *sizes, *lengths, call.top_k, call.backend)
+        if question not in self._answers:
+            self._answers[question] = self._find_fastest(candidates, call, _key(*question))
+        return str(self._answers[question])
+
+    def _find_fastest(self, candidates: Mapping[str, Implementation], call: AttentionCall, key: str) -> str:
         if key not in self._entries():
             times = {name: milliseconds(candidate, call) for name, candidate in candidates.items()}
             best = min(times, key=lambda name: times[name])

@@ -5,13 +5,16 @@ import torch
 from .call import AttentionCall
 
 
-def why_not_on_cpu(call: AttentionCall) -> str | None:
-    """The reason why `grouped` and `native` cannot compute `call`, or None."""
+def why_not_on_cpu(call: AttentionCall, in_graph: bool = False) -> str | None:
+    """The reason why `grouped` and `native` cannot compute `call`, or None.
+
+    With `in_graph`, torch.compile is tracing the call, and the implementation has an operator for that.
+    """
     if call.query.device.type != "cpu":
         return f"it is for the CPU, and the queries are on {call.query.device.type!r}"
     if 0 in (*call.query.shape, *call.value.shape):
         return "there is nothing to attend to"
-    return call.why_not_plain() or _why_not_now()
+    return call.why_not_plain() or (None if in_graph else _why_not_now())
 
 
 def _why_not_now() -> str | None:

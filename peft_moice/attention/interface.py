@@ -137,8 +137,9 @@ class MixtureCall:
                 query.shape[0], query.shape[-2], key.shape[-2], attention_mask
             )
         # Under autocast, rotated queries and keys may be in float32 and values in half precision.
-        dtype = functools.reduce(torch.promote_types, (query.dtype, key.dtype, value.dtype))
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        if not query.dtype == key.dtype == value.dtype:
+            dtype = functools.reduce(torch.promote_types, (query.dtype, key.dtype, value.dtype))
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         gates, picked = self.gate(query)
         return mixed_attention(
             query,

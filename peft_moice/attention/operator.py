@@ -1,5 +1,7 @@
 """`mixed_attention`, the table of its implementations, and the choice between them."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "native": native,
     "triton": triton,
 }
+
+_OBSERVERS: list[Callable[[str, str], None]] = []
 
 
 def mixed_attention(
@@ -61,7 +65,7 @@ def mixed_attention(
             follows K), `"native"` (CPU; cost follows K; compiled on first use), `"triton"` (CUDA; cost follows K) or
             `"auto"` (default), which measures on a GPU, see [`certification`], and has a fixed rule on the CPU.
         backend: name of the attention implementation behind `attend`, by which "auto" chooses.
-        top_k: the most experts that a row picks, by which "auto" chooses on a GPU. Default: N.
+        top_k: the most experts that a row picks, by which "auto" chooses. Default: N.
         options: further arguments of `attend`, such as `scaling` and `dropout`.
 
     Returns:
@@ -88,7 +92,11 @@ def mixed_attention(
         options,
     )
     if implementation == "auto":
-        return IMPLEMENTATIONS[choose(call)].run(call)
+        name = choose(call)
+        if not torch.compiler.is_compiling():
+            for observer in list(_OBSERVERS):
+                observer(name, why(call, name))
+        return IMPLEMENTATIONS[name].run(call)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"Unknown implementation {implementation!r}; choose 'auto' or one of {sorted(IMPLEMENTATIONS)}."
@@ -106,16 +114,42 @@ def mixed_attention(
 
 def choose(call: AttentionCall) -> str:
     """The name of the fastest implementation that computes what the backend would, at least in the same precision."""
-    if call.num_experts == 1 or torch.compiler.is_compiling():
+    if call.num_experts == 1:
         return "delegated"
     if call.query.device.type == "cuda":
-        return _choose_on_gpu(call)
+        return "delegated" if torch.compiler.is_compiling() else _choose_on_gpu(call)
     if call.backend != "sdpa":
         return "delegated"
     if native.why_not(call) is None:
         return "native"
+    # Without a compiler; for single queries, and where all experts are picked, it is no faster.
     mixes_a_sequence = call.query.shape[-2] > 1 and call.query.dtype == call.value.dtype == torch.float32
-    return "grouped" if mixes_a_sequence and grouped.why_not(call) is None else "delegated"
+    picks_some = call.top_k is not None and call.top_k < call.num_experts
+    return "grouped" if mixes_a_sequence and picks_some and grouped.why_not(call) is None else "delegated"
+
+
+def why(call: AttentionCall, chosen: str) -> str:
+    """Why [`choose`] has chosen an implementation for a call, for messages."""
+    if call.num_experts == 1:
+        return "there is a single angle"
+    if call.query.device.type == "cuda":
+        return "the fastest of those that are right on this GPU, by measurement"
+    if call.backend != "sdpa":
+        return f"the model's attention is {call.backend!r}, and the kernels for the CPU stand in for sdpa only"
+    if chosen == "native":
+        return "compiled for this CPU; its cost follows K"
+    reasons = {"native": native.why_not(call)} | ({"grouped": grouped.why_not(call)} if chosen == "delegated" else {})
+    return "; ".join(f"not {name}, because {reason}" for name, reason in reasons.items() if reason)
+
+
+@contextmanager
+def observing_choices(observer: Callable[[str, str], None]) -> Iterator[None]:
+    """Call `observer` with the name of the implementation that "auto" chooses, and why, at each choice inside."""
+    _OBSERVERS.append(observer)
+    try:
+        yield
+    finally:
+        _OBSERVERS.remove(observer)
 
 
 def _choose_on_gpu(call: AttentionCall) -> str:

@@ -13,7 +13,7 @@ from .key_values import KeyValues
 from .losses import PositionLosses, losses_by_position
 from .multi_document import MultiDocument
 from .needles import Needles
-from .perplexity import perplexity
+from .perplexity import perplexities, perplexity
 from .result import Result, Score
 from .sweep import PositionSweep, position_sweep
 from .task import POSITIONS, Example, Task
@@ -38,6 +38,7 @@ __all__ = [
     "evaluate",
     "gates_along",
     "losses_by_position",
+    "perplexities",
     "perplexity",
     "position_sweep",
     "sample_facts",

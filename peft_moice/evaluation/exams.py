@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .deck import Deck
 from .encoding import check_fast
 from .files import read_json_lines
 from .task import Example, Scoring
@@ -40,13 +41,14 @@ class Exam:
             if questions:
                 self.documents.append((record["input"], questions))
         if not self.documents:
-            raise ValueError(f"{file} holds no question with one right answer.")
+            raise ValueError(f"{file} holds no question with one right answer. Give a closed task of L-Eval.")
+        self._order = Deck(self.documents)
 
     def draw(self, rng: random.Random, length: int, positions: Sequence[float]) -> list[Example]:
         """A document, cut after `length` tokens, and all of its questions. Nobody knows where answers stand, so
         positions are ignored.
         """
-        text, questions = rng.choice(self.documents)
+        text, questions = self._order.deal(rng)
         offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ends = [end for _, end in offsets["offset_mapping"]]
         shown = text[: ends[min(length, len(ends)) - 1]]

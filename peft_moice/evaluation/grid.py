@@ -11,10 +11,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..mode import evaluating
-from .encoding import encode_example
+from .encoding import EncodedExample, encode_example
 from .reader import Reader
 from .result import Result, Score
-from .task import POSITIONS, Example, Task
+from .task import POSITIONS, Example, Scoring, Task
+from .trial import check_grid
 
 
 def evaluate(
@@ -26,6 +27,7 @@ def evaluate(
     positions: Sequence[float] = POSITIONS,
     num_groups: int = 16,
     max_new_tokens: int = 48,
+    batch_size: int = 1,
     seed: int = 0,
     name: str | None = None,
 ) -> Result:
@@ -37,8 +39,11 @@ def evaluate(
         task: what to ask.
         lengths: how much material a prompt shows, in the task's unit.
         positions: relative positions of what is asked for. Default: 0, 1/4, 1/2, 3/4, 1.
-        num_groups: number of draws at every length, which is the number of questions in a cell. Default: 16.
+        num_groups: number of draws at every length, which is the number of questions in a cell. What a task has drawn
+            before is not asked again, so a small file may give fewer. Default: 16.
         max_new_tokens: the most that the model writes, where the task's scoring reads what it writes. Default: 48.
+        batch_size: how many questions of a draw are read in one pass, where they follow the same text and nothing is
+            written. As many copies of the text's keys and values have to fit. Default: 1.
         seed: of the draws. Equal seeds ask different models the same questions. Default: 0.
         name: of the model, for tables and pictures. Default: the one in its config.
 
@@ -48,43 +53,66 @@ def evaluate(
     Raises:
         ValueError: a value out of its range.
     """
-    if num_groups < 1:
-        raise ValueError(f"`num_groups` is {num_groups}, but has to be at least 1.")
-    if not lengths or min(lengths) < 1:
-        raise ValueError(f"`lengths` has to hold positive numbers, not {list(lengths)}.")
-    if not positions or not all(0 <= position <= 1 for position in positions):
-        raise ValueError(f"`positions` has to hold numbers in 0..1, not {positions!r}.")
-    scores = []
+    check_grid(lengths, positions, num_groups)
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` is {batch_size}, but has to be at least 1.")
+    scores: list[Score] = []
     with evaluating(model), tqdm(total=num_groups * len(lengths), desc=task.name, unit="draw") as progress:
         for length in lengths:
             rng = random.Random(f"{seed} {length}")
+            asked: set[Example] = set()
             for group in range(num_groups):
+                examples = [example for example in task.draw(rng, length, positions) if example not in asked]
+                asked.update(examples)
                 reader = Reader(model)
-                for example in task.draw(rng, length, positions):
-                    scores.append(score_example(reader, tokenizer, task, example, group, max_new_tokens))
+                # What is written after a prompt is written while the prompt is still in the cache.
+                step = 1 if task.scoring in ("any", "all") else max(1, len(examples))
+                for start in range(0, len(examples), step):
+                    part = examples[start : start + step]
+                    scores += score_examples(reader, tokenizer, task, part, group, max_new_tokens, batch_size)
                 progress.update()
     name = getattr(model.config, "_name_or_path", "") if name is None else name
     return Result(task=task.name, unit=task.unit, model=name, seed=seed, scores=tuple(scores))
 
 
-def score_example(
-    reader: Reader, tokenizer: Any, task: Task, example: Example, group: int, max_new_tokens: int
-) -> Score:
-    """Ask one question."""
-    answer = ", ".join(example.answers) if task.scoring == "all" else example.answers[0]
-    loss, tokens, exact = _forced(reader, tokenizer, example, answer)
-    if task.scoring == "exact":
-        score = float(exact)
-    elif task.scoring == "choice":
-        others = [choice for choice in example.choices if choice != answer]
-        score = float(all(loss < _forced(reader, tokenizer, example, choice)[0] for choice in others))
-    else:
-        encoded = encode_example(tokenizer, example, answer)
-        end = _end_tokens(reader.model, tokenizer)
-        written = tokenizer.decode(reader.write(encoded.input_ids[: encoded.start], max_new_tokens, end))
-        found = [normalized(right) in normalized(written) for right in example.answers]
-        score = float(any(found)) if task.scoring == "any" else sum(found) / len(found)
-    return Score(group, example.length, example.position, score, loss, tokens)
+def score_examples(
+    reader: Reader,
+    tokenizer: Any,
+    task: Task,
+    examples: Sequence[Example],
+    group: int,
+    max_new_tokens: int,
+    batch_size: int,
+) -> list[Score]:
+    """Ask the questions of a draw."""
+    encoded = [[encode_example(tokenizer, example, text) for text in _texts(task, example)] for example in examples]
+    read = iter(reader.logits_of([(one.input_ids, one.start) for texts in encoded for one in texts], batch_size))
+    scores = []
+    for example, texts in zip(examples, encoded, strict=True):
+        (loss, tokens, exact), *others = [_compare(next(read), one) for one in texts]
+        if task.scoring == "exact":
+            score = float(exact)
+        elif task.scoring == "choice":
+            score = float(all(loss < other for other, _, _ in others))
+        else:
+            score = _write(reader, tokenizer, task.scoring, example, texts[0], max_new_tokens)
+        scores.append(Score(group, example.length, example.position, score, loss, tokens))
+    return scores
+
+
+def _texts(task: Task, example: Example) -> list[str]:
+    """The right answer, and with the scoring "choice" the wrong ones behind it."""
+    if task.scoring == "choice":
+        return list(dict.fromkeys([example.answers[0], *example.choices]))
+    return [", ".join(example.answers) if task.scoring == "all" else example.answers[0]]
+
+
+def contained(scoring: Scoring, answers: Sequence[str], written: str) -> float:
+    """The score of a text with the scorings "any" and "all"."""
+    if scoring == "any":
+        line = written.partition("\n")[0]
+        return float(any(_holds(normalized(line), normalized(answer)) for answer in answers))
+    return sum(_holds(written.lower(), answer.lower()) for answer in answers) / len(answers)
 
 
 def normalized(text: str) -> str:
@@ -93,13 +121,30 @@ def normalized(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-def _forced(reader: Reader, tokenizer: Any, example: Example, answer: str) -> tuple[float, float, bool]:
+def _holds(text: str, answer: str) -> bool:
+    return bool(answer) and answer in text
+
+
+def _compare(logits: torch.Tensor, encoded: EncodedExample) -> tuple[float, float, bool]:
     """Loss of an answer, the share of its tokens that are first choices, and whether all are."""
-    encoded = encode_example(tokenizer, example, answer)
-    logits = reader.logits(encoded.input_ids, encoded.start)[:-1]
     target = torch.tensor(encoded.input_ids[encoded.start :], device=logits.device)
-    hits = logits.argmax(-1) == target
-    return nn.functional.cross_entropy(logits, target).item(), hits.float().mean().item(), bool(hits.all())
+    hits = logits[:-1].argmax(-1) == target
+    loss = nn.functional.cross_entropy(logits[:-1], target).item()
+    return loss, hits.float().mean().item(), bool(hits.all())
+
+
+def _write(
+    reader: Reader, tokenizer: Any, scoring: Scoring, example: Example, encoded: EncodedExample, max_new_tokens: int
+) -> float:
+    """The score of what the model writes after a prompt, which ends as soon as nothing can change the score."""
+
+    def is_settled(written: list[int]) -> bool:
+        text = tokenizer.decode(written)
+        return contained(scoring, example.answers, text) == 1 or (scoring == "any" and "\n" in text)
+
+    end = _end_tokens(reader.model, tokenizer)
+    written = reader.write(encoded.input_ids[: encoded.start], max_new_tokens, end, is_settled)
+    return contained(scoring, example.answers, tokenizer.decode(written))
 
 
 def _end_tokens(model: nn.Module, tokenizer: Any) -> set[int]:

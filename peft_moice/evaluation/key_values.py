@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+from .deck import Deck
 from .files import read_json_lines
 from .task import Example, Scoring, place
 
@@ -36,9 +37,10 @@ class KeyValues:
         if not 1 <= digits <= 32:
             raise ValueError(f"`digits` is {digits}, but has to lie in 1..32.")
         self.digits = digits
-        self.objects = None
+        self._objects = None
         if file is not None:
-            self.objects = [record["ordered_kv_records"] for record in read_json_lines(file, ("ordered_kv_records",))]
+            records = read_json_lines(file, ("ordered_kv_records",))
+            self._objects = Deck([record["ordered_kv_records"] for record in records])
 
     def draw(self, rng: random.Random, length: int, positions: Sequence[float]) -> list[Example]:
         """See [`Task.draw`]. The answer is the value inside its quotes."""
@@ -52,14 +54,14 @@ class KeyValues:
         return examples
 
     def _pairs(self, rng: random.Random, length: int) -> list[tuple[str, str]]:
-        if self.objects is None:
+        if self._objects is None:
             if length > 16**self.digits:
                 raise ValueError(f"There are fewer than {length} keys of {self.digits} digits. Raise `digits`.")
             keys: dict[str, None] = {}
             while len(keys) < length:
                 keys[f"{rng.getrandbits(4 * self.digits):0{self.digits}x}"] = None
             return [(key, f"{rng.getrandbits(4 * self.digits):0{self.digits}x}") for key in keys]
-        pairs = rng.choice(self.objects)
+        pairs = self._objects.deal(rng)
         if length > len(pairs):
             raise ValueError(f"`length` is {length}, but the file's objects have {len(pairs)} pairs. Lower it.")
         return [(key, value) for key, value in pairs[:length]]

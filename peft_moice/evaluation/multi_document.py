@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+from .deck import Deck
 from .files import read_json_lines
 from .task import Example, Scoring, place
 
@@ -17,8 +18,8 @@ class MultiDocument:
     """Natural Questions over one passage that answers and others that do not, in the paper's prompt.
 
     The others are passages of other questions, drawn at random among those that contain no answer: easier than the
-    paper's, which a retriever found for the same question. The score is the paper's `best_subspan_em`: whether what
-    the model writes contains an answer.
+    paper's, which a retriever found for the same question. The score is the paper's `best_subspan_em`: whether the
+    first line that the model writes contains an answer.
 
     Args:
         file: `qa_data/nq-open-oracle.jsonl.gz` of `nelson-liu/lost-in-the-middle`, or a file in its format.
@@ -33,12 +34,13 @@ class MultiDocument:
 
     def __init__(self, file: str | Path):
         self.records = read_json_lines(file, ("question", "answers", "ctxs"))
+        self._order = Deck(self.records)
 
     def draw(self, rng: random.Random, length: int, positions: Sequence[float]) -> list[Example]:
         """See [`Task.draw`]. Latest positions first, because prompts begin alike up to the passage that answers."""
         if length > len(self.records):
             raise ValueError(f"`length` is {length}, but the file has {len(self.records)} passages. Lower it.")
-        asked = rng.choice(self.records)
+        asked = self._order.deal(rng)
         gold = asked["ctxs"][0]
         others: list[dict[str, str]] = []
         answers = [answer.lower() for answer in asked["answers"]]

@@ -18,6 +18,28 @@ _KEYS = """
     walnut window winter
 """.split()  # noqa: SIM905
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_NUMBERS = (
+    "Some special magic numbers are hidden within the following text. Make sure to memorize it. I will quiz you about "
+    "the numbers afterwards.\n{text}\n"
+    "What are all the special magic numbers for {asked} mentioned in the provided text?"
+)
+_NUMBER = (
+    "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about the "
+    "number afterwards.\n{text}\nWhat is the special magic number for {asked} mentioned in the provided text?"
+)
+_VARIABLES = (
+    "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{text}\n"
+    "Question: Find all variables that are assigned the value {asked} in the text above."
+)
+_NUMBERS_OPENING = "The special magic numbers for {asked} mentioned in the provided text are "
+_NUMBER_OPENING = "The special magic number for {asked} mentioned in the provided text is "
+_VARIABLES_OPENING = (
+    "Answer: According to the chain(s) of variable assignment in the text above, 5 variables are assigned the value "
+    "{asked}, they are: "
+)
+_NOISE = [
+    "The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again."
+]  # fmt: skip
 _OTHERS = 3
 _HOPS = 4
 _MAX_WORDS = 40
@@ -26,13 +48,16 @@ _MAX_WORDS = 40
 class Needles:
     """Sentences hidden in a text, and a question about them.
 
-    Kinds, as in RULER with its numbers:
+    Kinds, with RULER's numbers and in its words:
 
     - "single" (`niah_single`): one number of a key is hidden and asked for;
     - "keys" (`niah_multikey`): three numbers of other keys are hidden beside it;
     - "values" (`niah_multivalue`): four numbers of one key are hidden, and all of them asked for;
     - "variables" (`ruler_vt`): `VAR A = 12345`, `VAR B = VAR A`, ... with four hops; asked for are the five variables
-      that have the value.
+      that have the value. An example with other variables and its answer stands before the text.
+
+    With the first two kinds an answer is right if the model's text begins with it, stricter than RULER, which looks
+    for it in 128 tokens; with the others the score is RULER's, the share of the answers that the text contains.
 
     The position is that of the needle that is asked for, with "values" and "variables" of the first one; the others
     stand at random places, with "variables" behind it and in order. (RULER draws all places at random, which the mean
@@ -69,12 +94,13 @@ class Needles:
         """
         haystack = self._haystack(rng, length)
         if self.kind == "variables":
-            needles, question, opening, answers = _chain(rng)
-            prompt = "Memorize and track the chain of variable assignment hidden in the following text."
+            example, needles, answers = _chains(rng)
+            frame, opening = _VARIABLES, _VARIABLES_OPENING
+            asked = needles[0].split()[-1].rstrip(".")
         else:
-            needles, question, opening, answers = _numbers(rng, self.kind)
-            prompt = "Some special magic numbers are hidden within the following text. Make sure to memorize them."
-            prompt += " I will quiz you about the numbers afterwards."
+            example, frame = "", _NUMBERS if self.kind == "values" else _NUMBER
+            opening = _NUMBERS_OPENING if self.kind == "values" else _NUMBER_OPENING
+            needles, answers, asked = _numbers(rng, self.kind)
         # The same places of the other needles for all positions.
         others = [rng.random() for _ in needles[1:]]
         examples = []
@@ -87,8 +113,8 @@ class Needles:
             by_place = sorted(enumerate(places), key=lambda pair: (pair[1], pair[0]), reverse=True)
             for index, relative in by_place:
                 shown.insert(round(relative * len(haystack)), needles[index])
-            text = f"{prompt}\n\n{' '.join(shown)}\n\n{question}"
-            examples.append(Example(text, answers, position, length, opening=opening))
+            prompt = example + frame.format(text=" ".join(shown), asked=asked)
+            examples.append(Example(prompt, answers, position, length, opening=opening.format(asked=asked)))
         return examples
 
     def _haystack(self, rng: random.Random, length: int) -> list[str]:
@@ -113,29 +139,34 @@ def _pieces(text: str) -> list[str]:
     ]
 
 
-def _numbers(rng: random.Random, kind: Kind) -> tuple[list[str], str, str, tuple[str, ...]]:
-    """Needles, the asked one first; question; how the answer begins; answers."""
+def _numbers(rng: random.Random, kind: Kind) -> tuple[list[str], tuple[str, ...], str]:
+    """Needles, the asked one first; answers; the key that is asked for."""
     key, *other_keys = rng.sample(_KEYS, 1 + (_OTHERS if kind == "keys" else 0))
     values = [str(number) for number in rng.sample(range(1_000_000, 10_000_000), 1 + _OTHERS)]
     keys = [key] * len(values) if kind == "values" else [key, *other_keys]
     needles = [
         f"One of the special magic numbers for {name} is: {value}." for name, value in zip(keys, values, strict=False)
     ]
-    if kind == "values":
-        question = f"What are all the special magic numbers for {key} mentioned in the provided text?"
-        return needles, question, f"The special magic numbers for {key} mentioned are ", tuple(values)
-    question = f"What is the special magic number for {key} mentioned in the provided text?"
-    return needles, question, f"The special magic number for {key} mentioned is ", (values[0],)
+    return needles, tuple(values) if kind == "values" else (values[0],), key
 
 
-def _chain(rng: random.Random) -> tuple[list[str], str, str, tuple[str, ...]]:
-    """Likewise for a chain of variables."""
+def _chains(rng: random.Random) -> tuple[str, list[str], tuple[str, ...]]:
+    """An example, complete with its answer; needles in order; answers."""
+    shown, shown_names = _chain(rng, 3)
+    sentences = _NOISE * 2
+    for place, assignment in reversed(list(zip(sorted(rng.sample(range(10), 5)), shown, strict=True))):
+        sentences.insert(place, assignment)
+    value = shown[0].split()[-1].rstrip(".")
+    example = _VARIABLES.format(text=" ".join(sentences), asked=value)
+    example += f"\n{_VARIABLES_OPENING.format(asked=value)}{', '.join(shown_names)}\n\n"
+    return example, *_chain(rng, 5)
+
+
+def _chain(rng: random.Random, letters: int) -> tuple[list[str], tuple[str, ...]]:
+    """Assignments in order, and the variables that they assign to."""
     names: dict[str, None] = {}
     while len(names) < 1 + _HOPS:
-        names["".join(rng.choices(_LETTERS, k=5))] = None
-    variables, value = list(names), rng.randint(10_000, 99_999)
-    needles = [f"VAR {variables[0]} = {value}."]
-    needles += [f"VAR {new} = VAR {old}." for old, new in pairwise(variables)]
-    question = f"Question: Find all variables that are assigned the value {value} in the text above."
-    opening = f"The variables that are assigned the value {value} are: "
-    return needles, question, opening, tuple(variables)
+        names["".join(rng.choices(_LETTERS, k=letters))] = None
+    variables = tuple(names)
+    first = f"VAR {variables[0]} = {rng.randint(10_000, 99_999)}."
+    return [first, *(f"VAR {new} = VAR {old}." for old, new in pairwise(variables))], variables

@@ -39,9 +39,10 @@ class Task(Protocol):
         name: of the task.
         unit: what `length` counts, such as "facts" or "tokens".
         scoring: how an answer is scored. "exact": 1 if each token of the first answer is the model's first choice
-            after those before it, which is when greedy decoding would write it. "any": 1 if what the model writes
-            contains one of the answers. "all": the share of the answers that it contains. "choice": 1 if the first
-            answer is the likeliest of the choices.
+            after those before it, which is when greedy decoding would write it. "any": 1 if the first line that the
+            model writes contains one of the answers, without regard to case, punctuation and articles. "all": the
+            share of the answers that what it writes contains, without regard to case; the loss is that of all of
+            them, joined by commas. "choice": 1 if the first answer is the likeliest of the choices, by its mean loss.
     """
 
     name: str

@@ -27,13 +27,15 @@ class OwnRotary:
     # Per layer type: the frequencies that were accepted, and the buffer and its version that they were read from.
     _accepted: dict[str | None, torch.Tensor] = field(default_factory=dict, repr=False)
     _seen: dict[str | None, tuple[torch.Tensor, int | None]] = field(default_factory=dict, repr=False)
+    # Likewise: the attribute of which module holds the frequencies.
+    _names: dict[str | None, tuple[nn.Module, str]] = field(default_factory=dict, repr=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OwnRotary":
         holder = memo.get(id(self.holder), self.holder)
         return OwnRotary(holder, self.attribute, dict(self._accepted))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "holder": None, "_seen": {}}
+        return {**self.__dict__, "holder": None, "_seen": {}, "_names": {}}
 
     @property
     def module(self) -> nn.Module:
@@ -49,7 +51,11 @@ class OwnRotary:
         if self.holder is None or torch.compiler.is_compiling():
             return None
         rotary = self.module
-        buffer = _own_frequencies(rotary, layer_type)
+        known, name = self._names.get(layer_type, (None, ""))
+        if known is not rotary:
+            name = _name_of_frequencies(rotary, layer_type)
+            self._names[layer_type] = (rotary, name)
+        buffer: torch.Tensor = getattr(rotary, name)
         version = None if buffer.is_inference() else buffer._version
         seen, seen_version = self._seen.get(layer_type, (None, None))
         if buffer.is_meta or (buffer is seen and version == seen_version):
@@ -79,15 +85,13 @@ class OwnRotary:
             )
 
 
-def _own_frequencies(rotary: nn.Module, layer_type: str | None) -> torch.Tensor:
-    """The inverse frequencies `[P]` that `rotary` starts from."""
+def _name_of_frequencies(rotary: nn.Module, layer_type: str | None) -> str:
+    """The attribute with the inverse frequencies `[P]` that `rotary` starts from."""
     prefix = "" if layer_type is None else f"{layer_type}_"
-    frequencies: torch.Tensor = getattr(rotary, f"{prefix}inv_freq")
-    if original_length(rotary.config, layer_type) is None:
-        return frequencies
-    # These rope types overwrite `inv_freq` at run time.
-    original: torch.Tensor = getattr(rotary, f"{prefix}original_inv_freq", frequencies)
-    return original
+    # Rope types that change at run time overwrite `inv_freq`.
+    original = f"{prefix}original_inv_freq"
+    is_fixed = original_length(rotary.config, layer_type) is None or not hasattr(rotary, original)
+    return f"{prefix}inv_freq" if is_fixed else original
 
 
 def _agree(buffer: torch.Tensor, frequencies: torch.Tensor) -> bool:

@@ -171,7 +171,7 @@ def positions_of_pass(
     else:
         note.add(ids, past, batch, told)
         positions.in_order = note.continues
-    if mixes and past > 0:
+    if mixes and past > 0 and not positions.in_order:
         # What has to be refused is refused before the cache takes keys up.
         num_keys, _ = cache.get_mask_sizes(num_queries, positions.layer_idx)
         positions.resolve(batch, num_queries, num_keys, _find_mask(args, kwargs))
@@ -226,9 +226,10 @@ def _static_place(
     layer_idx: int, args: tuple[Any, ...], kwargs: dict[str, Any], cache: Cache
 ) -> tuple[int | torch.Tensor | None, int | None]:
     """In a static cache, the index of the first query among the keys, and the order of the first key; else None."""
-    if not any(isinstance(layer, StaticLayer) for layer in cache.layers):
-        return None, None
     layer_idx = kwargs.get("layer_idx", layer_idx)
+    own = cache.layers[layer_idx : layer_idx + 1] or cache.layers
+    if not any(isinstance(layer, StaticLayer) for layer in own):
+        return None, None
     # Some families hand the language model's own `logits_to_keep` down to their layers.
     offsets = [
         name for name, value in kwargs.items() if type(value) is int and name not in ("layer_idx", "logits_to_keep")

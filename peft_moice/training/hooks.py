@@ -5,7 +5,8 @@ A loss added in the tuner's own forward would be lost wherever PEFT or transform
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,11 +62,22 @@ def hooks_of(model: nn.Module) -> RouterHooks:
     Raises:
         ValueError: there is none.
     """
-    for module in model.modules():
-        hooks: RouterHooks | None = vars(module).get(_NAME)
-        if hooks is not None:
-            return hooks
+    hooks = _find(model)
+    if hooks is not None:
+        return hooks
     raise ValueError(f"{type(model).__name__} has no MoICE adapter. Add one with `peft.get_peft_model` first.")
+
+
+@contextmanager
+def aside(model: nn.Module) -> Iterator[None]:
+    """Passes of `model` inside are none of its task: nothing of them is observed, collected, or added to a loss."""
+    hooks = _find(model) or RouterHooks()
+    before = hooks.observer, hooks.collected
+    hooks.observer, hooks.collected = None, []
+    try:
+        yield
+    finally:
+        hooks.observer, hooks.collected = before
 
 
 def start_recording(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -117,6 +129,10 @@ def add_balance_loss(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     warn_if_left_out(extra, outputs)
     add_entry(outputs, "aux_loss", passed.aux_loss)
     return add_to_loss(outputs, extra)
+
+
+def _find(model: nn.Module) -> RouterHooks | None:
+    return next((vars(module)[_NAME] for module in model.modules() if _NAME in vars(module)), None)
 
 
 def _stop_recording(model: nn.Module, hooks: RouterHooks) -> None:

@@ -6,13 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import nn
-from transformers import TrainingArguments
 
 from ..hub import add_to_card
 from .balance import PassRecords
 from .hooks import hooks_of
+from .loss_parts import LossPartsMixin
 
 
 @dataclass
@@ -66,11 +65,13 @@ def collect_balance_loss(model: nn.Module) -> Iterator[CollectedBalanceLoss]:
         hooks.collected = None
 
 
-class BalanceLossMixin:
-    """Mixed into a Trainer that computes the loss outside the model: adds the balance loss to it.
+class BalanceLossMixin(LossPartsMixin):
+    """Mixed into a Trainer: adds the balance loss to the loss, and logs it apart as `loss/balance`.
 
-    TRL's trainers do so, and transformers' Trainer with label smoothing or `compute_loss_func`. (With a plain
-    transformers Trainer it changes no loss.) The model cards that the trainer writes say how the model is loaded.
+    Needed where the loss is computed outside the model, as TRL's trainers do, and transformers' Trainer with label
+    smoothing or `compute_loss_func`. With a plain transformers Trainer the loss is the same with and without it, but
+    only with it is logged in parts, see [`LossPartsMixin`]. The model cards that the trainer writes say
+    how the model is loaded.
 
     ```python
     class MoICESFTTrainer(BalanceLossMixin, SFTTrainer):
@@ -78,8 +79,6 @@ class BalanceLossMixin:
     ```
     """
 
-    args: TrainingArguments
-    accelerator: Accelerator
     model: nn.Module
     get_tp_size: Callable[[], int]
     is_world_process_zero: Callable[[], bool]
@@ -100,6 +99,8 @@ class BalanceLossMixin:
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # As Trainer does with its own loss, because the gradients of the processes are averaged.
             extra = extra * (self.accelerator.num_processes // self.get_tp_size())
+        if isinstance(extra, torch.Tensor):
+            self.note_part("balance", extra, num_items_in_batch)
         if return_outputs:
             return result[0] + extra, result[1]
         return result + extra

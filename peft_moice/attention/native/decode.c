@@ -1,7 +1,11 @@
-/* Attention of few queries under several rotary base angles: keys and values are read once and never rotated.
+/* Attention of few queries under several rotary base angles: keys and values are read once.
 
-   Rotating a query and a key by an expert's angles d and multiplying them equals C cos(r d) + S sin(r d), summed over
-   their pairs, at the distance r. */
+   Blocks of LANES keys are transposed, one key in each lane, and rotated by their places in the block; queries are
+   rotated by their distance to its first key, and from there on block by block. So keys need LANES rows of the table of
+   rotations, and queries one more per piece.
+
+   Softmax runs in every lane of a piece of the keys on its own. What makes one of them are factors of the exponentials,
+   by which these are mixed before their product with the values. */
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -9,14 +13,68 @@
 
 #include "kernels.h"
 
-#define PIECE 64      /* keys of a share of the work; a multiple of LANES */
-#define SUM_BLOCK 512 /* numbers summed in sequence; likewise */
+#define PIECE 128    /* keys of a share of the work; a multiple of LANES */
+#define MOST_ROWS 4  /* that are scored together */
+#define MOST_PARTS 4 /* vectors of a value that are added up together */
 
-static inline float sum(vec x) {
-    float total = 0.0f;
-    for (int i = 0; i < LANES; i++)
-        total += x[i];
-    return total;
+/* One query under one expert that it picked. */
+struct row {
+    int32_t head, expert; /* the head within its group */
+    float gate;
+};
+
+/* What the threads share. */
+struct work {
+    int64_t pieces, most_rows;
+    struct row *rows; /* [G][group * N], of each key-value head in the order of their experts */
+    int64_t *count;   /* [G], how many there are */
+    float *queries;   /* [H][D], ordered by pairs, times the scaling */
+    float *cos, *sin; /* [N][P][LANES], of the places in a block */
+    float *scores;    /* [G][pieces][rows][PIECE], later their exponentials */
+    float *top;       /* [G][pieces][rows][LANES], their maxima, later the factors of the exponentials */
+    float *total;     /* [G][pieces][rows][LANES], the sums of the exponentials */
+    float *rotated;   /* [threads][rows][2 P], a thread's queries for the block at hand */
+    float *sums;      /* [threads][H][Dv] */
+};
+
+static inline float *take(float **memory, int64_t size) {
+    float *taken = *memory;
+    *memory += size;
+    return taken;
+}
+
+/* The most rows that a key-value head has with one query of each of its heads. */
+static int64_t most_rows(const struct problem *p) {
+    int64_t most = 0;
+    for (int64_t b = 0; b < p->batch; b++)
+        for (int64_t s = 0; s < p->queries; s++)
+            for (int64_t g = 0; g < p->kv_heads; g++) {
+                int64_t count = 0;
+                for (int64_t head = g * p->group; head < (g + 1) * p->group; head++)
+                    for (int64_t j = 0; j < p->experts; j++)
+                        count += p->gates[gates_at(p, b, head, s) + j] != 0.0f;
+                most = count > most ? count : most;
+            }
+    return most;
+}
+
+/* Lays the work out in `memory`, which may be NULL; returns its size in floats. */
+static int64_t lay_out(const struct problem *p, int64_t threads, struct work *w, float *memory) {
+    const int64_t heads = p->kv_heads * p->group, first = (int64_t)memory;
+    w->pieces = (p->keys + PIECE - 1) / PIECE;
+    w->most_rows = most_rows(p);
+    const int64_t rows = p->kv_heads * w->pieces * w->most_rows;
+    w->count = (int64_t *)take(&memory, 2 * p->kv_heads);
+    w->rows = (struct row *)take(&memory, 3 * heads * p->experts);
+    w->queries = take(&memory, heads * p->head_dim);
+    w->cos = take(&memory, p->experts * p->pairs * LANES);
+    w->sin = take(&memory, p->experts * p->pairs * LANES);
+    w->scores = take(&memory, rows * PIECE);
+    w->top = take(&memory, rows * LANES);
+    w->total = take(&memory, rows * LANES);
+    w->rotated = take(&memory, threads * w->most_rows * 2 * p->pairs);
+    w->sums = take(&memory, threads * heads * p->value_dim);
+    return ((int64_t)memory - first) / (int64_t)sizeof(float);
 }
 
 #ifdef __clang__
@@ -33,183 +91,285 @@ static inline float sum(vec x) {
 #else
 #define EACH(f, h) EACH_OF_4(f, 0, h)
 #endif
-#define LEFT(j, h) ((j) & (h) ? LANES + (j) - (h) : (j))
-#define RIGHT(j, h) ((j) & (h) ? LANES + (j) : (j) + (h))
-/* Sums of lanes at the distance `h`: those of `a` where the lane's bit `h` is 0, else those of `b`. */
-#define FOLD(a, b, h) (SHUFFLE(a, b, EACH(LEFT, h)) + SHUFFLE(a, b, EACH(RIGHT, h)))
+#define UPPER(j, h) ((j) & (h) ? LANES + (j) - (h) : (j))
+#define LOWER(j, h) ((j) & (h) ? LANES + (j) : (j) + (h))
+/* One step of transposing the square `x` [LANES]: exchange rows and lanes at the distance `h`. */
+#define EXCHANGE(x, h)                                                                                                \
+    for (int i = 0; i < LANES; i++)                                                                                   \
+        if (!(i & (h))) {                                                                                             \
+            vec a = x[i], b = x[i + (h)];                                                                             \
+            x[i] = SHUFFLE(a, b, EACH(UPPER, h));                                                                     \
+            x[i + (h)] = SHUFFLE(a, b, EACH(LOWER, h));                                                               \
+        }
 
-/* The sums of LANES vectors; overwrites them. */
-static inline vec sums_of(vec *x) {
-    for (int i = 0; i < LANES / 2; i++)
-        x[i] = FOLD(x[2 * i], x[2 * i + 1], 1);
-    for (int i = 0; i < LANES / 4; i++)
-        x[i] = FOLD(x[2 * i], x[2 * i + 1], 2);
+/* columns[size][LANES] = the numbers of LANES rows. */
+static void transpose(const float *const *rows, int64_t size, float *restrict columns) {
+    int64_t d = 0;
+    for (; d + LANES <= size; d += LANES) {
+        vec x[LANES];
+        for (int u = 0; u < LANES; u++)
+            x[u] = *(const vec *)(rows[u] + d);
+        EXCHANGE(x, 1)
+        EXCHANGE(x, 2)
 #if LANES > 4
-    for (int i = 0; i < LANES / 8; i++)
-        x[i] = FOLD(x[2 * i], x[2 * i + 1], 4);
+        EXCHANGE(x, 4)
 #endif
 #if LANES > 8
-    x[0] = FOLD(x[0], x[1], 8);
+        EXCHANGE(x, 8)
 #endif
-    return x[0];
-}
-
-/* Exponentials of `row` [keys, padded] less its largest number, in place, with zeros behind the last key; returns
-   their sum. */
-static float exponentials(float *row, int64_t keys) {
-    int64_t width = round_up(keys, LANES);
-    for (int64_t t = keys; t < width; t++)
-        row[t] = -INFINITY;
-    vec largest = splat(-INFINITY), total = splat(0.0f);
-    for (int64_t t = 0; t < width; t += LANES)
-        largest = larger(*(const vec *)(row + t), largest);
-    float top = largest[0];
-    for (int i = 1; i < LANES; i++)
-        top = largest[i] > top ? largest[i] : top;
-    vec shift = shift_of(splat(top));
-    for (int64_t start = 0; start < width; start += SUM_BLOCK) {
-        vec part = splat(0.0f);
-        for (int64_t t = start; t < smaller(start + SUM_BLOCK, width); t += LANES) {
-            vec *score = (vec *)(row + t);
-            *score = exponential(*score - shift);
-            part += *score;
-        }
-        total += part;
+        for (int i = 0; i < LANES; i++)
+            *(vec *)(columns + (d + i) * LANES) = x[i];
     }
-    return sum(total);
+    for (; d < size; d++)
+        for (int u = 0; u < LANES; u++)
+            columns[d * LANES + u] = rows[u][d];
 }
 
-/* mixed = weight * row, or mixed += weight * row. */
-static void mix(const float *restrict row, float weight, int64_t width, float *restrict mixed, int is_first) {
-    if (is_first)
-        for (int64_t t = 0; t < width; t++)
-            mixed[t] = row[t] * weight;
-    else
-        for (int64_t t = 0; t < width; t++)
-            mixed[t] += row[t] * weight;
-}
-
-/* C and S of one query and one key, S with `sign`; returns the part of their product that does not rotate. */
-static inline float pair_products(const float *restrict q, const float *restrict k, float sign, int64_t pairs,
-                                  int64_t head_dim, float *restrict same, float *restrict other) {
-    for (int64_t i = 0; i < pairs; i++) {
-        same[i] = q[i] * k[i] + q[pairs + i] * k[pairs + i];
-        other[i] = sign * (q[i] * k[pairs + i] - q[pairs + i] * k[i]);
-    }
-    float rest = 0.0f;
-    for (int64_t d = 2 * pairs; d < head_dim; d++)
-        rest += q[d] * k[d];
-    return rest;
-}
-
-/* Scores [H][N][width] of one query of every head with the keys `start` to `end - 1`, for the experts that `picked`
-   lists. `queries` [H][D] are ordered by pairs. */
-static void score_keys(const struct problem *p, int64_t b, int64_t s, const float *restrict queries,
-                       const int32_t *restrict picked, int64_t start, int64_t end, int64_t width,
-                       float *restrict scores) {
-    const int64_t position = p->query_start + s, pairs = p->pairs, whole = pairs / LANES * LANES;
-    float same[LANES][MAX_HEAD_DIM / 2], other[LANES][MAX_HEAD_DIM / 2], buffer[LANES][MAX_HEAD_DIM], sign[LANES];
-    const float *keys[LANES];
-    int64_t rows[LANES];
-    for (int64_t t = start; t < end; t += LANES)
-        for (int64_t g = 0; g < p->kv_heads; g++) {
-            for (int64_t u = 0; u < LANES; u++) {
-                /* Behind the last key it is repeated; those scores lie behind the row's end and are not used. */
-                int64_t at = smaller(t + u, end - 1);
-                rows[u] = (position > at ? position - at : at - position) * pairs;
-                sign[u] = position < at ? -1.0f : 1.0f;
-                keys[u] = ordered_at(p, p->key, key_at(p, b, g, at), buffer[u]);
-            }
-            for (int64_t head = g * p->group; head < (g + 1) * p->group; head++) {
-                vec rest;
-                for (int64_t u = 0; u < LANES; u++)
-                    rest[u] = pair_products(queries + head * p->head_dim, keys[u], sign[u], pairs, p->head_dim,
-                                            same[u], other[u]);
-                const int32_t *experts = picked + head * p->experts;
-                for (int64_t n = 0; n < p->experts && experts[n] >= 0; n++) {
-                    const float *cos = p->cos + experts[n] * p->table_stride;
-                    const float *sin = p->sin + experts[n] * p->table_stride;
-                    vec sums[LANES], total = rest;
-                    for (int64_t u = 0; u < LANES; u++) {
-                        sums[u] = splat(0.0f);
-                        for (int64_t i = 0; i < whole; i += LANES)
-                            sums[u] += *(const vec *)(same[u] + i) * *(const vec *)(cos + rows[u] + i) +
-                                       *(const vec *)(other[u] + i) * *(const vec *)(sin + rows[u] + i);
-                        for (int64_t i = whole; i < pairs; i++)
-                            total[u] += same[u][i] * cos[rows[u] + i] + other[u][i] * sin[rows[u] + i];
-                    }
-                    *(vec *)(scores + (head * p->experts + n) * width + t) =
-                        (total + sums_of(sums)) * splat(p->scaling);
-                }
-            }
+/* The table's rows for the places in a block. */
+static void prepare_tables(const struct problem *p, const struct work *w) {
+    for (int64_t j = 0; j < p->experts; j++) {
+        const float *cos[LANES], *sin[LANES];
+        for (int u = 0; u < LANES; u++) {
+            cos[u] = p->cos + j * p->table_stride + u * p->pairs;
+            sin[u] = p->sin + j * p->table_stride + u * p->pairs;
         }
-}
-
-/* Add `weights` [T] times the values of the keys `start` to `end - 1`, at most PIECE, to the sums [group][Dv] of a
-   key-value head. */
-static void add_values(const struct problem *p, int64_t b, int64_t g, const float *restrict weights, int64_t width,
-                       int64_t start, int64_t end, float *restrict sums) {
-    float buffer[PIECE][MAX_HEAD_DIM];
-    const float *values[PIECE];
-    for (int64_t t = start; t < end; t++)
-        values[t - start] = floats_at(p, p->value, value_at(p, b, g, t), p->value_dim, buffer[t - start]);
-    for (int64_t head = 0; head < p->group; head++) {
-        const float *own = weights + head * width + start;
-        float *total = sums + head * p->value_dim;
-        int64_t d = 0;
-        for (; d + 2 * LANES <= p->value_dim; d += 2 * LANES) {
-            vec low = splat(0.0f), high = splat(0.0f);
-            for (int64_t t = 0; t < end - start; t++) {
-                vec weight = splat(own[t]);
-                low += weight * *(const vec *)(values[t] + d);
-                high += weight * *(const vec *)(values[t] + d + LANES);
-            }
-            *(vec *)(total + d) += low;
-            *(vec *)(total + d + LANES) += high;
-        }
-        for (; d < p->value_dim; d++) {
-            float part = 0.0f;
-            for (int64_t t = 0; t < end - start; t++)
-                part += own[t] * values[t][d];
-            total[d] += part;
-        }
+        transpose(cos, p->pairs, w->cos + j * p->pairs * LANES);
+        transpose(sin, p->pairs, w->sin + j * p->pairs * LANES);
     }
 }
 
-/* The experts that each head of a query picked, [H][N], ended by -1. */
-static void list_picks(const struct problem *p, int64_t b, int64_t s, int32_t *picked) {
-    for (int64_t head = 0; head < p->kv_heads * p->group; head++) {
-        const float *gates = p->gates + gates_at(p, b, head, s);
-        int64_t n = 0;
+/* The rows and queries of one token. */
+static void prepare_token(const struct problem *p, const struct work *w, int64_t b, int64_t s) {
+    for (int64_t g = 0; g < p->kv_heads; g++) {
+        struct row *row = w->rows + g * p->group * p->experts, *first = row;
         for (int64_t j = 0; j < p->experts; j++)
-            if (gates[j] != 0.0f)
-                picked[head * p->experts + n++] = (int32_t)j;
-        if (n < p->experts)
-            picked[head * p->experts + n] = -1;
+            for (int64_t head = 0; head < p->group; head++) {
+                float gate = p->gates[gates_at(p, b, g * p->group + head, s) + j];
+                if (gate != 0.0f)
+                    *row++ = (struct row){(int32_t)head, (int32_t)j, gate};
+            }
+        w->count[g] = row - first;
+    }
+    for (int64_t head = 0; head < p->kv_heads * p->group; head++) {
+        float buffer[MAX_HEAD_DIM], *query = w->queries + head * p->head_dim;
+        const float *x = ordered_at(p, p->query, query_at(p, b, head, s), buffer);
+        for (int64_t d = 0; d < p->head_dim; d++)
+            query[d] = x[d] * p->scaling;
     }
 }
 
-/* mixed[T] = the probabilities of one head's query, mixed by its gates. */
-static void mix_probs(const struct problem *p, int64_t b, int64_t head, int64_t s, const int32_t *experts,
-                      const float *bias, int64_t keys, int64_t width, float *scores, float *mixed) {
-    const float *gates = p->gates + gates_at(p, b, head, s);
-    if (experts[0] < 0)
-        memset(mixed, 0, width * sizeof(float));
-    for (int64_t n = 0; n < p->experts && experts[n] >= 0; n++) {
-        float *row = scores + n * width;
-        for (int64_t t = 0; bias && t < keys; t++)
-            row[t] += bias[t];
-        float total = exponentials(row, keys);
-        mix(row, total == 0.0f ? 0.0f : gates[experts[n]] / total, round_up(keys, LANES), mixed, n == 0);
+/* Rotate a query to an expert's angles at a distance, which may be negative; without what does not rotate. */
+static inline void rotate_query(const struct problem *p, int64_t expert, int64_t distance, const float *restrict query,
+                                float *restrict rotated) {
+    const int64_t pairs = p->pairs;
+    const int64_t at = expert * p->table_stride + (distance < 0 ? -distance : distance) * pairs;
+    const float *restrict cos = p->cos + at, *restrict sin = p->sin + at, sign = distance < 0 ? -1.0f : 1.0f;
+    for (int64_t i = 0; i < pairs; i++) {
+        rotated[i] = query[i] * cos[i] - query[pairs + i] * (sign * sin[i]);
+        rotated[pairs + i] = query[pairs + i] * cos[i] + query[i] * (sign * sin[i]);
+    }
+}
+
+/* Bring a rotated query from its distance to one block to that to the next. */
+static inline void rotate_on(const struct problem *p, int64_t expert, float *restrict rotated) {
+    const int64_t pairs = p->pairs, at = expert * p->table_stride + LANES * pairs;
+    const float *restrict cos = p->cos + at, *restrict sin = p->sin + at;
+    float *restrict other = rotated + pairs;
+    for (int64_t i = 0; i < pairs; i++) {
+        const float x = rotated[i], y = other[i];
+        rotated[i] = x * cos[i] + y * sin[i];
+        other[i] = y * cos[i] - x * sin[i];
+    }
+}
+
+/* scores[count][PIECE] = products of rotated queries [count][2 P] with a block of keys that are rotated by their
+   places. */
+static inline __attribute__((always_inline)) void
+score_rows(int count, int64_t pairs, const float *restrict keys, const float *restrict cos, const float *restrict sin,
+           const float *restrict queries, float *restrict scores) {
+    vec low[MOST_ROWS], high[MOST_ROWS];
+    for (int r = 0; r < count; r++)
+        low[r] = high[r] = splat(0.0f);
+    for (int64_t i = 0; i < pairs; i++) {
+        const vec c = *(const vec *)(cos + i * LANES), x = *(const vec *)(keys + i * LANES);
+        const vec s = *(const vec *)(sin + i * LANES), y = *(const vec *)(keys + (pairs + i) * LANES);
+        const vec first = x * c - y * s, second = y * c + x * s;
+        for (int r = 0; r < count; r++) {
+            low[r] += first * splat(queries[r * 2 * pairs + i]);
+            high[r] += second * splat(queries[(r * 2 + 1) * pairs + i]);
+        }
+    }
+    for (int r = 0; r < count; r++)
+        *(vec *)(scores + r * PIECE) = low[r] + high[r];
+}
+
+/* Scores [rows][PIECE] of a key-value head's rows for the keys `start` to `end - 1`. */
+static void score_piece(const struct problem *p, const struct work *w, int64_t b, int64_t g, int64_t position,
+                        int64_t start, int64_t end, float *restrict rotated, float *restrict scores) {
+    const int64_t pairs = p->pairs, count = w->count[g];
+    const struct row *rows = w->rows + g * p->group * p->experts;
+    const float *queries = w->queries + g * p->group * p->head_dim;
+    float buffer[LANES][MAX_HEAD_DIM], columns[MAX_HEAD_DIM * LANES];
+    for (int64_t t = start; t < end; t += LANES, scores += LANES) {
+        const float *keys[LANES];
+        for (int u = 0; u < LANES; u++) /* behind the last key, that again; nobody reads those scores */
+            keys[u] = ordered_at(p, p->key, key_at(p, b, g, smaller(t + u, end - 1)), buffer[u]);
+        transpose(keys, p->head_dim, columns);
+        /* All before the first is read, because what was just written in vectors is slow to read as numbers. */
+        for (int64_t r = 0; r < count; r++)
+            if (t == start)
+                rotate_query(p, rows[r].expert, position - t, queries + rows[r].head * p->head_dim,
+                             rotated + r * 2 * pairs);
+            else
+                rotate_on(p, rows[r].expert, rotated + r * 2 * pairs);
+        for (int64_t r = 0, next; r < count; r = next) {
+            const int64_t expert = rows[r].expert;
+            for (next = r + 1; next < count && next < r + MOST_ROWS && rows[next].expert == expert; next++)
+                ;
+            const float *cos = w->cos + expert * pairs * LANES, *sin = w->sin + expert * pairs * LANES;
+            const float *own = rotated + r * 2 * pairs;
+            float *score = scores + r * PIECE;
+            if (next - r == 1)
+                score_rows(1, pairs, columns, cos, sin, own, score);
+            else if (next - r == 2)
+                score_rows(2, pairs, columns, cos, sin, own, score);
+            else if (next - r == 3)
+                score_rows(3, pairs, columns, cos, sin, own, score);
+            else
+                score_rows(4, pairs, columns, cos, sin, own, score);
+        }
+        for (int64_t r = 0; 2 * pairs < p->head_dim && r < count; r++) {
+            vec *score = (vec *)(scores + r * PIECE);
+            for (int64_t d = 2 * pairs; d < p->head_dim; d++)
+                *score += *(const vec *)(columns + d * LANES) * splat(queries[rows[r].head * p->head_dim + d]);
+        }
+    }
+}
+
+/* Turn a row's scores for the keys `start` to `end - 1` into exponentials less the maximum of their lane. */
+static void exponentiate(float *restrict scores, int64_t count, float *restrict top, float *restrict total) {
+    for (int64_t t = count; t < round_up(count, LANES); t++)
+        scores[t] = -INFINITY;
+    vec largest = splat(-INFINITY), sum = splat(0.0f);
+    for (int64_t t = 0; t < count; t += LANES)
+        largest = larger(*(const vec *)(scores + t), largest);
+    const vec shift = shift_of(largest);
+    for (int64_t t = 0; t < count; t += LANES) {
+        vec *score = (vec *)(scores + t);
+        *score = exponential(*score - shift);
+        sum += *score;
+    }
+    *(vec *)top = largest;
+    *(vec *)total = sum;
+}
+
+/* The first part of a share of the work: exponentials of a piece of the keys. */
+static void meet_piece(const struct problem *p, const struct work *w, int64_t b, int64_t g, int64_t s, int64_t piece,
+                       int64_t end, float *rotated) {
+    const int64_t start = piece * PIECE, at = (g * w->pieces + piece) * w->most_rows;
+    const struct row *rows = w->rows + g * p->group * p->experts;
+    float *scores = w->scores + at * PIECE, bias[PIECE];
+    score_piece(p, w, b, g, p->query_start + s, start, end, rotated, scores);
+    for (int64_t r = 0; r < w->count[g]; r++) {
+        float *own = scores + r * PIECE;
+        if (p->mask) {
+            read_mask(p, b, g * p->group + rows[r].head, s, start, end - start, bias, 1);
+            for (int64_t t = 0; t < end - start; t++)
+                own[t] += bias[t];
+        }
+        exponentiate(own, end - start, w->top + (at + r) * LANES, w->total + (at + r) * LANES);
+    }
+}
+
+/* Put the factors of a row's exponentials in place of their maxima: its gate over the sum of all, or 0 where it sees
+   nothing. */
+static void weigh(const struct work *w, int64_t g, int64_t r, float gate, int64_t pieces) {
+    vec largest = splat(-INFINITY), sum = splat(0.0f);
+    const int64_t first = g * w->pieces * w->most_rows + r;
+    for (int64_t i = 0; i < pieces; i++)
+        largest = larger(*(const vec *)(w->top + (first + i * w->most_rows) * LANES), largest);
+    float highest = largest[0], total = 0.0f;
+    for (int l = 1; l < LANES; l++)
+        highest = largest[l] > highest ? largest[l] : highest;
+    const vec shift = shift_of(splat(highest));
+    for (int64_t i = 0; i < pieces; i++) {
+        const int64_t at = (first + i * w->most_rows) * LANES;
+        vec *top = (vec *)(w->top + at);
+        *top = exponential(*top - shift);
+        sum += *top * *(const vec *)(w->total + at);
+    }
+    for (int l = 0; l < LANES; l++)
+        total += sum[l];
+    for (int64_t i = 0; i < pieces; i++)
+        *(vec *)(w->top + (first + i * w->most_rows) * LANES) *= splat(total == 0.0f ? 0.0f : gate / total);
+}
+
+/* sums[heads][parts * LANES] += weights[heads][PIECE] times the values of `count` keys. */
+static inline __attribute__((always_inline)) void add_values(int heads, int parts, const float *const *values,
+                                                             int64_t d, int64_t count, const float *restrict weights,
+                                                             float *restrict sums, int64_t step) {
+    vec total[2][MOST_PARTS];
+    for (int h = 0; h < heads; h++)
+        for (int i = 0; i < parts; i++)
+            total[h][i] = splat(0.0f);
+    for (int64_t t = 0; t < count; t++)
+        for (int h = 0; h < heads; h++)
+            for (int i = 0; i < parts; i++)
+                total[h][i] += splat(weights[h * PIECE + t]) * *(const vec *)(values[t] + d + i * LANES);
+    for (int h = 0; h < heads; h++)
+        for (int i = 0; i < parts; i++)
+            *(vec *)(sums + h * step + d + i * LANES) += total[h][i];
+}
+
+/* The second part: mix the exponentials of a piece, and add its values to a thread's sums [H][Dv]. */
+static void add_piece(const struct problem *p, const struct work *w, int64_t b, int64_t g, int64_t piece, int64_t end,
+                      float *restrict sums) {
+    const int64_t start = piece * PIECE, count = end - start, size = p->value_dim;
+    const int64_t at = (g * w->pieces + piece) * w->most_rows;
+    const struct row *rows = w->rows + g * p->group * p->experts;
+    float buffer[PIECE][MAX_HEAD_DIM], mixed[2][PIECE];
+    const float *values[PIECE];
+    for (int64_t t = 0; t < count; t++)
+        values[t] = floats_at(p, p->value, value_at(p, b, g, start + t), size, buffer[t]);
+    for (int64_t head = 0; head < p->group; head += 2) {
+        const int64_t heads = smaller(2, p->group - head);
+        memset(mixed, 0, sizeof mixed);
+        for (int64_t r = 0; r < w->count[g]; r++) {
+            if (rows[r].head < head || rows[r].head >= head + 2)
+                continue;
+            const vec factor = *(const vec *)(w->top + (at + r) * LANES);
+            float *own = mixed[rows[r].head - head];
+            for (int64_t t = 0; t < count; t += LANES)
+                *(vec *)(own + t) += factor * *(const vec *)(w->scores + (at + r) * PIECE + t);
+        }
+        float *own = sums + (g * p->group + head) * size;
+        int64_t d = 0;
+        for (; d + MOST_PARTS * LANES <= size; d += MOST_PARTS * LANES)
+            if (heads == 2)
+                add_values(2, MOST_PARTS, values, d, count, mixed[0], own, size);
+            else
+                add_values(1, MOST_PARTS, values, d, count, mixed[0], own, size);
+        for (; d + LANES <= size; d += LANES)
+            if (heads == 2)
+                add_values(2, 1, values, d, count, mixed[0], own, size);
+            else
+                add_values(1, 1, values, d, count, mixed[0], own, size);
+        for (; d < size; d++)
+            for (int64_t h = 0; h < heads; h++) {
+                float part = 0.0f;
+                for (int64_t t = 0; t < count; t++)
+                    part += mixed[h][t] * values[t][d];
+                own[h * size + d] += part;
+            }
     }
 }
 
 /* Output of all queries, one after the other. */
 void decode(const struct problem *p, int64_t threads) {
-    const int64_t heads = p->kv_heads * p->group, width = round_up(p->keys, LANES), experts = p->experts;
-    float *scores = p->scratch, *mixed = scores + heads * experts * width, *bias = mixed + heads * width;
-    float *sums = bias + heads * width, *queries = sums + threads * heads * p->value_dim;
-    int32_t *picked = (int32_t *)(queries + heads * p->head_dim);
+    const int64_t heads = p->kv_heads * p->group;
+    struct work w;
+    lay_out(p, threads, &w, p->scratch);
+    prepare_tables(p, &w);
 #pragma omp parallel num_threads(threads)
     {
         int64_t thread = 0, team = 1;
@@ -217,42 +377,33 @@ void decode(const struct problem *p, int64_t threads) {
         thread = omp_get_thread_num();
         team = omp_get_num_threads();
 #endif
+        float *own = w.sums + thread * heads * p->value_dim;
+        float *rotated = w.rotated + thread * w.most_rows * 2 * p->pairs;
         for (int64_t b = 0; b < p->batch; b++)
             for (int64_t s = 0; s < p->queries; s++) {
                 const int64_t keys = p->is_causal ? p->query_start + s + 1 : p->keys;
                 const int64_t pieces = (keys + PIECE - 1) / PIECE;
 #pragma omp single
-                {
-                    list_picks(p, b, s, picked);
-                    for (int64_t head = 0; head < heads; head++) {
-                        float *query = queries + head * p->head_dim;
-                        const float *x = ordered_at(p, p->query, query_at(p, b, head, s), query);
-                        if (x != query)
-                            memcpy(query, x, p->head_dim * sizeof(float));
-                    }
-                }
-#pragma omp for schedule(static)
-                for (int64_t i = 0; i < pieces; i++)
-                    score_keys(p, b, s, queries, picked, i * PIECE, smaller((i + 1) * PIECE, keys), width, scores);
-#pragma omp for schedule(static)
-                for (int64_t head = 0; head < heads; head++) {
-                    if (p->mask)
-                        read_mask(p, b, head, s, 0, keys, bias + head * width, 1);
-                    mix_probs(p, b, head, s, picked + head * experts, p->mask ? bias + head * width : NULL, keys,
-                              width, scores + head * experts * width, mixed + head * width);
-                }
-                float *own = sums + thread * heads * p->value_dim;
+                prepare_token(p, &w, b, s);
+#pragma omp for schedule(static) collapse(2)
+                for (int64_t g = 0; g < p->kv_heads; g++)
+                    for (int64_t i = 0; i < pieces; i++)
+                        meet_piece(p, &w, b, g, s, i, smaller((i + 1) * PIECE, keys), rotated);
+#pragma omp for schedule(static) collapse(2)
+                for (int64_t g = 0; g < p->kv_heads; g++)
+                    for (int64_t r = 0; r < w.most_rows; r++)
+                        if (r < w.count[g])
+                            weigh(&w, g, r, w.rows[g * p->group * p->experts + r].gate, pieces);
                 memset(own, 0, heads * p->value_dim * sizeof(float));
-#pragma omp for schedule(static)
-                for (int64_t i = 0; i < pieces; i++)
-                    for (int64_t g = 0; g < p->kv_heads; g++)
-                        add_values(p, b, g, mixed + g * p->group * width, width, i * PIECE,
-                                   smaller((i + 1) * PIECE, keys), own + g * p->group * p->value_dim);
+#pragma omp for schedule(static) collapse(2)
+                for (int64_t g = 0; g < p->kv_heads; g++)
+                    for (int64_t i = 0; i < pieces; i++)
+                        add_piece(p, &w, b, g, i, smaller((i + 1) * PIECE, keys), own);
 #pragma omp single
                 for (int64_t i = 0; i < heads * p->value_dim; i++) {
                     float total = 0.0f;
                     for (int64_t n = 0; n < team; n++)
-                        total += sums[n * heads * p->value_dim + i];
+                        total += w.sums[n * heads * p->value_dim + i];
                     p->output[output_at(p, b, 0, s) + i] = total;
                 }
             }
@@ -261,6 +412,6 @@ void decode(const struct problem *p, int64_t threads) {
 
 /* Floats of scratch memory that `decode` needs. */
 int64_t decode_floats(const struct problem *p, int64_t threads) {
-    int64_t heads = p->kv_heads * p->group, width = round_up(p->keys, LANES);
-    return heads * ((p->experts + 2) * width + p->experts + threads * p->value_dim + p->head_dim);
+    struct work w;
+    return lay_out(p, threads, &w, NULL);
 }

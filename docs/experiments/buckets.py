@@ -1,0 +1,51 @@
+"""Attention Buckets (arXiv 2312.04455): the model under several rope bases, the surest prediction weighing most."""
+
+import copy
+import math
+
+import torch
+from per_head import per_head
+from torch import nn
+from transformers import DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+
+class Buckets(nn.Module):
+    """One model, read once under each base; its probabilities are averaged with weights softmax(greatest probability).
+
+    Each base has a cache of its own, kept in step with the one that the caller passes.
+    """
+
+    def __init__(self, model: nn.Module, multipliers: list[float]):
+        super().__init__()
+        self.model = per_head(model, {})
+        self.config, self.multipliers = model.config, multipliers
+        self.caches: list[DynamicCache] = []
+        self.passed: DynamicCache | None = None
+
+    def forward(self, input_ids: torch.Tensor, past_key_values=None, use_cache=None, logits_to_keep=0):
+        caches: list[DynamicCache | None] = [None] * len(self.multipliers)
+        if past_key_values is not None:
+            if past_key_values is not self.passed:
+                self.passed = past_key_values
+                self.caches = [past_key_values, *(copy.deepcopy(past_key_values) for _ in self.multipliers[1:])]
+            caches = [*self.caches]
+            length = past_key_values.get_seq_length()
+            for cache in self.caches[1:]:
+                if cache.get_seq_length() > length:
+                    cache.crop(length - cache.get_seq_length())
+        log_probs = []
+        for multiplier, cache in zip(self.multipliers, caches, strict=True):
+            for layer in self.model.model.layers:
+                layer.self_attn.head_geometry.base.data.fill_(math.log(multiplier))
+            out = self.model(
+                input_ids=input_ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=logits_to_keep
+            )
+            log_probs.append(out.logits.float().log_softmax(-1))
+        stacked = torch.stack(log_probs)
+        weights = stacked.amax(-1, keepdim=True).exp().log_softmax(0)
+        return CausalLMOutputWithPast(logits=(stacked + weights).logsumexp(0), past_key_values=past_key_values)
+
+
+def buckets(model: nn.Module, options: dict) -> nn.Module:
+    return Buckets(model.requires_grad_(False), options["multipliers"])

@@ -1,0 +1,7 @@
+"""`python -m peft_moice`."""
+
+import sys
+
+from .cli.main import main
+
+sys.exit(main())

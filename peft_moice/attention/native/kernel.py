@@ -1,0 +1,160 @@
+"""Calls of the C functions: output of attention, and gradients."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ...rope import RotaryLayout, RotationTable
+from .library import Problem, load
+
+_MOST_DECODED = 8
+"""Up to so many queries `decode.c` is faster than `attend.c`."""
+_FEWEST_ROTATIONS = 17
+"""So many rows of the table of rotations are read, however few keys there are: one more than vectors have lanes."""
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""The dtypes of queries, keys and values, as `kernels.h` numbers them."""
+
+
+def forward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gates: torch.Tensor, mask: Any, *options: Any
+) -> torch.Tensor:
+    """The output `[B, S, H, Dv]` in float32.
+
+    Args:
+        query: `[B, H, S, D]`.
+        key: `[B, G, T, D]`, in the dtype of `query`.
+        value: `[B, G, T, Dv]`, likewise.
+        gates: `[B, H, S, N]` in float32; an expert whose gate is 0 is not computed.
+        mask: four-dimensional, boolean or additive, or None.
+        options: the table of rotations, the index of the first query, the scaling, and whether attention is causal.
+    """
+    output = _empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
+    kernel = _Kernel(query, key, value, gates, mask, *options)
+    kernel.point(output=output)
+    kernel.run("decode" if query.shape[-2] <= _MOST_DECODED else "attend")
+    return output
+
+
+def differentiate(
+    grad_output: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    gates: torch.Tensor,
+    picked: torch.Tensor,
+    mask: Any,
+    options: tuple[Any, ...],
+    wanted: Sequence[bool],
+) -> list[torch.Tensor | None]:
+    """The gradients of queries, keys, values and gates in their dtypes; None where not wanted.
+
+    Args:
+        grad_output: `[B, S, H, Dv]`, gradient of the output.
+        picked: `[B, H, S, N]`, true where a gate has a gradient.
+        wanted: four of them.
+        query, key, value, gates, mask, options: see [`forward`].
+    """
+    kernel = _Kernel(query, key, value, gates, mask, *options)
+    parts = kernel.count_parts()
+    shapes = (query.shape, (parts, *key.shape), (parts, *value.shape), gates.shape)
+    grad_query, grad_key, grad_value, grad_gates = (
+        _empty(*shape) if is_wanted else None for shape, is_wanted in zip(shapes, wanted, strict=True)
+    )
+    kernel.point(grad_output=grad_output.float().contiguous(), picked=picked.contiguous())
+    kernel.point(grad_query=grad_query, grad_key=grad_key, grad_value=grad_value, grad_gates=grad_gates)
+    kernel.run("differentiate")
+    summed = (None if grad is None else grad.sum(dim=0) for grad in (grad_key, grad_value))
+    return [*(None if grad is None else grad.to(query.dtype) for grad in (grad_query, *summed)), grad_gates]
+
+
+class _Kernel:
+    """A `Problem` with the tensors that its pointers lead to."""
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        gates: torch.Tensor,
+        mask: torch.Tensor | None,
+        rotations: RotationTable,
+        query_start: int,
+        scaling: float,
+        is_causal: bool,
+    ):
+        batch, heads, length, head_dim = query.shape
+        kv_heads, num_keys = key.shape[1], key.shape[2]
+        layout = rotations.layout
+        cos, sin = rotations.cos_sin(max(num_keys, _FEWEST_ROTATIONS), query.device)
+        self.threads = torch.get_num_threads()
+        self.problem = Problem()
+        self._kept: list[torch.Tensor] = []
+        self.problem.set(
+            batch=batch,
+            kv_heads=kv_heads,
+            group=heads // kv_heads,
+            queries=length,
+            keys=num_keys,
+            head_dim=head_dim,
+            value_dim=value.shape[-1],
+            experts=gates.shape[-1],
+            pairs=cos.shape[-1],
+            query_start=query_start,
+            is_causal=is_causal,
+            is_ordered=layout.start == 0 and not layout.interleaved,
+            type=TYPES[query.dtype],
+            table_stride=cos.stride(0),
+            scaling=scaling,
+        )
+        query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+        self.point(query=query, key=key, value=value, gates=gates.contiguous(), cos=cos, sin=sin)
+        self.point(order=_order(layout, head_dim))
+        self.problem.set(query_stride=query.stride()[:3], key_stride=key.stride()[:3], value_stride=value.stride()[:3])
+        if mask is not None:
+            mask = mask if mask.dtype == torch.bool else mask.float()
+            mask = mask.expand(batch, heads, length, num_keys)
+            self.point(mask=mask)
+            self.problem.set(mask_stride=mask.stride(), mask_is_boolean=mask.dtype == torch.bool)
+
+    def point(self, **tensors: torch.Tensor | None) -> None:
+        """Set pointers by the names of the problem's fields."""
+        found = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        self.problem.set(**{name: tensor.data_ptr() for name, tensor in found.items()})
+        self._kept.extend(found.values())
+
+    def count_parts(self) -> int:
+        """In how many parts the backward pass leaves the gradients of keys and values."""
+        parts: int = _library().count_parts(self.problem.packed(), self.threads)
+        self.problem.set(parts=parts)
+        return parts
+
+    def run(self, name: str) -> None:
+        """Call the C function of this name."""
+        library = _library()
+        scratch = _empty(getattr(library, f"{name}_floats")(self.problem.packed(), self.threads))
+        self.point(scratch=scratch)
+        getattr(library, name)(self.problem.packed(), self.threads)
+
+
+def _library() -> Any:
+    library = load()
+    assert not isinstance(library, str), library
+    return library
+
+
+def _empty(*shape: int) -> torch.Tensor:
+    """Memory that the kernels fill, whatever the defaults for dtype and device are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+@functools.cache
+def _order(layout: RotaryLayout, head_dim: int) -> torch.Tensor:
+    """The dimensions `[D]` as the kernels sort them: first of each pair, second of each pair, what does not rotate."""
+    dims = list(range(head_dim))
+    rotated = dims[layout.start : layout.start + layout.size]
+    half = layout.size // 2
+    first, second = (rotated[0::2], rotated[1::2]) if layout.interleaved else (rotated[:half], rotated[half:])
+    rest = dims[: layout.start] + dims[layout.start + layout.size :]
+    return torch.tensor(first + second + rest, dtype=torch.int32, device="cpu")

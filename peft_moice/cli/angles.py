@@ -1,0 +1,147 @@
+"""`peft-moice angles`: which base angles for a model?"""
+
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..angles import OwnAngle, own_angles, score_angles, search_angles
+from ..config import RELEASED_MULTIPLIERS
+from ..evaluation import encode_chat, sample_facts
+from ..plotting import plot_waveforms
+from .models import load_model, load_tokenizer
+from .parsing import Outcome, Parser, UsageError
+
+logger = logging.getLogger(__name__)
+
+SUMMARY = "choose base angles, by RoPE's waveforms and by measuring a model"
+_MOST_DRAWN = 7
+
+_EPILOG = """Two searches. By waveform, after Attention Buckets (arXiv 2312.04455): angles whose peaks
+fill each other's troughs; needs no model. By measurement, with --model: the loss on answers about lists of facts under
+each angle alone, and angles that complement each other, in the order of their use. `peft-moice train --angles` takes
+multiples of the model's own angle.
+
+examples
+  peft-moice angles --rope_theta 10000 --head_dim 128 --context_length 2048
+  peft-moice angles --model HuggingFaceTB/SmolLM2-135M-Instruct --context_length 1024"""
+
+
+@dataclass
+class Arguments:
+    """Whose angles to choose."""
+
+    model: str | None = field(default=None, metadata={"help": "Folder or Hub id of a model to measure."})
+    head_dim: int = field(default=128, metadata={"help": "Rotated dimensions of a head; read from --model if given."})
+    rope_theta: float = field(default=10_000.0, metadata={"help": "Own angle; read from --model if given."})
+    context_length: int = field(default=2048, metadata={"help": "Distances that matter, in tokens."})
+    num_experts: int = field(default=7, metadata={"help": "Number of angles, the model's own included."})
+    facts: int = field(default=30, metadata={"help": "Facts in a prompt of the measurement."})
+    prompts: int = field(default=10, metadata={"help": "Prompts of the measurement."})
+    dtype: str | None = field(
+        default=None, metadata={"help": "Of the model. Default: float32 on a CPU, else the checkpoint's own."}
+    )
+    output_dir: str = field(default="outputs/angles", metadata={"help": "Folder for the picture."})
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+    """The arguments of the command."""
+    parser = Parser(
+        "angles",
+        (Arguments,),
+        usage="[--model MODEL] [options] [--json]",
+        description=f"{SUMMARY[0].upper()}{SUMMARY[1:]}.",
+        epilog=_EPILOG,
+    )
+    (parsed,) = parser.parse(argv)
+    assert isinstance(parsed, Arguments)
+    return parsed
+
+
+def run(args: Arguments) -> Outcome:
+    """Search, and measure if there is a model."""
+    # What does not go shows before a model is loaded.
+    search_angles(args.head_dim, args.rope_theta, args.context_length, args.num_experts)
+    sample_facts(args.facts, random.Random(0))
+    if args.prompts < 1:
+        raise UsageError(f"--prompts is {args.prompts}, but has to be at least 1.")
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    own, model, tokenizer = [OwnAngle(args.rope_theta, args.head_dim, None)], None, None
+    if args.model is not None:
+        tokenizer = load_tokenizer(args.model)
+        model = load_model(args.model, args.dtype).eval()
+        own = own_angles(model)
+    searched = [_by_waveform(angle, args, output_dir) for angle in own]
+    lines = [_waveform_in_words(found) for found in searched]
+    values: dict[str, Any] = {"by_waveform": searched, "by_measurement": None}
+    if len(own) > 1:
+        lines.append(
+            "Nothing is measured: the layer types have different angles, and the search varies one scale for all."
+        )
+    elif model is not None:
+        try:
+            scores = score_angles(model, lambda candidate: _answer_losses(candidate, tokenizer, args))
+        except KeyboardInterrupt:
+            lines.append("Interrupted before the measurement was finished.")
+            return Outcome("\n".join(lines), values, interrupted=True)
+        chosen = scores.best(min(args.num_experts, len(scores.rope_bases)))
+        means = {
+            f"{base / own[0].rope_theta:g}": float(loss)
+            for base, loss in zip(scores.rope_bases, scores.losses.mean(dim=1), strict=True)
+        }
+        lines += [f"  {multiple:>6} times: mean loss {loss:.3f}" for multiple, loss in means.items()]
+        lines.append(f"By measurement, in the order of their use: {_multiples(chosen)}")
+        values["by_measurement"] = {"rope_bases": chosen, "multiples": _multiples(chosen), "mean_losses": means}
+    lines.append(f"Pictures of the waveforms are in {output_dir}.")
+    return Outcome("\n".join(lines), values)
+
+
+def _by_waveform(own: OwnAngle, args: Arguments, output_dir: Path) -> dict[str, Any]:
+    """Search by waveform, and draw the choice."""
+    angles = search_angles(own.rotary_dim, own.rope_theta, args.context_length, args.num_experts)
+    try:
+        figure = plot_waveforms(own.rotary_dim, angles[:_MOST_DRAWN], args.context_length)
+    except ImportError as error:
+        logger.warning("No picture is drawn. %s", error)
+    else:
+        name = "waveforms" if own.layer_type is None else f"waveforms_{own.layer_type}"
+        figure.savefig(output_dir / f"{name}.png", dpi=150)
+    found = {"layer_type": own.layer_type, "rotary_dim": own.rotary_dim, "rope_bases": angles}
+    found["multiples"] = _multiples(angles)
+    if own.rope_theta == 10_000 and args.num_experts == len(RELEASED_MULTIPLIERS):
+        found["released"] = [multiple * own.rope_theta for multiple in RELEASED_MULTIPLIERS]
+    return found
+
+
+def _waveform_in_words(found: dict[str, Any]) -> str:
+    where = "" if found["layer_type"] is None else f" in layers of type {found['layer_type']}"
+    angles = found["rope_bases"]
+    line = (
+        f"By waveform{where}, over {found['rotary_dim']} rotated dimensions: {angles}, times {angles[0]:g}: "
+        f"{found['multiples']}"
+    )
+    if "released" in found:
+        same = len({*found["released"]} & {*angles})
+        line += f"\nThe official release has {found['released']}; {same} of {len(angles)} are the same."
+    return line
+
+
+def _multiples(angles: list[float]) -> list[float]:
+    return [round(angle / angles[0], 3) for angle in angles]
+
+
+def _answer_losses(model: Any, tokenizer: Any, args: Arguments) -> list[float]:
+    """Loss on the answer to each of the prompts."""
+    losses = []
+    rng = random.Random(0)
+    for _ in range(args.prompts):
+        chat = encode_chat(tokenizer, sample_facts(args.facts, rng), [rng.randrange(args.facts)])
+        ids = torch.tensor([chat.input_ids], device=model.device)
+        labels = ids.masked_fill(~torch.tensor([chat.is_answer], device=model.device), -100)
+        losses.append(float(model(input_ids=ids, labels=labels).loss))
+    return losses

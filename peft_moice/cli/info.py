@@ -1,0 +1,65 @@
+"""`peft-moice info`: what an adapter or a merged model is, without loading its base model."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from ..describing import describe_saved
+from .parsing import Outcome, Parser
+
+SUMMARY = "angles, K, layers, sizes, versions and card of an adapter or a merged model"
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments of the command."""
+    parser = Parser(
+        "info",
+        (),
+        usage="ADAPTER [--json]",
+        description=f"{SUMMARY[0].upper()}{SUMMARY[1:]}, read from its files; the base model is not loaded.",
+        epilog="example:\n  peft-moice info outputs/routers",
+    )
+    parser.add_argument("adapter", metavar="ADAPTER", help="Folder or Hub id of an adapter, or of a merged model.")
+    (parsed,) = parser.parse(argv)
+    assert isinstance(parsed, argparse.Namespace)
+    return parsed
+
+
+def run(args: argparse.Namespace) -> Outcome:
+    """Read the files."""
+    found = describe_saved(args.adapter)
+    return Outcome(_as_text(found), found)
+
+
+def _as_text(found: dict[str, Any]) -> str:
+    rows = {"": f"MoICE {found['kind']} {found['source']}", "base model": found["base_model"] or "not recorded"}
+    several = len(found["routers"]) > 1
+    for number, router in enumerate(found["routers"], start=1):
+        prefix = f"router {number}, share {router['weight']:g}: " if several else ""
+        bases = router["rope_bases"]
+        by_type = bases if isinstance(bases, dict) else {"": bases}
+        for layer_type, values in by_type.items():
+            multiples = ", ".join(f"{value / values[0]:.4g}" for value in values)
+            rows[f"{prefix}base angles{' ' + layer_type if layer_type else ''}"] = (
+                f"{', '.join(f'{value:.12g}' for value in values)} ({multiples} times the first)"
+            )
+        rows[f"{prefix}angles mixed"] = f"{router['top_k']} of {router['num_experts']} per head and token (top_k)"
+        scope = "one per head" if router["router_scope"] == "head" else "one per layer, shared by its heads"
+        identity = "starts as the base model (identity scale)" if router["identity"] else "no identity scale"
+        rows[f"{prefix}routers"] = f"{scope}; hidden size {router['router_dim']}, {router['hidden_act']}; {identity}"
+        rows[f"{prefix}balance loss"] = f"weight {router['router_aux_loss_coef']:g}"
+    layers = found["layers"]
+    if layers:
+        rows["layers"] = f"{len(layers)}: {layers[0]}" + (f" to {layers[-1]}" if len(layers) > 1 else "")
+    if found["parameters"] is not None:
+        rows["size"] = (
+            f"{found['parameters']:,} router parameters in {', '.join(found['dtypes'])}; files of weights "
+            f"{found['bytes']:,} bytes"
+        )
+    if found["also_saved"]:
+        rows["also saved"] = ", ".join(found["also_saved"])
+    rows["saved with"] = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
+    card = found["card"]
+    rows["card"] = "none" if card is None else "; ".join(f"{name}: {value}" for name, value in card.items())
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {value}" if name else value for name, value in rows.items())

@@ -1,0 +1,102 @@
+"""Finds the command, runs it, and says what came out."""
+
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from types import ModuleType
+
+import torch
+
+from .. import __version__
+from . import angles, info, measure, merge, train
+from .parsing import UsageError
+
+COMMANDS: dict[str, ModuleType] = {
+    "measure": measure,
+    "train": train,
+    "angles": angles,
+    "merge": merge,
+    "info": info,
+}
+"""Modules with a `SUMMARY`, `parse(argv)` and `run(arguments)`."""
+
+_OVERVIEW = f"""peft-moice {__version__}: for language models that lose what stands in the middle of a long prompt
+
+{{commands}}
+
+  peft-moice measure --model HuggingFaceTB/SmolLM2-135M-Instruct          is there something to repair?
+  peft-moice train --preset chats --model ... --train_files chats.jsonl   train routers, nothing else
+  peft-moice measure --adapter outputs/routers                            did it help?
+
+peft-moice COMMAND --help explains a command. Every command takes --json, to print its result as one JSON object, and
+--traceback, to show where an error comes from. Exit codes: 0 done, 2 an error that says what to change, 130
+interrupted.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that `argv` (default: the process's own) names; the result is an exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        width = max(map(len, COMMANDS))
+        lines = (f"  {name:<{width}}  {module.SUMMARY}" for name, module in COMMANDS.items())
+        print(_OVERVIEW.format(commands="\n".join(lines)), end="")
+        return 0
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        return _fail("peft-moice", f"there is no command {name!r}. Choose one of {', '.join(COMMANDS)}.")
+    as_json = _take(rest, "--json")
+    with_traceback = _take(rest, "--traceback")
+    prog = f"peft-moice {name}"
+    try:
+        parsed = COMMANDS[name].parse(rest)
+        # What libraries print on the way is no part of the result.
+        with _logged(), redirect_stdout(sys.stderr):
+            outcome = COMMANDS[name].run(parsed)
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted before there was anything to keep.", file=sys.stderr)
+        return 130
+    except torch.OutOfMemoryError as error:
+        if with_traceback:
+            raise
+        return _fail(prog, f"out of memory ({error}). Take shorter lengths, smaller batches, or a smaller dtype.")
+    except (UsageError, ValueError, TypeError, OSError, ImportError) as error:
+        if with_traceback:
+            raise
+        return _fail(prog, str(error) or type(error).__name__)
+    if as_json and outcome.values is not None:
+        print(json.dumps({**outcome.values, "interrupted": outcome.interrupted}, indent=2))
+    elif outcome.text:
+        print(outcome.text)
+    return 130 if outcome.interrupted else 0
+
+
+@contextmanager
+def _logged() -> Iterator[None]:
+    """What the package logs goes to stderr, from level INFO on."""
+    logger, handler = logging.getLogger("peft_moice"), logging.StreamHandler()
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+def _take(arguments: list[str], flag: str) -> bool:
+    """Whether `flag` is among `arguments`, from which it is removed."""
+    present = flag in arguments
+    arguments[:] = [argument for argument in arguments if argument != flag]
+    return present
+
+
+def _fail(prog: str, message: str) -> int:
+    print(f"{prog}: {' '.join(message.split())}", file=sys.stderr)
+    return 2

@@ -1,0 +1,289 @@
+"""`peft-moice measure`: where does a model lose facts, and does an adapter repair it?"""
+
+import importlib.util
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from ..data import read_text
+from ..evaluation import (
+    POSITIONS,
+    Exam,
+    Facts,
+    KeyValues,
+    MultiDocument,
+    Needles,
+    PositionLosses,
+    Result,
+    Task,
+    evaluate,
+    losses_by_position,
+    perplexity,
+)
+from ..evaluation.needles import Kind
+from ..evaluation.trial import try_task
+from ..plotting import plot_losses
+from .models import base_of, load_model, load_tokenizer
+from .parsing import Outcome, Parser, UsageError
+from .tables import score_table, verdict
+
+logger = logging.getLogger(__name__)
+
+SUMMARY = "where does a model lose facts, and does an adapter repair it? Table and pictures; trains nothing"
+NEEDLES: dict[str, Kind] = {"needles": "single", "keys": "keys", "values": "values", "variables": "variables"}
+_WITHOUT_FILES = ("facts", "key_values")
+_MAX_CHUNKS = 16
+
+_EPILOG = """tasks (--tasks; 'right' is decided by greedy decoding, loss is that of the right answer)
+  facts       a list of invented facts, one asked for; --items facts, up to 67. Default without --documents
+  key_values  a JSON object of random keys and values, one asked for; --items pairs
+  needles     a number hidden in your own documents; --lengths tokens.          Default with --documents: needles keys
+  keys        the same, among the numbers of three other keys
+  values      the same, all four numbers of one key
+  variables   a chain of assignments (needles to variables: definitions of RULER)
+  also        --key_value_file and --question_file of "Lost in the Middle", --exam_files of L-Eval, by their paths
+
+Documents are files of text (UTF-8); perplexity and loss by position are measured on them as well. Scores are written
+to --output_dir as soon as a task is done at a length, so Ctrl-C loses only what is under way.
+
+examples
+  peft-moice measure --model HuggingFaceTB/SmolLM2-135M-Instruct
+  peft-moice measure --adapter outputs/routers --documents notes/*.txt --lengths 512 1024 4096"""
+
+
+@dataclass
+class Arguments:
+    """What to measure."""
+
+    model: str | None = field(default=None, metadata={"help": "Folder or Hub id. Default: the base of --adapter."})
+    adapter: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of any adapter of PEFT, measured beside its base model."}
+    )
+    documents: list[str] = field(default_factory=list, metadata={"help": "Files of your own text."})
+    tasks: list[str] | None = field(default=None, metadata={"help": "What to ask, see below."})
+    lengths: list[int] = field(
+        default_factory=lambda: [512, 1024, 2048], metadata={"help": "Tokens of your text in a prompt."}
+    )
+    items: list[int] = field(default_factory=lambda: [16, 30, 45], metadata={"help": "Facts or pairs in a prompt."})
+    positions: list[float] = field(default_factory=lambda: list(POSITIONS), metadata={"help": "0 first to 1 last."})
+    questions: int = field(default=16, metadata={"help": "Questions at each position and length."})
+    batch_size: int = field(default=1, metadata={"help": "Questions read at once; more is faster on a GPU."})
+    key_value_file: str | None = field(default=None, metadata={"help": "kv-retrieval-*.jsonl.gz, --items pairs each."})
+    question_file: str | None = field(default=None, metadata={"help": "nq-open-oracle.jsonl.gz, --passages each."})
+    passages: list[int] = field(default_factory=lambda: [10], metadata={"help": "Passages in a prompt of questions."})
+    exam_files: list[str] = field(default_factory=list, metadata={"help": "Closed tasks of L-Eval, --lengths tokens."})
+    chunk_length: int = field(default=1024, metadata={"help": "Tokens that the loss on documents is measured over."})
+    seed: int = field(default=0, metadata={"help": "Of the questions; equal seeds ask the same."})
+    dtype: str | None = field(
+        default=None, metadata={"help": "Of the model. Default: float32 on a CPU, else the checkpoint's own."}
+    )
+    output_dir: str = field(default="outputs/measure", metadata={"help": "Folder for scores and pictures."})
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+    """The arguments of the command."""
+    parser = Parser(
+        "measure",
+        (Arguments,),
+        usage="--model MODEL [--adapter ADAPTER] [--documents FILE ...] [options] [--json]",
+        description=f"{SUMMARY[0].upper()}{SUMMARY[1:]}.",
+        epilog=_EPILOG,
+    )
+    (parsed,) = parser.parse(argv)
+    assert isinstance(parsed, Arguments)
+    return parsed
+
+
+@dataclass
+class Measured:
+    """What one model scored; not finished where it was interrupted.
+
+    Attributes:
+        name: of the model.
+        results: by task.
+        losses: on the documents by position, None without enough text.
+        perplexity: of the documents, likewise.
+    """
+
+    name: str
+    results: dict[str, Result] = field(default_factory=dict)
+    losses: PositionLosses | None = None
+    perplexity: float | None = None
+
+
+def run(args: Arguments) -> Outcome:
+    """Check, load, measure, report."""
+    text = "\n\n".join(read_text(file) for file in args.documents)
+    base = base_of(args.model, args.adapter)
+    names = chosen_tasks(args, text)
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    tokenizer = load_tokenizer(base)
+    tasks = make_tasks(names, args, text, tokenizer)
+    for task, lengths in tasks:
+        # What cannot be asked shows before a model is loaded.
+        try_task(task, tokenizer, lengths, args.positions, args.questions)
+    can_draw = importlib.util.find_spec("matplotlib") is not None
+    if not can_draw:
+        logger.warning("Without matplotlib no pictures are drawn: pip install 'peft_moice[plot]'.")
+
+    measured, interrupted = [], False
+    try:
+        model = load_model(base, args.dtype)
+        for name, adapter in variants(base, args.adapter):
+            if adapter is not None:
+                model = PeftModel.from_pretrained(model, adapter)
+            measured.append(Measured(name))
+            for _ in measure(model, tokenizer, tasks, text, args, measured[-1]):
+                write(measured, output_dir)
+    except KeyboardInterrupt:
+        if not any(one.results for one in measured):
+            raise
+        interrupted = True
+    write(measured, output_dir)
+    if can_draw:
+        draw(measured, output_dir)
+    return Outcome(_as_text(measured, output_dir, interrupted), _as_values(measured, output_dir), interrupted)
+
+
+def chosen_tasks(args: Arguments, text: str) -> list[str]:
+    """Names of tasks to run.
+
+    Raises:
+        UsageError: an unknown name, or a task over documents without text.
+    """
+    with_files = any((args.key_value_file, args.question_file, args.exam_files))
+    default = ["needles", "keys"] if args.documents else [] if with_files else ["facts"]
+    names = default if args.tasks is None else args.tasks
+    if unknown := sorted(set(names) - {*NEEDLES, *_WITHOUT_FILES}):
+        raise UsageError(f"--tasks names {unknown}; choose among {', '.join([*_WITHOUT_FILES, *NEEDLES])}.")
+    if NEEDLES.keys() & set(names) and not text.strip():
+        raise UsageError(
+            f"--tasks {' '.join(names)} hides numbers in your text, but --documents "
+            f"{' '.join(args.documents) or 'was not given'} holds none. Name files of text."
+        )
+    return names
+
+
+def make_tasks(names: list[str], args: Arguments, text: str, tokenizer: Any) -> list[tuple[Task, list[int]]]:
+    """Tasks with the lengths to run them at."""
+    tasks: list[tuple[Task, list[int]]] = [
+        (Needles(text, tokenizer, NEEDLES[name]), args.lengths) for name in names if name in NEEDLES
+    ]
+    if "key_values" in names or args.key_value_file:
+        tasks.append((KeyValues(file=args.key_value_file), args.items))
+    if "facts" in names:
+        tasks.append((Facts(), args.items))
+    if args.question_file:
+        tasks.append((MultiDocument(args.question_file), args.passages))
+    tasks += [(Exam(file, tokenizer), args.lengths) for file in args.exam_files]
+    return tasks
+
+
+def variants(base: str, adapter: str | None) -> list[tuple[str, str | None]]:
+    """Names of the models to measure, and their adapters."""
+    name = Path(base).name
+    return [(name, None)] if adapter is None else [(name, None), (f"{name} with {Path(adapter).name}", adapter)]
+
+
+def measure(
+    model: Any,
+    tokenizer: Any,
+    tasks: list[tuple[Task, list[int]]],
+    text: str,
+    args: Arguments,
+    measured: Measured,
+) -> Iterator[None]:
+    """Fill `measured`, and stop by after every task and length."""
+    for task, lengths in tasks:
+        for length in sorted(lengths):
+            result = evaluate(
+                model,
+                tokenizer,
+                task,
+                lengths=[length],
+                positions=tuple(args.positions),
+                num_groups=args.questions,
+                batch_size=args.batch_size,
+                seed=args.seed,
+                name=measured.name,
+            )
+            before = measured.results.get(task.name)
+            measured.results[task.name] = result if before is None else _joined(before, result)
+            yield
+    if len(tokenizer(text, verbose=False)["input_ids"]) > args.chunk_length:
+        chunks = {"chunk_length": args.chunk_length, "max_chunks": _MAX_CHUNKS}
+        measured.losses = losses_by_position(model, tokenizer, text, **chunks)
+        measured.perplexity = perplexity(model, tokenizer, text, **chunks)
+        yield
+
+
+def write(measured: list[Measured], output_dir: Path) -> None:
+    """Scores of what is there by now."""
+    for number, one in enumerate(measured):
+        for task, result in one.results.items():
+            result.save(output_dir / f"{_file_name(task)}_{number}.json")
+    losses = {one.name: asdict(one.losses) for one in measured if one.losses is not None}
+    if losses:
+        (output_dir / "losses.json").write_text(json.dumps(losses, indent=2) + "\n", encoding="utf-8")
+
+
+def draw(measured: list[Measured], output_dir: Path) -> None:
+    """Pictures of the same."""
+    for number, one in enumerate(measured):
+        for task, result in one.results.items():
+            result.plot().savefig(output_dir / f"{_file_name(task)}_{number}.png", dpi=150)
+    for task, result, *rivals in _by_task(measured):
+        if rivals and all(rival.lengths == result.lengths for rival in rivals):
+            result.plot(rivals).savefig(output_dir / f"{_file_name(task)}.png", dpi=150)
+    losses = {one.name: one.losses for one in measured if one.losses is not None}
+    if losses:
+        plot_losses(losses, title="your documents").savefig(output_dir / "losses.png", dpi=150)
+
+
+def _by_task(measured: list[Measured]) -> Iterator[tuple[Any, ...]]:
+    """A task's name, and the results of all models on it."""
+    for task in measured[0].results:
+        yield task, *(one.results[task] for one in measured if task in one.results)
+
+
+def _as_text(measured: list[Measured], output_dir: Path, interrupted: bool) -> str:
+    parts = [score_table(list(results)) for _, *results in _by_task(measured)]
+    parts += [
+        f"perplexity of your documents, {one.name}: {one.perplexity:.3f}"
+        for one in measured
+        if one.perplexity is not None
+    ]
+    parts += [verdict(result) for result in measured[0].results.values() if result.positions]
+    if interrupted:
+        parts.append("Interrupted: this is what was finished.")
+    parts.append(f"Scores and pictures are in {output_dir}.")
+    return "\n\n".join(parts)
+
+
+def _as_values(measured: list[Measured], output_dir: Path) -> dict[str, Any]:
+    models = [
+        {
+            "model": one.name,
+            "tasks": [
+                {"task": task, "unit": result.unit, "cells": result.to_dict()["cells"]}
+                for task, result in one.results.items()
+            ],
+            "perplexity": one.perplexity,
+        }
+        for one in measured
+    ]
+    return {"output_dir": str(output_dir), "models": models}
+
+
+def _joined(first: Result, second: Result) -> Result:
+    return Result(first.task, first.unit, first.model, first.seed, (*first.scores, *second.scores))
+
+
+def _file_name(task: str) -> str:
+    return "".join(char if char.isalnum() else "_" for char in task)

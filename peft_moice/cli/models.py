@@ -1,0 +1,58 @@
+"""Loads models, tokenizers and adapters by name, as cheaply as what is asked of them allows."""
+
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .parsing import UsageError
+
+
+def base_of(model: str | None, adapter: str | None, peft_type: str | None = None) -> str:
+    """Name of the base model: as given, or as the adapter's config has it.
+
+    Args:
+        model: as given.
+        adapter: folder or Hub id.
+        peft_type: what the adapter has to be. Default: anything.
+
+    Raises:
+        UsageError: neither says it, or the adapter is of another type.
+        ValueError: there is no such adapter.
+    """
+    base = model
+    if adapter is not None:
+        try:
+            config = PeftConfig.from_pretrained(adapter)
+        except KeyError as error:
+            raise ValueError(f"{adapter}: this PEFT does not know the adapter's type {error}. Upgrade it.") from None
+        if peft_type is not None and config.peft_type != peft_type:
+            raise UsageError(f"{adapter} is an adapter of the type {config.peft_type}, not {peft_type}.")
+        base = base or config.base_model_name_or_path
+    if not base:
+        raise UsageError("no base model. Name it with --model, as a folder or Hub id.")
+    return base
+
+
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer of a model."""
+    return AutoTokenizer.from_pretrained(model)
+
+
+def load_model(model: str, dtype: str | None = None, adapter: str | None = None) -> Any:
+    """A causal language model, with an adapter if one is named, on the accelerator if there is one.
+
+    Args:
+        model: folder or Hub id.
+        dtype: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16". Default: float32 on a CPU, where
+            others are slow, and the checkpoint's own on an accelerator.
+        adapter: folder or Hub id of an adapter of PEFT.
+    """
+    has_accelerator = torch.accelerator.is_available()
+    loaded = AutoModelForCausalLM.from_pretrained(
+        model,
+        dtype=dtype or ("auto" if has_accelerator else "float32"),
+        device_map="auto" if has_accelerator else None,
+    )
+    return loaded if adapter is None else PeftModel.from_pretrained(loaded, adapter)

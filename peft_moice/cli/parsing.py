@@ -1,0 +1,105 @@
+"""Arguments from dataclasses, and help on one screen."""
+
+import argparse
+import difflib
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from transformers import HfArgumentParser
+
+_WIDTH = 118
+_LONGEST_CHOICES = 22
+
+
+class UsageError(Exception):
+    """Arguments that do not go, and what to do about it."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command found or made.
+
+    Attributes:
+        text: for people.
+        values: the same in JSON's types; None in processes that have nothing to say.
+        interrupted: whether it was stopped before its end.
+    """
+
+    text: str
+    values: dict[str, Any] | None
+    interrupted: bool = False
+
+
+class Parser(HfArgumentParser):
+    """Parses dataclasses of arguments; errors are raised as [`UsageError`].
+
+    Args:
+        command: name of the command.
+        dataclass_types: what to parse.
+        usage: the command with what it needs, for the first line of the help.
+        description: what it does.
+        epilog: what its help ends with.
+    """
+
+    def __init__(
+        self, command: str, dataclass_types: Iterable[Any], *, usage: str, description: str, epilog: str = ""
+    ):
+        super().__init__(
+            dataclass_types,
+            prog=f"peft-moice {command}",
+            usage=f"peft-moice {command} {usage}",
+            description=textwrap.fill(description, _WIDTH),
+            epilog=epilog,
+            formatter_class=_OneScreen,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} ({self.prog} --help explains.)")
+
+    def parse(self, argv: Sequence[str]) -> list[Any]:
+        """The dataclasses, and a namespace of further arguments if there are some.
+
+        Raises:
+            UsageError: an argument is unknown, missing or out of its choices.
+        """
+        *parsed, unknown = self.parse_args_into_dataclasses(
+            list(argv), return_remaining_strings=True, look_for_args_file=False
+        )
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, n=1)
+            self.error(f"unknown argument {unknown[0]}." + (f" Did you mean {near[0]}?" if near else ""))
+        return parsed
+
+
+class _OneScreen(argparse.RawDescriptionHelpFormatter):
+    """One line for each argument: its name as it is written here, what it is, its choices and its default."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32, width=_WIDTH)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        # The same name with hyphens is understood as well.
+        name = next(option for option in action.option_strings if option.startswith("--"))
+        if action.nargs == 0 or isinstance(action.const, bool):
+            return name
+        return f"{name} {self._value(action)}{' ...' if action.nargs == '+' else ''}"
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        text = super()._expand_help(action)
+        if action.option_strings and action.default not in (None, argparse.SUPPRESS, False, True, [], ""):
+            default = action.default if isinstance(action.default, list) else [action.default]
+            text += f" [{' '.join(map(str, default))}]"
+        return text
+
+    @staticmethod
+    def _value(action: argparse.Action) -> str:
+        """What stands for the value: the choices where they are few, else its kind."""
+        choices = "|".join(map(str, action.choices or ()))
+        if 0 < len(choices) <= _LONGEST_CHOICES:
+            return choices
+        return {int: "N", float: "X"}.get(action.type, "NAME")  # type: ignore[call-overload,no-any-return]

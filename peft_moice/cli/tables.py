@@ -1,0 +1,51 @@
+"""Scores as text: a table, and what it says."""
+
+from ..evaluation import Result
+
+_CELL = 18
+
+
+def score_table(results: list[Result]) -> str:
+    """Scores of several models on one task with 95% intervals, by length and position."""
+    first = results[0]
+    columns: list[float | None] = [*first.positions] or [None]
+    heads = ["all" if position is None else f"at {position:.0%}" for position in columns]
+    columns, heads = ([*columns, None], [*heads, "mean"]) if first.positions else (columns, heads)
+    width = max(24, *(len(result.model) for result in results))
+    lines = [f"{first.task}: share of right answers [95% interval]"]
+    for length in first.lengths:
+        lines.append(f"  {f'{length:,} {first.unit}':<{width}}" + "".join(f"{head:>{_CELL}}" for head in heads))
+        for result in results:
+            if length not in result.lengths:
+                continue
+            cells = []
+            for position in columns:
+                low, high = result.interval(length=length, position=position)
+                cells.append(f"{result.mean(length=length, position=position):.2f} [{low:.2f} {high:.2f}]")
+            lines.append(f"  {result.model:<{width}}" + "".join(f"{cell:>{_CELL}}" for cell in cells))
+    return "\n".join(lines)
+
+
+def verdict(result: Result) -> str:
+    """What the scores of one model say about positions, at the length where they differ most."""
+    gaps = {}
+    for length in result.lengths:
+        scores = {position: result.mean(length=length, position=position) for position in result.positions}
+        best, worst = max(scores, key=lambda at: scores[at]), min(scores, key=lambda at: scores[at])
+        gaps[length] = (scores[best] - scores[worst], best, worst)
+    length = max(gaps, key=lambda at: gaps[at][0])
+    _, best, worst = gaps[length]
+    high, low = (result.interval(length=length, position=position) for position in (best, worst))
+    where = f"{result.task}, {length:,} {result.unit}"
+    if low[1] < high[0]:
+        return (
+            f"{where}: {result.model} answers right {result.mean(length=length, position=best):.0%} at {best:.0%} of "
+            f"the prompt and {result.mean(length=length, position=worst):.0%} at {worst:.0%}. It loses what stands "
+            "there, which routers may repair."
+        )
+    if result.mean(length=length) < 0.1:
+        return f"{where}: {result.model} hardly answers anywhere. Ask something easier, or less at once."
+    return (
+        f"{where}: no position is clearly worse than another. Longer prompts, or more --questions, may show a "
+        "difference."
+    )

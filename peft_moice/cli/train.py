@@ -1,0 +1,278 @@
+"""`peft-moice train`: routers on one's own data, with transformers' Trainer."""
+
+import argparse
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import SchedulerType, get_last_checkpoint
+
+from ..callback import MoICECallback
+from ..config import MoICEConfig
+from ..data import Collator, DataArguments, load_examples, plain_text, read_text
+from ..hub import write_model_card
+from ..training import BalanceLossMixin, KeepCloseMixin
+from ..training.keep_close import check_enough_text, text_ids
+from .interrupts import StopOnSignal
+from .parsing import Outcome, Parser, UsageError
+from .presets import PRESETS
+
+logger = logging.getLogger(__name__)
+
+SUMMARY = "train routers, and nothing else, on chats, prompts with answers, text, or questions about your documents"
+
+_EPILOG = """formats (--data_format; auto tells them by their columns, and takes .txt and .md for text)
+  messages       {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}
+  sharegpt       {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}
+  prompt_answer  {"prompt": ..., "answer": ...}; "completion" or "response" in place of "answer"
+  alpaca         {"instruction": ..., "input": ..., "output": ...}
+  text           plain text, learned whole, in sequences of --max_length tokens
+  documents      plain text that retrieval questions are made of: "repeat the sentence that starts with ..."
+  Files are JSON lines, a JSON array (both also .gz) or parquet. OWNER/NAME[:SPLIT] is a data set of the Hub.
+presets (--preset; any argument overrides them)
+  retrieval      documents, 40 steps; five angles, start at the base model, rate 5e-2, KL to the base model of weight 2
+  chats          the same routers on any chats, one epoch; the KL is taken on what users say in them
+  paper          the released recipe for 7B models: 128 sequences a step, 7 steps, rate 1e-4; hardly moves small models
+Every argument of transformers' TrainingArguments is one: --max_steps, --num_train_epochs, --learning_rate, --bf16,
+--per_device_train_batch_size, --gradient_accumulation_steps, --save_steps, --report_to, --push_to_hub, ...; --help_all
+lists them. --resume_from_checkpoint last goes on from the last checkpoint in --output_dir. Ctrl-C loses nothing.
+examples
+  peft-moice train --preset chats --model HuggingFaceTB/SmolLM2-135M-Instruct --train_files chats.jsonl
+  accelerate launch -m peft_moice train --preset paper --model meta-llama/Llama-2-7b-chat-hf --train_files my.jsonl"""
+
+
+@dataclass
+class Arguments:
+    """Model, routers and loss; data is in DataArguments, the rest in transformers' TrainingArguments."""
+
+    model: str = field(metadata={"help": "Folder or Hub id of the base model."})
+    preset: Literal["retrieval", "chats", "paper"] | None = field(
+        default=None, metadata={"help": "Recipe for the defaults, see below."}
+    )
+    angles: list[float] | None = field(
+        default=None, metadata={"help": "Base angles as multiples of the model's own, which comes first."}
+    )
+    top_k: int | None = field(default=None, metadata={"help": "Angles mixed per head and token. Default: all."})
+    router_scope: Literal["layer", "head"] = field(default="layer", metadata={"help": "What shares a router."})
+    init: Literal["identity", "normal"] = field(
+        default="normal", metadata={"help": "Start as the base model, or near the equal mixture of all angles."}
+    )
+    aux_coef: float = field(default=0.3, metadata={"help": "Weight of the balance loss."})
+    keep_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the divergence (KL) from the base model on ordinary text; 0: none."}
+    )
+    keep_files: list[str] = field(
+        default_factory=list, metadata={"help": "Ordinary text. Default: text and users' turns of --train_files."}
+    )
+    keep_tokens: int = field(default=256, metadata={"help": "Tokens of ordinary text in a micro-batch."})
+    sequences_per_step: int | None = field(
+        default=None, metadata={"help": "Batch over all devices; sets gradient_accumulation_steps."}
+    )
+    dtype: str = field(default="auto", metadata={"help": "Of the base model: auto, float32, bfloat16, float16."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "Of the base model. Default: its own."})
+
+
+@dataclass
+class TrainArguments:
+    """All arguments of the command."""
+
+    ours: Arguments
+    data: DataArguments
+    trainer: TrainingArguments
+
+
+def parse(argv: Sequence[str]) -> TrainArguments:
+    """The arguments of the command."""
+    texts = {
+        "usage": "--model MODEL --train_files FILE ... [--preset NAME] [options] [--json]",
+        "description": f"{SUMMARY[0].upper()}{SUMMARY[1:]}.",
+        "epilog": _EPILOG,
+    }
+    parser = Parser("train", (Arguments, DataArguments, TrainingArguments), **texts)
+    if {"-h", "--help"} & set(argv):
+        parser = Parser("train", (Arguments, DataArguments), **texts)
+        parser.add_argument("--output_dir", default="outputs/routers", help="Folder for adapter and card.")
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset")
+    # A wrong name is left to the whole parser, which lists the right ones.
+    preset = PRESETS.get(first.parse_known_args(argv)[0].preset, {})
+    parser.set_defaults(output_dir="outputs/routers", remove_unused_columns=False, **preset)
+    if "--help_all" in argv:
+        parser.print_help()
+        raise SystemExit(0)
+    ours, data, trainer = parser.parse(argv)
+    if ours.sequences_per_step is not None:
+        per_pass = trainer.train_batch_size * trainer.world_size
+        if trainer.gradient_accumulation_steps != 1 or ours.sequences_per_step % per_pass:
+            raise UsageError(
+                f"--sequences_per_step {ours.sequences_per_step} has to be a multiple of the {per_pass} sequences "
+                "that the devices read at once, and excludes --gradient_accumulation_steps."
+            )
+        trainer.gradient_accumulation_steps = ours.sequences_per_step // per_pass
+    return TrainArguments(ours, data, trainer)
+
+
+def run(args: TrainArguments) -> Outcome:
+    """Check the data, load the model, train, save."""
+    ours, data, training = args.ours, args.data, args.trainer
+    if training.process_index > 0:
+        logging.getLogger("peft_moice").setLevel(logging.WARNING)
+    elif ours.preset is None:
+        logger.warning(
+            "No --preset: what is not set has the defaults of MoICEConfig, the released recipe, and of Trainer, with "
+            "which small models barely move. --preset retrieval (your documents) and --preset chats (your chats) are "
+            "recipes that do."
+        )
+    set_seed(training.seed)
+    config = make_config(ours)
+    tokenizer = AutoTokenizer.from_pretrained(ours.model)
+    if data.chat_template is not None:
+        tokenizer.chat_template = read_text(data.chat_template)
+    # Whatever is wrong with the data shows before a large model is loaded.
+    quiet = training.process_index > 0
+    train_examples = load_examples(data.train_files, tokenizer, data, training.seed, quiet)
+    eval_examples = load_examples(data.eval_files, tokenizer, data, training.seed + 1, quiet)
+    keep_ids = ordinary_text(args, tokenizer)
+    checkpoint = training.resume_from_checkpoint
+    if checkpoint == "last":
+        folder = str(training.output_dir)
+        checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+    model = AutoModelForCausalLM.from_pretrained(
+        ours.model, dtype=ours.dtype, attn_implementation=ours.attn_implementation
+    )
+    trainer = RouterTrainer(
+        recipe=args,
+        keep_text=keep_ids,
+        keep_weight=ours.keep_weight,
+        keep_tokens=ours.keep_tokens,
+        model=get_peft_model(model, config),
+        args=training,
+        train_dataset=train_examples,
+        eval_dataset=eval_examples or None,
+        data_collator=Collator(tokenizer),
+        processing_class=tokenizer,
+    )
+    return train(trainer, checkpoint)
+
+
+def make_config(ours: Arguments) -> MoICEConfig:
+    """What the routers are."""
+    return MoICEConfig(
+        task_type="CAUSAL_LM",
+        base_multipliers=ours.angles,
+        top_k=ours.top_k,
+        router_scope=ours.router_scope,
+        init_weights="identity" if ours.init == "identity" else True,
+        router_aux_loss_coef=ours.aux_coef,
+    )
+
+
+def ordinary_text(args: TrainArguments, tokenizer: Any) -> torch.Tensor | None:
+    """Token ids of the text on which the adapted model is kept near the base model; None if it is not.
+
+    Raises:
+        ValueError: there is too little of it.
+    """
+    if args.ours.keep_weight == 0:
+        return None
+    files = args.ours.keep_files
+    text = plain_text(files) if files else plain_text(args.data.train_files, args.data.data_format)
+    ids = text_ids(text, tokenizer)
+    try:
+        check_enough_text(ids, args.ours.keep_weight, args.ours.keep_tokens)
+    except ValueError as error:
+        raise UsageError(f"{', '.join(files or args.data.train_files)}: {error} --keep_files names text.") from None
+    return ids
+
+
+def train(trainer: "RouterTrainer", checkpoint: str | None) -> Outcome:
+    """Train to the end or to a signal, measure, save."""
+    stop = StopOnSignal(trainer)
+    trainer.add_callback(MoICECallback(trainer))
+    trainer.add_callback(stop)
+    interrupted = False
+    with stop.listening():
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except KeyboardInterrupt:
+            interrupted = True
+    interrupted = interrupted or stop.stopped
+    if trainer.eval_dataset is not None and not interrupted:
+        adapted: Any = trainer.model
+        with adapted.disable_adapter():
+            base = trainer.evaluate(metric_key_prefix="eval_base")["eval_base_loss"]
+        trainer.losses = [{"model": "base", "loss": base}, {"model": "MoICE", "loss": trainer.evaluate()["eval_loss"]}]
+    trainer.save_model()
+    trainer.create_model_card()
+    if not trainer.is_world_process_zero():
+        return Outcome("", None, interrupted)
+    return _outcome(trainer, interrupted)
+
+
+def _outcome(trainer: "RouterTrainer", interrupted: bool) -> Outcome:
+    folder, step = trainer.args.output_dir, trainer.state.global_step
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    values: dict[str, Any] = {
+        "adapter": folder,
+        "steps": step,
+        "max_steps": trainer.state.max_steps,
+        "last_log": logged[-1] if logged else None,
+        "eval": trainer.losses,
+    }
+    lines = [f"Adapter and card are in {folder}, after {step} of {trainer.state.max_steps} steps."]
+    if logged:
+        lines[0] += f" Last loss: {logged[-1]['loss']:.4g}."
+    if trainer.losses:
+        lines.append(
+            "Loss on --eval_files: " + ", ".join(f"{row['model']} {row['loss']:.4g}" for row in trainer.losses)
+        )
+    if interrupted:
+        lines.append("Interrupted: the same command with --resume_from_checkpoint last goes on.")
+    lines.append(f"What it changed: peft-moice measure --adapter {folder}")
+    return Outcome("\n".join(lines), values, interrupted)
+
+
+class RouterTrainer(KeepCloseMixin, BalanceLossMixin, Trainer):
+    """Logs each part of the loss, and writes MoICE's model card.
+
+    Args:
+        recipe: the arguments, for the card.
+    """
+
+    def __init__(self, *, recipe: TrainArguments, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.recipe = recipe
+        self.losses: list[dict[str, Any]] | None = None
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Called here at the end, and by Trainer before it pushes to the Hub."""
+        if not self.is_world_process_zero():
+            return
+        ours, data, training = self.recipe.ours, self.recipe.data, self.args
+        rows: Any = self.train_dataset
+        recipe = {
+            "Preset": ours.preset or "none",
+            "Data": f"{data.data_format}: {', '.join(Path(file).name for file in data.train_files)}",
+            "Rows": f"{len(rows):,} of up to {data.max_length:,} tokens{', packed' * data.packing}",
+            "Loss on": "all" if data.data_format == "text" else data.loss_on,
+            "Steps": self.state.global_step,
+            "Rows per step": training.train_batch_size * training.gradient_accumulation_steps * training.world_size,
+            "Learning rate": f"{training.learning_rate:g}, {SchedulerType(training.lr_scheduler_type).value}",
+            "Weight decay": training.weight_decay,
+            "Weight of the balance loss": ours.aux_coef,
+            "Weight of the divergence from the base model": ours.keep_weight,
+            "Start": ours.init,
+            "Seed": training.seed,
+        }
+        write_model_card(
+            self.accelerator.unwrap_model(self.model),
+            str(training.output_dir),
+            repo_id=self.hub_model_id if training.push_to_hub else None,
+            recipe=recipe,
+            evaluation=self.losses,
+        )

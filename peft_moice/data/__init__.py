@@ -1,0 +1,26 @@
+"""From files and data sets to the sequences that routers are trained on.
+
+[`load_examples`] reads and encodes what [`DataArguments`] name, and [`Collator`] makes batches of it.
+"""
+
+from .arguments import DataArguments
+from .collator import Collator
+from .documents import document_chats
+from .examples import Example, load_examples, pack, plain_text
+from .sequences import encode_chat, encode_text
+from .sources import Source, read_source, read_text
+
+__all__ = [
+    "Collator",
+    "DataArguments",
+    "Example",
+    "Source",
+    "document_chats",
+    "encode_chat",
+    "encode_text",
+    "load_examples",
+    "pack",
+    "plain_text",
+    "read_source",
+    "read_text",
+]

@@ -1,0 +1,71 @@
+"""Chats and text as token ids and labels."""
+
+from typing import Any
+
+from jinja2 import TemplateError
+
+from .chats import Chat
+from .sources import read_text
+
+Sequence = dict[str, list[int]]
+"""`input_ids` and `labels` of one sequence; labels are -100 where nothing is learned."""
+
+
+def encode_chat(where: str, messages: Chat, tokenizer: Any, loss_on: str = "answers") -> Sequence:
+    """Token ids and labels of a chat.
+
+    Args:
+        where: where it stands, for messages.
+        messages: the chat.
+        tokenizer: a fast tokenizer. Without a chat template, messages are joined by newlines.
+        loss_on: "answers" (default) learns what the assistant says, with the end of its turn; "all" the whole chat.
+
+    Raises:
+        ValueError: the template refuses the chat, or writes it such that answers cannot be told from prompts.
+    """
+
+    def render(count: int, add_generation_prompt: bool = False) -> str:
+        if not tokenizer.chat_template:
+            contents = [message["content"] for message in messages[:count]]
+            end = (tokenizer.eos_token or "") if count == len(messages) else ""
+            return "\n".join(contents) + end + ("\n" if add_generation_prompt else "")
+        try:
+            rendered: str = tokenizer.apply_chat_template(
+                messages[:count], tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateError as error:
+            raise ValueError(f"{where}: the chat template refuses this chat: {error}") from None
+        return rendered
+
+    text = render(len(messages))
+    encoded = tokenizer(
+        text, add_special_tokens=not tokenizer.chat_template, return_offsets_mapping=True, verbose=False
+    )
+    labels = list(encoded["input_ids"])
+    if loss_on == "answers":
+        spans = []
+        for index, message in enumerate(messages):
+            if message["role"] == "assistant":
+                before, after = render(index, add_generation_prompt=True), render(index + 1)
+                if not (text.startswith(before) and text.startswith(after)):
+                    raise ValueError(
+                        f"{where}: the chat template writes message {index} differently when others follow, so "
+                        "answers cannot be told from prompts. Use loss_on all, chats of one answer, or another "
+                        "chat_template."
+                    )
+                spans.append((len(before), len(after)))
+        labels = [
+            token if any(start < token_end and token_start < end for start, end in spans) else -100
+            for token, (token_start, token_end) in zip(labels, encoded["offset_mapping"], strict=True)
+        ]
+    return {"input_ids": list(encoded["input_ids"]), "labels": labels}
+
+
+def encode_text(file: str, tokenizer: Any, max_length: int) -> list[Sequence]:
+    """Consecutive sequences of a file, the last one as short as it comes out."""
+    tokens = tokenizer(read_text(file), verbose=False)["input_ids"]
+    chunks = [tokens[start : start + max_length] for start in range(0, len(tokens), max_length)]
+    chunks = [chunk for chunk in chunks if len(chunk) > 1]
+    if not chunks:
+        raise ValueError(f"{file}, line 1: there is no text. Give a file of text, or leave it out.")
+    return [{"input_ids": chunk, "labels": chunk} for chunk in chunks]

@@ -1,0 +1,213 @@
+"""The command line: help, errors, and the small commands, through its real entry point on tiny models."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_models import adapted_model, load, logits_of, save_tiny_model, wide_config
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import peft_moice
+from peft_moice.angles import search_angles
+from peft_moice.cli.main import COMMANDS, main
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_json(capsys, *argv: str) -> dict:
+    capsys.readouterr()
+    assert main([*argv, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def error(capsys, *argv: str) -> str:
+    """The one line that a command says, where something has to be changed."""
+    capsys.readouterr()
+    assert main(argv) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    lines = printed.err.strip().splitlines()
+    (line,) = [line for line in lines if line.startswith("peft-moice")]
+    assert line == lines[-1]  # before it, there may be the progress of what went well
+    return line
+
+
+class TestHelp:
+    def test_the_overview_names_every_command(self, capsys):
+        for argv in ([], ["--help"]):
+            assert main(argv) == 0
+            printed = capsys.readouterr().out
+            assert all(f"  {name} " in printed for name in COMMANDS)
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_each_command_explains_itself_on_one_screen(self, capsys, command):
+        with pytest.raises(SystemExit) as left:
+            main([command, "--help"])
+        assert left.value.code == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert 10 < len(lines) <= 54 and max(map(len, lines)) <= 121
+        assert any(line.startswith(f"  peft-moice {command}") for line in lines)
+
+    def test_train_explains_formats_and_presets_and_can_list_everything(self, capsys):
+        for option, expected in (
+            ("--help", ["sharegpt", "alpaca", "parquet", "retrieval ", "chats ", "paper "]),
+            ("--help_all", ["--adam_beta1", "--fsdp", "--keep_weight", "--passage_words"]),
+        ):
+            with pytest.raises(SystemExit):
+                main(["train", option])
+            printed = capsys.readouterr().out
+            assert all(text in printed for text in expected)
+
+    def test_version(self, capsys):
+        assert main(["--version"]) == 0
+        assert capsys.readouterr().out.strip() == peft_moice.__version__
+
+
+class TestErrors:
+    def test_unknown_commands_and_arguments(self, capsys):
+        assert "there is no command 'mesure'. Choose one of measure, train" in error(capsys, "mesure")
+        assert "Did you mean --lengths?" in error(capsys, "measure", "--length", "5")
+        assert "required: ADAPTER" in error(capsys, "info")
+        assert "invalid choice: 'chat'" in error(capsys, "train", "--preset", "chat", "--model", "m")
+        assert "invalid int value: 'x'" in error(capsys, "angles", "--num_experts", "x")
+
+    def test_missing_models_and_adapters(self, capsys, tmp_path, monkeypatch):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        gone = str(tmp_path / "gone")
+        assert gone in error(capsys, "measure", "--model", gone)
+        assert "Name it with --model" in error(capsys, "measure")
+        assert "there is no such folder" in error(capsys, "info", gone)
+        assert "gone" in error(capsys, "merge", gone, str(tmp_path / "merged"))
+        assert "holds neither adapter_config.json nor config.json" in error(capsys, "info", str(tmp_path))
+
+    def test_tracebacks_are_shown_where_they_are_asked_for(self, tmp_path):
+        with pytest.raises(ValueError, match="there is no such folder"):
+            main(["info", str(tmp_path / "gone"), "--traceback"])
+
+    def test_adapters_of_other_types(self, capsys, llama, tmp_path):
+        get_peft_model(load(llama), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+        assert "of the PEFT type 'LORA'" in error(capsys, "info", str(tmp_path / "lora"))
+        assert "of the type LORA" in error(capsys, "merge", str(tmp_path / "lora"), str(tmp_path / "out")).replace(
+            "PeftType.", ""
+        )
+        assert "without routers" in error(capsys, "info", llama)
+
+    @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+    def test_damaged_files(self, capsys, adapter, file):
+        path = Path(adapter, file)
+        path.write_bytes(path.read_bytes()[:40])
+        assert "Save or download it again." in error(capsys, "info", adapter)
+
+    def test_the_log_is_as_it_was_afterwards(self, capsys, tmp_path):
+        logger = logging.getLogger("peft_moice")
+        before = list(logger.handlers), logger.level
+        error(capsys, "info", str(tmp_path))
+        assert (logger.handlers, logger.level) == before
+
+
+class TestInfo:
+    def test_an_adapter_is_described_from_its_files(self, capsys, llama, tmp_path):
+        folder = str(tmp_path / "adapter")
+        model = adapted_model(llama, router_scope="head", layers_to_transform=[0, 2], init_weights="identity")
+        model.save_pretrained(folder)
+        found = run_json(capsys, "info", folder)
+        (router,) = found["routers"]
+        assert router["rope_bases"] == [10_000, 2_500, 5_000, 40_000]
+        assert (router["top_k"], router["num_experts"], router["router_scope"]) == (2, 4, "head")
+        assert found["layers"] == ["model.layers.0.self_attn", "model.layers.2.self_attn"]
+        assert found["parameters"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert found["base_model"] == llama and found["versions"]["peft"]
+        assert found["bytes"] == Path(folder, "adapter_model.safetensors").stat().st_size
+        assert main(["info", folder]) == 0
+        printed = capsys.readouterr().out
+        assert "10000, 2500, 5000, 40000 (1, 0.25, 0.5, 4 times the first)" in printed
+        assert "2 of 4 per head and token" in printed
+
+    def test_angles_by_layer_type_and_several_routers(self, capsys, tmp_path):
+        gemma = save_tiny_model(tmp_path / "gemma", "gemma3")
+        model = get_peft_model(load(gemma), wide_config(), adapter_name="a")
+        model.add_adapter("b", wide_config())
+        model.add_weighted_adapter(["a", "b"], [0.25, 0.75], "both", combination_type="cat")
+        model.save_pretrained(tmp_path, selected_adapters=["both"])
+        found = run_json(capsys, "info", str(tmp_path / "both"))
+        assert [router["weight"] for router in found["routers"]] == [0.25, 0.75]
+        assert main(["info", str(tmp_path / "both")]) == 0
+        printed = capsys.readouterr().out
+        assert "router 2, share 0.75: base angles full_attention  " in printed
+
+
+class TestMerge:
+    def test_the_merged_folder_computes_what_the_adapter_does(self, capsys, adapted, adapter, tmp_path):
+        folder = str(tmp_path / "merged")
+        made = run_json(capsys, "merge", adapter, folder)
+        assert made["class"] == "MoICELlamaForCausalLM"
+        merged = AutoModelForCausalLM.from_pretrained(folder).eval()
+        torch.testing.assert_close(logits_of(merged), logits_of(adapted), rtol=0, atol=1e-6)
+        assert AutoTokenizer.from_pretrained(folder)("w5 w6")["input_ids"] == [5, 6]
+        found = run_json(capsys, "info", folder)
+        assert (found["kind"], found["base_model"]) == ("merged model", "built in (llama)")
+        assert found["parameters"] == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        assert found["layers"] == [f"model.layers.{i}.self_attn" for i in range(3)]
+
+    def test_folders_with_something_in_them_are_not_overwritten(self, capsys, adapter, tmp_path):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "notes").write_text("mine")
+        assert "is there already" in error(capsys, "merge", adapter, str(tmp_path / "out"))
+
+
+class TestAngles:
+    OPTIONS = ("--context_length", "64", "--num_experts", "3", "--prompts", "2", "--facts", "3")
+
+    @pytest.fixture
+    def options(self, tmp_path) -> list[str]:
+        return [*self.OPTIONS, "--output_dir", str(tmp_path / "out")]
+
+    def test_measures_and_searches(self, capsys, tmp_path, options):
+        folder = save_tiny_model(tmp_path / "model", max_position_embeddings=1024)
+        found = run_json(capsys, "angles", "--model", folder, *options)
+        (searched,) = found["by_waveform"]
+        assert searched["rope_bases"] == search_angles(16, 10_000.0, 64, 3)
+        assert searched["rotary_dim"] == 16
+        assert found["by_measurement"]["rope_bases"][0] == 10_000
+        assert len(found["by_measurement"]["mean_losses"]) == 8
+        assert (tmp_path / "out" / "waveforms.png").is_file()
+
+    def test_partial_rotary_counts_the_rotated_dimensions(self, capsys, tmp_path, options):
+        folder = save_tiny_model(tmp_path / "model", "phi", max_position_embeddings=1024)
+        (searched,) = run_json(capsys, "angles", "--model", folder, *options)["by_waveform"]
+        assert searched["rope_bases"] == search_angles(8, 10_000.0, 64, 3) != search_angles(16, 10_000.0, 64, 3)
+
+    def test_angles_by_layer_type_are_searched_one_by_one(self, capsys, tmp_path, options):
+        folder = save_tiny_model(tmp_path / "model", "gemma3", max_position_embeddings=1024)
+        assert main(["angles", "--model", folder, *options]) == 0
+        printed = capsys.readouterr().out
+        assert "in layers of type sliding_attention, over 16 rotated dimensions: [10000" in printed
+        assert "in layers of type full_attention, over 16 rotated dimensions: [1000000" in printed
+        assert "Nothing is measured" in printed
+        assert (tmp_path / "out" / "waveforms_full_attention.png").is_file()
+
+    def test_without_a_model_the_released_angles_are_beside(self, capsys, tmp_path):
+        assert main(["angles", "--output_dir", str(tmp_path)]) == 0
+        assert "The official release has [10000.0, 17500.0, " in capsys.readouterr().out
+
+    def test_bad_input(self, capsys, tmp_path, options):
+        folder = save_tiny_model(tmp_path / "model", "gpt2")
+        assert "rotary" in error(capsys, "angles", "--model", folder, *options)
+        assert "`num_experts` is 99" in error(capsys, "angles", "--num_experts", "99")
+        assert "`num_facts` is 99" in error(capsys, "angles", "--facts", "99")
+
+
+@pytest.mark.slow
+def test_as_a_process(adapter):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "peft_moice", "info"]
+    done = subprocess.run([*command, adapter, "--json"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and json.loads(done.stdout)["kind"] == "adapter"
+    failed = subprocess.run([*command, adapter + "x"], env=environment, capture_output=True, text=True)
+    assert failed.returncode == 2 and failed.stdout == "" and "there is no such folder" in failed.stderr

@@ -1,0 +1,144 @@
+"""`peft-moice measure` on tiny models: table, scores, pictures, errors, Ctrl-C."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+from peft import get_peft_model
+from tiny_data import words
+from tiny_models import decide, load, save_tiny_model, wide_config
+
+from peft_moice.cli import measure
+from peft_moice.cli.main import main
+from peft_moice.cli.tables import score_table, verdict
+from peft_moice.evaluation import Result, Score
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return save_tiny_model(tmp_path_factory.mktemp("model"), max_position_embeddings=1024)
+
+
+@pytest.fixture(scope="module")
+def adapter(model, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("adapters") / "mine"
+    adapted = get_peft_model(load(model), wide_config())
+    decide(adapted)
+    adapted.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def document(tmp_path) -> str:
+    file = tmp_path / "notes.txt"
+    file.write_text("\n\n".join(words(random.Random(i), 9) + "." for i in range(60)))
+    return str(file)
+
+
+@pytest.fixture
+def options(tmp_path) -> list[str]:
+    small = "--lengths 120 60 --items 3 --questions 2 --positions 0 1 --chunk_length 64"
+    return [*small.split(), "--output_dir", str(tmp_path / "out")]
+
+
+def error(capsys, *argv: str) -> str:
+    capsys.readouterr()
+    assert main(["measure", *argv]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def test_table_scores_and_pictures_of_an_adapter_beside_its_base(model, adapter, document, options, tmp_path, capsys):
+    argv = ["measure", "--adapter", adapter, "--documents", document, "--tasks", "needles", "key_values", *options]
+    assert main(argv) == 0
+    printed = capsys.readouterr().out
+    for part in ("needles: single", "key-value retrieval", "120 tokens", "3 pairs", f"{Path(model).name} with mine"):
+        assert part in printed
+    assert printed.count("perplexity of your documents") == 2
+    out = tmp_path / "out"
+    for name in ("needles__single_0", "needles__single_1", "needles__single", "key_value_retrieval", "losses"):
+        assert (out / f"{name}.png").is_file(), name
+    base, adapted = (Result.load(out / f"needles__single_{i}.json") for i in (0, 1))
+    assert base.lengths == [60, 120] and base.positions == [0.0, 1.0] and len(base.scores) == 8
+    assert base.mean("loss") != adapted.mean("loss")
+
+
+def test_without_documents_facts_are_asked(model, options, tmp_path, capsys):
+    assert main(["measure", "--model", model, *options, "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["interrupted"] is False and values["output_dir"] == str(tmp_path / "out")
+    (one,) = values["models"]
+    (task,) = one["tasks"]
+    assert (task["task"], one["perplexity"]) == ("facts", None)
+    assert [(cell["length"], cell["position"], cell["questions"]) for cell in task["cells"]] == [(3, 0, 2), (3, 1, 2)]
+    assert [path.name for path in sorted((tmp_path / "out").iterdir())] == ["facts_0.json", "facts_0.png"]
+
+
+def test_what_cannot_be_asked_shows_before_the_model_is_loaded(model, document, options, tmp_path, capsys):
+    """The folder has a tokenizer and no weights."""
+    folder = shutil.copytree(model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    argv = ["--model", str(folder), *options]
+    assert "--tasks names ['needle']" in error(capsys, *argv, "--tasks", "needle")
+    assert "--documents was not given holds none" in error(capsys, *argv, "--tasks", "keys")
+    assert "gone.txt: there is no such file" in error(capsys, *argv, "--documents", "gone.txt")
+    assert "fewer than the haystack's 5000" in error(capsys, *argv, "--documents", document, "--lengths", "5000")
+    assert "`num_facts` is 68, but has to lie in 1..67" in error(capsys, *argv, "--items", "3", "68")
+    assert "`positions` has to hold numbers in 0..1" in error(capsys, *argv, "--positions", "50")
+    assert "`num_groups` is 0" in error(capsys, *argv, "--questions", "0")
+    assert "gone.jsonl.gz" in error(capsys, *argv, "--key_value_file", "gone.jsonl.gz")
+
+
+@pytest.mark.parametrize("calls", [0, 1, 3])
+def test_ctrl_c_keeps_what_is_finished(model, adapter, options, tmp_path, capsys, monkeypatch, calls):
+    """The third call is the first of the adapter."""
+    evaluate, done = measure.evaluate, []
+
+    def interrupted(*args, **kwargs):
+        if len(done) == calls:
+            raise KeyboardInterrupt
+        done.append(evaluate(*args, **kwargs))
+        return done[-1]
+
+    monkeypatch.setattr(measure, "evaluate", interrupted)
+    argv = ["measure", "--adapter", adapter, *options, "--tasks", "facts", "--items", "3", "4"]
+    assert main(argv) == 130
+    printed, written = capsys.readouterr().out, sorted(path.name for path in (tmp_path / "out").glob("*.json"))
+    if calls == 0:
+        assert printed == "" and written == []
+        return
+    assert "Interrupted: this is what was finished." in printed
+    assert written == (["facts_0.json"] if calls == 1 else ["facts_0.json", "facts_1.json"])
+    assert Result.load(tmp_path / "out" / "facts_0.json").lengths == ([3] if calls == 1 else [3, 4])
+    assert (tmp_path / "out" / "facts_0.png").is_file()
+
+
+def result(*shares: float, model: str = "m", questions: int = 20) -> Result:
+    """A result with these shares of right answers, by position."""
+    positions = [index / (len(shares) - 1) for index in range(len(shares))]
+    scores = [
+        Score(group, 30, position, float(group < share * questions), 1.0, 0.5)
+        for position, share in zip(positions, shares, strict=True)
+        for group in range(questions)
+    ]
+    return Result("facts", "facts", model, 0, tuple(scores))
+
+
+@pytest.mark.parametrize(
+    ("shares", "expected"),
+    [
+        ((1.0, 0.2, 0.9), "answers right 100% at 0% of the prompt and 20% at 50%. It loses what stands there"),
+        ((1.0, 0.95, 0.9), "no position is clearly worse"),
+        ((0.05, 0.0, 0.05), "hardly answers anywhere"),
+    ],
+)
+def test_the_verdict(shares, expected):
+    assert expected in verdict(result(*shares))
+
+
+def test_the_table_has_a_row_for_each_model_and_a_mean():
+    lines = score_table([result(1.0, 0.5), result(0.0, 1.0, model="n")]).splitlines()
+    assert lines[1].split() == ["30", "facts", "at", "0%", "at", "100%", "mean"]
+    assert [line.split()[0] for line in lines[2:]] == ["m", "n"]
+    assert [cell for cell in lines[2].split() if "[" not in cell and "]" not in cell] == ["m", "1.00", "0.50", "0.75"]

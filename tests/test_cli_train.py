@@ -1,0 +1,272 @@
+"""`peft-moice train` on tiny models: formats, presets, resuming, Ctrl-C, what is left on disk."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftConfig
+from safetensors.torch import load_file
+from tiny_data import TEMPLATE, write_data
+from tiny_models import save_tiny_model
+
+from peft_moice.cli import train
+from peft_moice.cli.main import main
+from peft_moice.config import RELEASED_MULTIPLIERS
+
+ROOT = Path(__file__).parents[1]
+FORMATS = ("messages", "sharegpt", "prompt_answer", "alpaca", "text", "documents")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return save_tiny_model(tmp_path_factory.mktemp("model"), max_position_embeddings=1024)
+
+
+def arguments(model: str, output_dir: Path, *files: str, **options) -> list[str]:
+    """Command-line arguments. Options that are None are left out."""
+    defaults = {"max_steps": 2, "use_cpu": True, "per_device_train_batch_size": 2, "save_strategy": "no"}
+    options = {**defaults, "max_length": 256, "documents_per_prompt": 4, "passage_words": 16, "prompts": 20, **options}
+    argv = ["--model", model, "--output_dir", str(output_dir), "--train_files", *files]
+    for name, value in options.items():
+        if value is not None:
+            argv += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return argv
+
+
+def run(argv: list[str]) -> None:
+    assert main(["train", *argv]) == 0
+
+
+def error(capsys, argv: list[str]) -> str:
+    capsys.readouterr()
+    assert main(["train", *argv]) == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+def test_every_format_trains_and_leaves_an_adapter_with_a_card(model, tmp_path, capsys, data_format):
+    template = tmp_path / "template.jinja"
+    template.write_text(TEMPLATE)
+    file, held_out = write_data(tmp_path, data_format), write_data(tmp_path, data_format, seed=1)
+    options = {"chat_template": template} if data_format in ("messages", "documents") else {}
+    options |= {"data_format": data_format} if data_format == "documents" else {}
+    folder = tmp_path / "out"
+    argv = arguments(model, folder, file, eval_files=held_out, learning_rate=0.1, logging_steps=1, **options)
+    run([*argv, "--json"])
+
+    values = json.loads(capsys.readouterr().out)
+    assert (values["adapter"], values["steps"], values["interrupted"]) == (str(folder), 2, False)
+    base, moice = (row["loss"] for row in values["eval"])
+    assert base != moice
+    card = (folder / "README.md").read_text()
+    assert "import peft_moice" in card
+    assert f"| Data | {options.get('data_format', 'auto')}: {Path(file).name} |" in card
+    assert "| Steps | 2 |" in card
+    assert float(re.search(r"\| MoICE \| ([\d.]+) \|", card)[1]) == pytest.approx(moice, rel=1e-5)
+    trained = AutoPeftModelForCausalLM.from_pretrained(folder)
+    # normal(0, 0.02) at the start; AdamW moves a weight by about the learning rate in a step.
+    assert all(weight.abs().max() > 0.1 for name, weight in trained.named_parameters() if "moice_router" in name)
+
+
+@pytest.mark.parametrize("content", [None, "", "[]"])
+def test_data_is_checked_before_the_model_is_loaded(model, tmp_path, capsys, content):
+    """The folder has a tokenizer and no weights."""
+    folder = shutil.copytree(model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    file = tmp_path / "data.jsonl"
+    if content is not None:
+        file.write_text(content)
+    line = error(capsys, arguments(str(folder), tmp_path / "out", str(file)))
+    assert line.startswith("peft-moice train: ") and "data.jsonl" in line
+
+
+def test_arguments_that_do_not_go(model, tmp_path, capsys):
+    file = write_data(tmp_path, "messages")
+    folder = tmp_path / "out"
+    assert "Did you mean --learning_rate?" in error(capsys, arguments(model, folder, file, learning_rat=1))
+    assert "`top_k` is 9" in error(capsys, arguments(model, folder, file, top_k=9))
+    assert "sequences_per_step 5 has to be" in error(capsys, arguments(model, folder, file, sequences_per_step=5))
+    line = error(capsys, arguments(model, folder, file, keep_weight=1.0))
+    assert re.search(r"needs more than 256 tokens .* but there are \d+\. .* --keep_files names text\.", line)
+
+
+class TestPresets:
+    def test_paper(self, model, tmp_path):
+        file = write_data(tmp_path, "messages")
+        parsed = train.parse(
+            ["--preset", "paper", "--model", model, "--train_files", file, "--output_dir", str(tmp_path), "--use_cpu"]
+        )
+        ours, data, training = parsed.ours, parsed.data, parsed.trainer
+        assert (training.max_steps, training.learning_rate, training.weight_decay) == (7, 1e-4, 0.0)
+        assert training.train_batch_size * training.gradient_accumulation_steps == 128
+        assert training.lr_scheduler_type == "constant"
+        assert training.bf16 and training.gradient_checkpointing
+        assert (data.loss_on, data.max_length) == ("all", 4608)
+        assert (ours.aux_coef, ours.dtype, ours.angles, ours.top_k) == (0.3, "bfloat16", None, None)
+
+    def test_paper_reaches_the_adapter(self, model, tmp_path):
+        file, folder = write_data(tmp_path, "messages"), tmp_path / "out"
+        run(arguments(model, folder, file, preset="paper", max_steps=1, sequences_per_step=4, max_length=None))
+        config = PeftConfig.from_pretrained(folder)
+        assert config.rope_bases == [10_000 * multiple for multiple in RELEASED_MULTIPLIERS]
+        assert (config.top_k, config.router_dim, config.router_aux_loss_coef) == (7, 7, 0.3)
+        assert config.init_weights is True
+
+    @pytest.mark.parametrize(("preset", "data_format"), [("retrieval", "documents"), ("chats", "sharegpt")])
+    def test_ours_reach_the_adapter(self, model, tmp_path, capsys, preset, data_format):
+        file, folder = write_data(tmp_path, data_format), tmp_path / "out"
+        run([*arguments(model, folder, file, preset=preset, keep_tokens=32, max_steps=None), "--max_steps", "3"])
+        config = PeftConfig.from_pretrained(folder)
+        assert config.rope_bases == [10_000, 2_500, 5_000, 20_000, 40_000]
+        assert (config.init_weights, config.router_aux_loss_coef) == ("identity", 0.0)
+        scales = [weight for name, weight in adapter(folder).items() if "identity_scale" in name]
+        assert scales and all(scale.abs().min() > 0 for scale in scales)
+        said = capsys.readouterr().err
+        assert "No --preset" not in said
+        assert "loss/divergence" in said
+        (line,) = re.findall(r"training [\d,]+ of .*", said)
+        assert "routers in 3 layers: rope_theta 10000 times 1, 0.25, 0.5, 2, 4, K = 5 of 5; attention by " in line
+
+    def test_chats_are_read_once(self, model, tmp_path):
+        file, folder = write_data(tmp_path, "alpaca"), tmp_path / "out"
+        run(arguments(model, folder, file, preset="chats", keep_tokens=16, max_steps=None, max_length=None))
+        assert "| Steps | 6 |" in (folder / "README.md").read_text()  # 12 chats, two at once
+
+    def test_without_a_preset_ours_are_named(self, model, tmp_path, capsys):
+        run(arguments(model, tmp_path / "out", write_data(tmp_path, "messages"), max_steps=1))
+        assert "small models barely move. --preset retrieval" in capsys.readouterr().err
+
+    def test_arguments_override(self, model, tmp_path):
+        argv = arguments(
+            model, tmp_path, "file", preset="paper", max_steps=3, bf16=False, loss_on="answers", dtype="auto"
+        )
+        parsed = train.parse(argv)
+        assert (parsed.trainer.max_steps, parsed.trainer.bf16) == (3, False)
+        assert (parsed.data.loss_on, parsed.ours.dtype) == ("answers", "auto")
+
+    @pytest.mark.parametrize("option", [{"gradient_accumulation_steps": 4}, {"per_device_train_batch_size": 3}])
+    def test_a_batch_that_cannot_be_made_is_refused(self, model, tmp_path, capsys, option):
+        argv = arguments(model, tmp_path, "file", preset="paper", **option)
+        assert "--sequences_per_step 128 has to be a multiple" in error(capsys, argv)
+
+
+def test_resuming_ends_where_the_straight_run_does(model, tmp_path):
+    file = write_data(tmp_path, "documents")
+    options = {"preset": "retrieval", "keep_tokens": 32, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    run(arguments(model, straight, file, **options, resume_from_checkpoint="last"))  # there is none
+    shutil.copytree(straight / "checkpoint-2", resumed / "checkpoint-2")
+    run(arguments(model, resumed, file, **options, resume_from_checkpoint="last"))
+    expected, actual = adapter(straight), adapter(resumed)
+    assert expected.keys() == actual.keys()
+    for name, weight in expected.items():
+        assert torch.equal(weight, actual[name]), name
+    at_two = adapter(resumed / "checkpoint-2")
+    assert not all(torch.equal(weight, at_two[name]) for name, weight in expected.items())
+
+
+SHORT = {"preset": "retrieval", "keep_tokens": 32, "max_steps": 4}
+
+
+class TestCtrlC:
+    def signals_at(self, monkeypatch, *steps: int) -> None:
+        """A signal reaches the process while these steps (from 0) are computed."""
+        step = train.RouterTrainer.training_step
+
+        def interrupted(trainer, *args, **kwargs):
+            for _ in range(steps.count(trainer.state.global_step)):
+                signal.raise_signal(signal.SIGINT)
+            return step(trainer, *args, **kwargs)
+
+        monkeypatch.setattr(train.RouterTrainer, "training_step", interrupted)
+
+    def test_one_finishes_the_step_and_resuming_ends_where_the_straight_run_does(
+        self, model, tmp_path, capsys, monkeypatch
+    ):
+        file = write_data(tmp_path, "documents")
+        straight, folder = tmp_path / "straight", tmp_path / "out"
+        run(arguments(model, straight, file, **SHORT))
+        handler = signal.getsignal(signal.SIGINT)
+        with monkeypatch.context() as patch:
+            self.signals_at(patch, 1)
+            assert main(["train", *arguments(model, folder, file, **SHORT, eval_files=file)]) == 130
+        printed = capsys.readouterr()
+        assert "Stopping after this step" in printed.err
+        assert "after 2 of 4 steps" in printed.out and "--resume_from_checkpoint last goes on" in printed.out
+        assert "| Steps | 2 |" in (folder / "README.md").read_text()
+        assert signal.getsignal(signal.SIGINT) is handler
+        run(arguments(model, folder, file, **SHORT, resume_from_checkpoint="last"))
+        expected, actual = adapter(straight), adapter(folder)
+        assert all(torch.equal(weight, actual[name]) for name, weight in expected.items())
+
+    def test_two_stop_at_once_with_what_is_trained(self, model, tmp_path, monkeypatch):
+        file, folder = write_data(tmp_path, "documents"), tmp_path / "out"
+        self.signals_at(monkeypatch, 2, 2)
+        assert main(["train", *arguments(model, folder, file, **SHORT)]) == 130
+        scales = [weight for name, weight in adapter(folder).items() if "identity_scale" in name]
+        assert scales and all(scale.abs().min() > 0 for scale in scales)
+        assert "| Steps | 2 |" in (folder / "README.md").read_text()
+
+    def test_before_training_there_is_nothing_to_keep(self, model, tmp_path, capsys, monkeypatch):
+        def interrupted(*args, **kwargs):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(train, "load_examples", interrupted)
+        assert main(["train", *arguments(model, tmp_path / "out", "file")]) == 130
+        assert "interrupted before there was anything to keep" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.slow
+    def test_in_a_process_of_its_own(self, model, tmp_path):
+        file, folder = write_data(tmp_path, "documents"), tmp_path / "out"
+        argv = arguments(model, folder, file, **{**SHORT, "max_steps": 100_000}, logging_steps=1)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "peft_moice", "train", *argv, "--json"],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=(log := open(tmp_path / "log", "w")),  # noqa: SIM115
+            text=True,
+        )
+        try:
+            while "'loss/divergence'" not in (tmp_path / "log").read_text():
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.2)
+            process.send_signal(signal.SIGINT)
+            printed, _ = process.communicate()
+        finally:
+            process.kill()
+            log.close()
+        values = json.loads(printed)
+        assert process.returncode == 130 and values["interrupted"] and 0 < values["steps"] < 100_000
+        assert AutoPeftModelForCausalLM.from_pretrained(folder).peft_config["default"].top_k == 5
+
+
+@pytest.mark.slow
+def test_two_processes_end_where_one_does(model, tmp_path):
+    file = write_data(tmp_path, "messages")
+    options = {"sequences_per_step": 4, "per_device_train_batch_size": 1, "learning_rate": 1e-2, "max_steps": 3}
+    run(arguments(model, tmp_path / "one", file, **options))
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "peft_moice"]
+    done = subprocess.run(
+        [sys.executable, *launch, "train", *arguments(model, tmp_path / "two", file, **options), "--json"],
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert done.stdout.count('"adapter"') == 1  # one process speaks
+    expected, actual = adapter(tmp_path / "one"), adapter(tmp_path / "two")
+    for name, weight in expected.items():
+        torch.testing.assert_close(actual[name], weight, rtol=1e-3, atol=1e-5)

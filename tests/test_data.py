@@ -1,0 +1,261 @@
+"""Data for training: sources, formats, sequences, batches."""
+
+import gzip
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_data import TEMPLATE, records, words, write_data
+from tiny_models import load, save_tiny_model, wide_config
+from transformers import AutoTokenizer
+
+from peft_moice.data import (
+    Collator,
+    DataArguments,
+    document_chats,
+    encode_chat,
+    load_examples,
+    pack,
+    plain_text,
+    read_source,
+)
+from peft_moice.data.chats import read_chats
+from peft_moice.pretraining import add_routers
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return save_tiny_model(tmp_path_factory.mktemp("model"), max_position_embeddings=1024)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model):
+    return AutoTokenizer.from_pretrained(model)
+
+
+def chats(file: str | Path, data_format: str = "auto") -> list[list[dict[str, str]]]:
+    return [messages for _, messages in read_chats(read_source(str(file)), data_format)]
+
+
+class TestSources:
+    @pytest.mark.parametrize("data_format", ["messages", "sharegpt", "prompt_answer", "alpaca"])
+    def test_all_formats_say_the_same_and_are_known_by_their_columns(self, tmp_path, data_format):
+        read = chats(write_data(tmp_path, data_format))
+        assert [chat[:2] for chat in read] == chats(write_data(tmp_path, "prompt_answer"))
+        assert read == chats(write_data(tmp_path, data_format), data_format)
+
+    @pytest.mark.parametrize("data_format", ["messages", "sharegpt", "alpaca"])
+    def test_all_kinds_of_files_say_the_same(self, tmp_path, data_format):
+        datasets = pytest.importorskip("datasets")
+        expected = chats(write_data(tmp_path, data_format))
+        rows = records(data_format)
+        array, packed, parquet = (tmp_path / name for name in ("a.json", "a.jsonl.gz", "a.parquet"))
+        array.write_text(json.dumps(rows, indent=1))
+        packed.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+        datasets.Dataset.from_list(rows).to_parquet(parquet)
+        datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+        for file in (array, packed, parquet, tmp_path / "saved"):
+            assert chats(file) == expected, file
+
+    def test_a_data_set_of_several_splits(self, tmp_path, monkeypatch):
+        pytest.importorskip("datasets")
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+        folder = tmp_path / "set"
+        folder.mkdir()
+        for split, seed in (("train", 0), ("test", 1)):
+            Path(write_data(folder, "alpaca", seed)).rename(folder / f"{split}.jsonl")
+        expected = [chats(folder / f"{split}.jsonl") for split in ("train", "test")]
+        assert chats(folder) == expected[0]
+        assert chats(f"{folder}:test") == expected[1]
+        assert chats(f"{folder}:train[:3]") == expected[0][:3]
+        with pytest.raises(ValueError, match="the split 'validation' of this data set cannot be read"):
+            chats(f"{folder}:validation")
+
+    def test_further_fields_of_formats(self, tmp_path):
+        file = tmp_path / "data.jsonl"
+
+        def read(record: dict, data_format: str = "auto") -> list[dict[str, str]]:
+            file.write_text(json.dumps(record))
+            return chats(file, data_format)[0]
+
+        system, user = {"role": "system", "content": "s"}, {"role": "user", "content": "u"}
+        answer = {"role": "assistant", "content": "a"}
+        turns = [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]
+        assert read({"conversations": turns, "system": "s"}) == [system, user, answer]
+        assert read({"conversations": [{"from": "system", "value": "s"}, *turns]}) == [system, user, answer]
+        assert read({"conversations": [user, answer]}) == [user, answer]
+        two_parts = {"role": "user", "content": "u\n\ni"}
+        assert read({"instruction": "u", "input": "i", "output": "a"}) == [two_parts, answer]
+        assert read({"instruction": "u", "output": "a", "system": "s"}) == [system, user, answer]
+        assert read({"prompt": "u", "completion": "a"}) == read({"prompt": "u", "response": "a"}) == [user, answer]
+        assert read({"prompt": [system, user], "completion": [answer]}) == [system, user, answer]
+
+    @pytest.mark.parametrize("name", ["gone.jsonl", "data/gone.jsonl", "gone", "../gone/data.parquet"])
+    def test_missing_files_are_not_taken_for_data_sets(self, name):
+        with pytest.raises(ValueError, match=rf"{re.escape(name)}: there is no such file.*OWNER/NAME"):
+            read_source(name)
+
+    def test_ids_are_taken_for_data_sets(self):
+        for name in ("tatsu-lab/alpaca", "HuggingFaceH4/ultrachat_200k:train_sft[:100]", "owner/set-v1.5"):
+            assert read_source(name).kind == "dataset"
+
+    def test_a_broken_parquet_file(self, tmp_path):
+        pytest.importorskip("pyarrow")
+        (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
+        with pytest.raises(ValueError, match=r"a\.parquet: not a parquet file"):
+            chats(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize(
+    ("data_format", "content", "message"),
+    [
+        ("messages", b'{"messages": []}\n', r"line 1: there is no answer"),
+        ("messages", b'\n{"messages": [{"role": "user"}]}\n', r"line 2: every message needs a 'role' and a 'content'"),
+        ("messages", b'{"messages": [{"role": "assistant", "content": "w5"}]}', r"line 1: the first message is an"),
+        ("messages", b'{"prompt": "w5", "answer": "w6"}', r"line 1: no 'messages'"),
+        ("prompt_answer", b'{"prompt": "w5", "answer": "w6"}\n{"prompt": "w5"}\n', r"line 2: no 'answer'"),
+        ("prompt_answer", b'{"prompt": "w5", "answer": 6}\n', r"line 1: every message needs .* both strings"),
+        ("prompt_answer", b'{"prompt": "w5", "answer": ""}\n', r"line 1: there is no answer"),
+        ("prompt_answer", b'"w5"\n', r"line 1: a record has to be an object"),
+        ("auto", b'"w5"\n', r"line 1: a record has to be an object"),
+        ("auto", b'{"text": "w5"}\n', r"line 1: the columns \['text'\] are of no known format"),
+        ("auto", b'[{"prompt": "w5", "answer": "w6"}, {"prompt": "w5"}]', r"record 2: no 'answer'"),
+        ("auto", b'[{"prompt": "w5",\n "answer": w6}]', r"line 2: not JSON"),
+        ("auto", b"w5 w6\n", r"line 1: not JSON .* for plain text, say data_format text or documents"),
+        ("sharegpt", b'{"conversations": [{"from": "tool", "value": "w5"}]}', r"line 1: a message is from 'tool'"),
+        ("sharegpt", b'{"conversations": "w5"}', r"line 1: 'conversations' has to be a list"),
+        ("alpaca", b'{"instruction": "w5", "input": 3, "output": "w5"}', r"line 1: 'instruction' and 'input' have"),
+        ("prompt_answer", b'{"prompt": "w5", "answer": "w6"}\n{"prompt"\n', r"line 2: not JSON"),
+        ("prompt_answer", b'{"prompt": "w5", "answer": "w6"}\n\xff\n', r"line 2: not UTF-8"),
+        ("prompt_answer", b"", r"is empty"),
+        ("messages", b"\n \n", r"is empty"),
+        ("messages", b"[]", r"is empty"),
+        ("text", b"", r"line 1: there is no text"),
+        ("text", b"w5 w6\nw7 \xff", r"line 2: not UTF-8"),
+        ("documents", b"w5 w6. w7 w8.", r"0 passages of 16 words with a sentence to ask for, too few"),
+        ("documents", b"w5 w6 w7 w8 w9 w10.\n\n" * 40, r"passages repeat each other"),
+    ],
+)  # fmt: skip
+def test_bad_files(tokenizer, tmp_path, data_format, content, message):
+    file = tmp_path / "data"
+    file.write_bytes(content)
+    args = DataArguments([str(file)], data_format=data_format, documents_per_prompt=4, passage_words=16)
+    with pytest.raises(ValueError, match=message) as raised:
+        load_examples([str(file)], tokenizer, args, quiet=True)
+    assert str(file) in str(raised.value)
+
+
+def test_plain_text_beside_other_formats_is_refused(tmp_path, tokenizer):
+    text, file = write_data(tmp_path, "text"), write_data(tmp_path, "messages")
+    assert load_examples([text], tokenizer, quiet=True)[0][0]["labels"][0] != -100
+    with pytest.raises(ValueError, match="is plain text, but other files are not"):
+        load_examples([text, file], tokenizer, quiet=True)
+    with pytest.raises(ValueError, match="is plain text, which the format alpaca does not read"):
+        load_examples([text], tokenizer, DataArguments([text], data_format="alpaca"), quiet=True)
+
+
+def test_the_plain_text_of_chats_is_what_users_say(tmp_path):
+    text, file = write_data(tmp_path, "text"), write_data(tmp_path, "sharegpt")
+    assert plain_text([text]) == Path(text).read_text()
+    assert plain_text([file]) == "\n\n".join(record["conversations"][0]["value"] for record in records("sharegpt"))
+
+
+def test_labels_are_the_answers_and_the_end_of_their_turns(tokenizer):
+    messages = [
+        {"role": "user", "content": "w10 w11"},
+        {"role": "assistant", "content": "w12"},
+        {"role": "user", "content": "w13"},
+        {"role": "assistant", "content": "w14 w15"},
+    ]
+    with_template = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    with_template.chat_template = TEMPLATE
+    encoded = encode_chat("here", messages, with_template, "answers")
+    assert encoded["input_ids"] == [2, 10, 11, 4, 3, 12, 4, 2, 13, 4, 3, 14, 15, 4]
+    assert encoded["labels"] == [*[-100] * 5, 12, 4, *[-100] * 4, 14, 15, 4]
+    assert encode_chat("here", messages, with_template, "all")["labels"] == encoded["input_ids"]
+
+    encoded = encode_chat("here", messages, tokenizer, "answers")
+    assert encoded["input_ids"] == [10, 11, 12, 13, 14, 15]
+    assert encoded["labels"] == [-100, -100, 12, -100, 14, 15]
+
+
+def test_a_template_that_rewrites_earlier_answers_is_refused(tokenizer):
+    rewriting = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    rewriting.chat_template = (
+        "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' else '' }} {% endfor %}"
+    )
+    turn = [{"role": "user", "content": "w10"}, {"role": "assistant", "content": "w11"}]
+    with pytest.raises(ValueError, match=r"data.jsonl, line 3: the chat template writes message 1 differently"):
+        encode_chat("data.jsonl, line 3", turn * 2, rewriting, "answers")
+
+
+def test_packed_chats_do_not_see_each_other(model, tokenizer):
+    rng = random.Random(0)
+    turns = [
+        [{"role": "user", "content": words(rng, n)}, {"role": "assistant", "content": words(rng, 4)}]
+        for n in (3, 9, 6)
+    ]
+    sequences = [encode_chat("here", chat, tokenizer, "answers") for chat in turns]
+    packed = pack(sequences, max_length=23)
+    assert [[len(sequence["input_ids"]) for sequence in row] for row in packed] == [[7, 13], [10]]
+
+    collate = Collator(tokenizer)
+    adapted = add_routers(load(model), wide_config(router_aux_loss_coef=0.0)).eval()
+    with torch.no_grad():
+        padded = adapted(**collate([[sequence] for sequence in sequences]), use_cache=False)
+        in_one_row = adapted(**collate([sequences]), use_cache=False)
+        seeing = adapted(input_ids=collate([sequences])["input_ids"], use_cache=False)
+    assert padded.loss.item() == pytest.approx(in_one_row.loss.item(), rel=1e-5)
+    torch.testing.assert_close(in_one_row.logits[0, 20:], padded.logits[2, :10], rtol=1e-4, atol=1e-5)
+    assert (seeing.logits[0, 20:] - padded.logits[2, :10]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_chats_longer_than_max_length_are_left_out(tmp_path, tokenizer, packing):
+    file = write_data(tmp_path, "prompt_answer")  # of 7 to 11 tokens
+    examples = load_examples([file], tokenizer, DataArguments([file], max_length=9, packing=packing), quiet=True)
+    assert sorted(len(s["input_ids"]) for row in examples for s in row) == [7, 7, 7, 8, 8, 8, 9, 9]
+
+
+def test_long_chats_name_the_length_that_takes_all(tmp_path, tokenizer, caplog):
+    file = write_data(tmp_path, "prompt_answer")  # of 7 to 11 tokens
+    args = DataArguments([file], max_length=9)
+    load_examples([file], tokenizer, args, quiet=True)
+    assert "4 of 12 chats exceed max_length 9" in caplog.text and "max_length 11 takes all" in caplog.text
+    args.max_length = 5
+    with pytest.raises(ValueError, match=r"every sequence exceeds max_length 5.* longest has 11 tokens"):
+        load_examples([file], tokenizer, args, quiet=True)
+
+
+def test_prompts_of_documents_are_not_cut_by_length(tmp_path, tokenizer):
+    """Those that fit would not ask for every place equally often."""
+    rng, file = random.Random(0), str(tmp_path / "documents")
+    Path(file).write_text("\n".join(words(rng, rng.randint(7, 20)) + " ." for _ in range(60)))
+    args = DataArguments([file], data_format="documents", documents_per_prompt=4, passage_words=16, prompts=20)
+    lengths = [len(s["input_ids"]) for (s,) in load_examples([file], tokenizer, args, quiet=True)]
+    args.max_length = max(lengths) - 1
+    assert min(lengths) < args.max_length
+    with pytest.raises(ValueError, match=rf"of 20 prompts exceed .* Raise max_length to {max(lengths)}"):
+        load_examples([file], tokenizer, args, quiet=True)
+
+
+@pytest.mark.parametrize("questions", [1, 2, 3])
+def test_every_place_is_asked_for_equally_often(tmp_path, questions):
+    file = write_data(tmp_path, "documents")
+    args = DataArguments(
+        [file], data_format="documents", documents_per_prompt=5, questions=questions, prompts=20, passage_words=16
+    )
+    asked = [0] * 5
+    for _, messages in document_chats([file], args, seed=0):
+        shown = re.findall(r"Document \d+: (.*)", messages[0]["content"])
+        assert len(messages) == 2 * questions
+        for question, answer in zip(messages[::2], messages[1::2], strict=True):
+            start = re.search(r'starts with "(.*)"', question["content"])[1]
+            assert answer["content"].startswith(start)
+            (place,) = [i for i, passage in enumerate(shown) if answer["content"] in passage]
+            assert "".join(shown).count(start) == 1
+            asked[place] += 1
+    assert asked == [20 * questions // 5] * 5

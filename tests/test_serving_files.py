@@ -1,0 +1,168 @@
+"""What is said of a model before a server loads it; needs no server."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny_models import adapted_model, load, logits_of, save_tiny_model, token_ids, wide_config
+from transformers import AutoConfig, AutoTokenizer
+
+from peft_moice.serving.folder import check_merged, refuse_adapter
+from peft_moice.serving.options import chosen_cache
+from peft_moice.serving.refusals import refuse_unserved
+from peft_moice.serving.transformers_server import add_model_class, main
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    return save_tiny_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def merged(base, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("merged")
+    adapted_model(base).merge_and_unload().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copied(merged, tmp_path) -> Path:
+    return shutil.copytree(merged, tmp_path / "copy")
+
+
+def description(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())["moice"]
+
+
+def test_importing_the_package_imports_no_server():
+    code = "import sys, peft_moice, peft_moice.serving.plugin; sys.exit('vllm' in sys.modules)"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+def test_an_unmerged_adapter_is_refused_with_a_command_that_merges_it(base, tmp_path):
+    folder = Path(shutil.copytree(base, tmp_path / "both"))
+    model = adapted_model(base)
+    model.peft_config["default"].base_model_name_or_path = base
+    model.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"both holds a MoICE adapter beside a model.*Merge it with") as raised:
+        refuse_adapter(folder)
+    command = str(raised.value).split("    peft-moice ")[1].split("\nand serve")[0].split()
+    subprocess.run([sys.executable, "-W", "ignore", "-m", "peft_moice", *command], check=True)
+    check_merged(tmp_path / "both-merged", description(tmp_path / "both-merged"))
+    assert torch.allclose(logits_of(load(str(tmp_path / "both-merged"))), logits_of(model), atol=1e-5)
+    assert AutoTokenizer.from_pretrained(tmp_path / "both-merged")("w5 w6").input_ids == [5, 6]
+
+
+def test_other_adapters_are_none_of_our_business(tmp_path):
+    refuse_adapter(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    refuse_adapter(tmp_path)
+
+
+def test_a_whole_folder_passes(merged, copied):
+    check_merged(merged, description(merged))
+    load(str(copied)).save_pretrained(copied, max_shard_size="20KB")
+    (copied / "model.safetensors").unlink()
+    assert len(list(copied.glob("*.safetensors"))) > 1
+    check_merged(copied, description(copied))
+
+
+def test_a_shard_that_is_missing(copied):
+    load(str(copied)).save_pretrained(copied, max_shard_size="20KB")
+    sorted(copied.glob("model-*.safetensors"))[0].unlink()
+    with pytest.raises(ValueError, match=r"lacks model-00001-of-.*copied in part"):
+        check_merged(copied, description(copied))
+
+
+@pytest.mark.parametrize("kept", [0, 5, 200, -1])
+def test_a_file_cut_anywhere(copied, kept):
+    weights = copied / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read"):
+        check_merged(copied, description(copied))
+
+
+def test_a_router_that_is_missing(copied):
+    weights = load_file(copied / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if "layers.1.self_attn.moice_routers" not in name}
+    save_file(kept, copied / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lack 1 of 3 routers.*'model\.layers\.1\.self_attn\.moice_routers\.0'"):
+        check_merged(copied, description(copied))
+
+
+@pytest.mark.parametrize("broken", [{}, {"layers": []}, {"layers": {"model.layers.0.self_attn": {}}}, {"layers": {}}])
+def test_a_description_that_says_nothing(merged, broken):
+    with pytest.raises(ValueError, match=r"config\.json .*Merge the adapter again"):
+        check_merged(merged, broken)
+
+
+def test_a_config_of_a_merged_model_is_served(merged):
+    refuse_unserved(AutoConfig.from_pretrained(merged))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}}, "mRoPE"),
+        ({"kv_lora_rank": 8}, "latent"),
+        ({"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "chunked_attention"),
+        ({"num_kv_shared_layers": 1}, "from other layers"),
+        ({"architectures": ["MoICELlamaForTokenClassification"]}, "only causal"),
+        ({"architectures": None}, "not named"),
+    ],
+)
+def test_what_is_not_served(merged, changes, reason):
+    config = AutoConfig.from_pretrained(merged)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with pytest.raises(ValueError, match=f"is not served by vLLM: .*{reason}"):
+        refuse_unserved(config)
+
+
+def test_longrope_is_not_served(tmp_path):
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 64}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, **factors}
+    base = save_tiny_model(tmp_path, "phi3", head_dim=8, rope_parameters=rope)
+    model = get_peft_model(load(base), wide_config()).merge_and_unload()
+    model.config.architectures = [type(model).__name__]
+    with pytest.raises(ValueError, match="'longrope', whose angles change"):
+        refuse_unserved(model.config)
+
+
+def test_caches():
+    assert chosen_cache({}, "cpu") == chosen_cache(None, "cuda") == "folded"
+    assert chosen_cache({"moice_cache": "rotating"}, "cpu") == "rotating"
+    with pytest.raises(ValueError, match=r"'once'.*folded, rotating"):
+        chosen_cache({"moice_cache": "once"}, "cpu")
+    with pytest.raises(ValueError, match=r"runs on the CPU.*'cuda'"):
+        chosen_cache({"moice_cache": "rotating"}, "cuda")
+
+
+def test_transformers_own_server_finds_the_class(merged, monkeypatch):
+    name = AutoConfig.from_pretrained(merged).architectures[0]
+    assert not hasattr(transformers, name)
+    try:
+        add_model_class(str(merged))
+        # What `transformers serve` does.
+        model = getattr(transformers, name).from_pretrained(str(merged)).eval()
+    finally:
+        delattr(transformers, name)
+    assert torch.equal(logits_of(model, token_ids()), logits_of(load(str(merged)), token_ids()))
+
+
+def test_the_launcher_says_what_it_cannot_serve(base, tmp_path):
+    with pytest.raises(SystemExit, match="usage"):
+        main([])
+    with pytest.raises(SystemExit, match=r"plain 'llama' model.*transformers serve"):
+        main([base])
+    PeftModel.save_pretrained(adapted_model(base), tmp_path)
+    with pytest.raises(SystemExit, match="holds a MoICE adapter, and servers"):
+        main([str(tmp_path)])
