@@ -20,8 +20,8 @@ def refuse_adapter(folder: Path) -> None:
     has_model = (folder / CONFIG_NAME).is_file()
     command = f"peft-moice merge {folder} {folder}-merged" + (f" --model {folder}" if has_model else "")
     raise ValueError(
-        f"{folder} holds a MoICE adapter{' beside a model' if has_model else ''}, and servers run merged models. Merge "
-        f"it with\n    {command}\nand serve {folder}-merged."
+        f"{folder} holds a MoICE adapter{' beside a model' if has_model else ''}, and servers run merged models. "
+        f"Merge it with\n    {command}\nand serve {folder}-merged."
     )
 
 
