@@ -22,6 +22,7 @@ OUTSIDE = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "CODE_OF_CONDUCT.md": "code_of_conduct.md",
+    "SECURITY.md": "security.md",
     "examples/measure_train_picture.ipynb": "guide/notebook.md",
 }
 """Files of the repository, and the pages that they are on the site."""

@@ -62,7 +62,8 @@ class MoICECallback(TrainerCallback):
         self._announced = False
         self._announcing = ExitStack()
         if not isinstance(trainer, BalanceLossMixin):
-            trainer.create_model_card = partial(_create_model_card, trainer, trainer.create_model_card)
+            create = partial(_create_model_card, trainer, trainer.create_model_card)
+            trainer.create_model_card = create  # type: ignore[method-assign]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

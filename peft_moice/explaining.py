@@ -92,11 +92,11 @@ def explain(model: Any, tokenizer: PreTrainedTokenizerBase, text: str) -> Explan
             "Use `evaluation.gates_along`, which gives one for each layer."
         )
     gates = [
-        sum(record.share.weight * _in_columns_of(bases, layer, record) for record in records)
+        torch.stack([record.share.weight * _in_columns_of(bases, layer, record) for record in records]).sum(dim=0)
         for bases, (layer, records) in zip(rope_bases, passed.values(), strict=True)
     ]
     return Explanation(
-        tokens=[tokenizer.decode([index]) for index in input_ids.tolist()],
+        tokens=[str(tokenizer.decode([index])) for index in input_ids.tolist()],
         gates=torch.stack([gate.permute(1, 0, 2) for gate in gates], dim=1),
         rope_bases=rope_bases,
         layers=[name.removesuffix(f".{ROUTERS_NAME}").removeprefix("base_model.model.") for name in passed],

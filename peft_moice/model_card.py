@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
+import yaml  # type: ignore[import-untyped, unused-ignore]
 from huggingface_hub import ModelCard, ModelCardData
 
 from .atomic_files import write_text
@@ -65,14 +65,16 @@ class CardPart:
             ValueError: the metadata of `card` cannot be read.
         """
         try:
-            existing = ModelCard(card, ignore_metadata_errors=True)
+            existing: Any = ModelCard(card, ignore_metadata_errors=True)
         except (ValueError, yaml.YAMLError) as error:
             raise ValueError(f"The metadata of the model card cannot be read: {error}") from error
-        data = {**self.data.to_dict(), **existing.data.to_dict()}
+        own: Any = self.data
+        data = {**own.to_dict(), **existing.data.to_dict()}
         if self.data.base_model or _is_local(data.get("base_model")):
             data["base_model"] = self.data.base_model
-        tags = [*(existing.data.tags or []), *(self.data.tags or [])]
-        data["tags"] = [tag for tag in dict.fromkeys(tags) if not _is_local(str(tag).removeprefix(_ADAPTER_OF))]
+        theirs = existing.data.tags or []
+        tags = [*([theirs] if isinstance(theirs, str) else map(str, theirs)), *own.tags]
+        data["tags"] = [tag for tag in dict.fromkeys(tags) if not _is_local(tag.removeprefix(_ADAPTER_OF))]
         # PEFT adds this block to every card.
         content = re.sub(r"\n### Framework versions\n\n- PEFT [^\n]*\s*$", "\n", existing.text)
         before, mark, rest = content.partition(_BEGIN)
@@ -289,7 +291,7 @@ def _is_local(name: object) -> bool:
 
 def _is_blank_form(text: str) -> bool:
     """Whether `text` is the form that PEFT writes, with nothing filled in."""
-    return text.split() == ModelCard.from_template(ModelCardData()).text.split()
+    return bool(text.split() == ModelCard.from_template(ModelCardData()).text.split())
 
 
 def _first_section(text: str) -> int:

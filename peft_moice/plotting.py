@@ -324,9 +324,9 @@ def plot_losses(losses: Mapping[str, LossByPosition], *, title: str = "") -> "Fi
         raise ValueError("The curves were measured over other positions. Measure all with one `chunk_length`.")
     panels = min(2, len(names))
     figure = figure_class(figsize=(1.7 * _PANEL[0], (0.7 + 0.4 * panels) * _PANEL[1]), layout="constrained")
-    axes = figure.subplots(panels, 1, sharex=True, squeeze=False, height_ratios=(3, 2)[:panels])[:, 0]
+    axes = list(figure.subplots(panels, 1, sharex=True, squeeze=False, height_ratios=(3, 2)[:panels])[:, 0])
     for style, name in enumerate(names):
-        look = {"color": _COLORS[style], "marker": _MARKERS[style], "markersize": 4, "label": name}
+        look: dict[str, Any] = {"color": _COLORS[style], "marker": _MARKERS[style], "markersize": 4, "label": name}
         axes[0].plot(centers, losses[name].losses, **look)
         if panels == 2:
             change = [loss - before for loss, before in zip(losses[name].losses, first, strict=True)]

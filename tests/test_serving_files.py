@@ -69,7 +69,6 @@ def test_other_adapters_are_none_of_our_business(tmp_path):
 def test_a_whole_folder_passes(merged, copied):
     check_merged(merged, description(merged))
     load(str(copied)).save_pretrained(copied, max_shard_size="20KB")
-    (copied / "model.safetensors").unlink()
     assert len(list(copied.glob("*.safetensors"))) > 1
     check_merged(copied, description(copied))
 

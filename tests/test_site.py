@@ -26,6 +26,7 @@ GENERATED = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "CODE_OF_CONDUCT.md": "code_of_conduct.md",
+    "SECURITY.md": "security.md",
     "examples/measure_train_picture.ipynb": "guide/notebook.md",
 }
 """Pages that docs/site_hooks.py makes of files outside of docs/."""

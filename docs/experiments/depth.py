@@ -6,7 +6,7 @@
 
 The text is the documentation of Python's standard library. Writes `OUT.json` and `OUT.png` after every length.
 `--load` is what `compare.py --method routers --save FILE` wrote. Frozen linear layers multiply in bfloat16, everything
-else is float32; `--float32` for all of it. On a text of one's own: `examples/evaluate.py`.
+else is float32; `--float32` for all of it. On a text of one's own: `peft-moice measure`.
 """
 
 import argparse

@@ -1,9 +1,14 @@
 """Loads models, tokenizers and adapters by name, as cheaply as what is asked of them allows."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .parsing import UsageError
@@ -50,9 +55,25 @@ def load_model(model: str, dtype: str | None = None, adapter: str | None = None)
         adapter: folder or Hub id of an adapter of PEFT.
     """
     has_accelerator = torch.accelerator.is_available()
-    loaded = AutoModelForCausalLM.from_pretrained(
-        model,
-        dtype=dtype or ("auto" if has_accelerator else "float32"),
-        device_map="auto" if has_accelerator else None,
-    )
+    with _base_alone(model) as base:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            base,
+            dtype=dtype or ("auto" if has_accelerator else "float32"),
+            device_map="auto" if has_accelerator else None,
+        )
+    loaded.name_or_path = loaded.config._name_or_path = model
     return loaded if adapter is None else PeftModel.from_pretrained(loaded, adapter)
+
+
+@contextmanager
+def _base_alone(model: str) -> Iterator[str]:
+    """The model of a folder without an adapter beside it, which transformers would load as well."""
+    folder = Path(model)
+    if not (folder / ADAPTER_CONFIG_NAME).is_file():
+        yield model
+        return
+    with TemporaryDirectory() as alone:
+        for file in folder.resolve().iterdir():
+            if not file.name.startswith("adapter_"):
+                (Path(alone) / file.name).symlink_to(file)
+        yield alone
