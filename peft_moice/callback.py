@@ -13,9 +13,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from .attention import observing_choices
-from .describing import describe_training
 from .hub import add_to_card
 from .mixture import MixesAngles, RouterRecord
+from .summary import describe_training
 from .training.balance import PassRecords
 from .training.hooks import RouterHooks, hooks_of
 from .training.losses_outside import BalanceLossMixin

@@ -153,6 +153,9 @@ def test_plain_text_beside_other_formats_is_refused(tmp_path, tokenizer):
     assert load_examples([text], tokenizer, quiet=True)[0][0]["labels"][0] != -100
     with pytest.raises(ValueError, match="is plain text, but other files are not"):
         load_examples([text, file], tokenizer, quiet=True)
+    for data_format in ("text", "documents"):
+        with pytest.raises(ValueError, match=f"holds records, and the format {data_format} reads plain text"):
+            load_examples([file], tokenizer, DataArguments([file], data_format=data_format), quiet=True)
     with pytest.raises(ValueError, match="is plain text, which the format alpaca does not read"):
         load_examples([text], tokenizer, DataArguments([text], data_format="alpaca"), quiet=True)
 

@@ -18,9 +18,14 @@ pytestmark = pytest.mark.skipif(
 
 
 def chosen(
-    dtype: torch.dtype = torch.float32, backend: str = "sdpa", length: int = 9, top_k: int | None = None, **options
+    dtype: torch.dtype = torch.float32,
+    backend: str = "sdpa",
+    length: int = 9,
+    keys: int = 9,
+    top_k: int | None = None,
+    **options,
 ) -> str:
-    query, key, value, gates = inputs(length, length)
+    query, key, value, gates = inputs(length, keys)
     tensors = (x.to(dtype) for x in (query, key, value))
     rotations = table(LAYOUTS["half"])
     return choose(
@@ -41,8 +46,8 @@ def test_without_a_compiler_what_follows_k_is_chosen_where_it_is_faster(monkeypa
     monkeypatch.setenv(library.SWITCH, "0")
     library.load.cache_clear()
     try:
-        assert chosen(top_k=2) == "grouped"
-        assert chosen(top_k=3) == chosen() == chosen(length=1, top_k=1) == "delegated"
+        assert chosen(top_k=2) == chosen(length=1, keys=4096, top_k=2) == "grouped"
+        assert chosen(top_k=3) == chosen() == chosen(length=1, keys=256, top_k=1) == "delegated"
         assert chosen(torch.bfloat16, top_k=2) == "delegated"
     finally:
         library.load.cache_clear()

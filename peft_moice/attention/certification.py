@@ -300,9 +300,10 @@ class Certificates:
         query, num_keys = call.query, call.key.shape[2]
         sizes = (query.shape[0], query.shape[1], call.key.shape[1], query.shape[-1], call.num_experts)
         lengths = ((query.shape[2] - 1).bit_length(), (num_keys - 1).bit_length())
-        question = (query.device, *candidates, query.dtype, *sizes, *lengths, call.top_k, call.backend)
+        parts = (*candidates, query.dtype, *sizes, *lengths, call.top_k, call.backend)
+        question = (query.device, *parts)
         if question not in self._answers:
-            self._answers[question] = self._find_fastest(candidates, call, _key(*question))
+            self._answers[question] = self._find_fastest(candidates, call, _key(query.device, *parts))
         return str(self._answers[question])
 
     def _find_fastest(self, candidates: Mapping[str, Implementation], call: AttentionCall, key: str) -> str:

@@ -20,6 +20,9 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "triton": triton,
 }
 
+_FEWEST_KEYS_TO_GROUP = 2048
+"""For single queries that meet fewer keys, sorting rows by expert costs more than attention for all."""
+
 _OBSERVERS: list[Callable[[str, str], None]] = []
 
 
@@ -122,10 +125,11 @@ def choose(call: AttentionCall) -> str:
         return "delegated"
     if native.why_not(call) is None:
         return "native"
-    # Without a compiler; for single queries, and where all experts are picked, it is no faster.
-    mixes_a_sequence = call.query.shape[-2] > 1 and call.query.dtype == call.value.dtype == torch.float32
+    # Without a compiler. Measured by docs/measure_attention.py; where every expert is picked, it is no faster.
+    is_long = call.query.shape[-2] > 1 or call.key.shape[-2] >= _FEWEST_KEYS_TO_GROUP
     picks_some = call.top_k is not None and call.top_k < call.num_experts
-    return "grouped" if mixes_a_sequence and picks_some and grouped.why_not(call) is None else "delegated"
+    in_float32 = call.query.dtype == call.value.dtype == torch.float32
+    return "grouped" if is_long and picks_some and in_float32 and grouped.why_not(call) is None else "delegated"
 
 
 def why(call: AttentionCall, chosen: str) -> str:

@@ -5,9 +5,11 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from pickle import UnpicklingError
 from types import ModuleType
 
 import torch
+from safetensors import SafetensorError
 
 from .. import __version__
 from . import angles, info, measure, merge, train
@@ -34,6 +36,9 @@ peft-moice COMMAND --help explains a command. Every command takes --json, to pri
 --traceback, to show where an error comes from. Exit codes: 0 done, 2 an error that says what to change, 130
 interrupted.
 """
+
+_TO_MEND = (UsageError, ValueError, TypeError, OSError, ImportError, SafetensorError, UnpicklingError)
+"""Errors whose message says what to change."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if with_traceback:
             raise
         return _fail(prog, f"out of memory ({error}). Take shorter lengths, smaller batches, or a smaller dtype.")
-    except (UsageError, ValueError, TypeError, OSError, ImportError) as error:
+    except _TO_MEND as error:
         if with_traceback:
             raise
         return _fail(prog, str(error) or type(error).__name__)

@@ -10,7 +10,7 @@ from .arguments import DataArguments
 from .chats import Chat, read_chats
 from .documents import document_chats
 from .sequences import encode_chat, encode_text
-from .sources import read_source, read_text
+from .sources import RECORDS, read_source, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +101,12 @@ def pack(sequences: list[dict[str, list[int]]], max_length: int) -> list[Example
 def _format(files: Sequence[str], data_format: str) -> str:
     """`data_format`, with "auto" made "text" for files of text."""
     if data_format in ("text", "documents"):
+        for file in files:
+            if str(file).lower().endswith(RECORDS):
+                raise ValueError(
+                    f"{file} holds records, and the format {data_format} reads plain text. Leave data_format out (and "
+                    "the preset retrieval, in favour of chats), or give text."
+                )
         return data_format
     sources = [read_source(file) for file in files]
     text = [source.name for source in sources if source.is_text]

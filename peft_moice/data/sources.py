@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-_JSON = (".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz")
+RECORDS = (".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".parquet")
+"""Endings of files that hold records."""
 _TEXT = (".txt", ".md", ".rst", ".tex", ".text", ".html")
 
 Record = tuple[str, Any]

@@ -79,7 +79,7 @@ class BalanceLossMixin(LossPartsMixin):
     ```
     """
 
-    model: nn.Module
+    model: Any
     get_tp_size: Callable[[], int]
     is_world_process_zero: Callable[[], bool]
 

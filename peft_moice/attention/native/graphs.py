@@ -38,7 +38,7 @@ def _attend(
 
 
 @_attend.register_fake
-def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:
     batch, heads, length, _ = query.shape
     return query.new_empty(batch, length, heads, value.shape[-1], dtype=torch.float32)
 
@@ -96,7 +96,7 @@ def run(
     """The output `[B, S, H, Dv]` in float32 of a call that is being compiled, for its tensors of one dtype."""
     layout, start = call.rotations.layout, call.query_start
     is_tensor = isinstance(start, torch.Tensor)
-    return _attend(
+    output: torch.Tensor = _attend(
         query,
         key,
         value,
@@ -110,6 +110,7 @@ def run(
         call.scaling,
         call.is_causal,
     )
+    return output
 
 
 def _options(

@@ -33,10 +33,13 @@ def why_not(call: AttentionCall) -> str | None:
     return _why_not_loaded()
 
 
-@torch.compiler.assume_constant_result
 def _why_not_loaded() -> str | None:
     library = load()
     return library if isinstance(library, str) else None
+
+
+# Graphs take the answer as it is now, since nothing in them can call a compiler.
+_why_not_loaded = torch.compiler.assume_constant_result(_why_not_loaded)
 
 
 def run(call: AttentionCall) -> tuple[torch.Tensor, None]:
@@ -72,5 +75,7 @@ class _NativeAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grads = differentiate(grad_output, *ctx.saved_tensors, ctx.options, ctx.needs_input_grad[:4])
+        query, key, value, gates, picked, mask = ctx.saved_tensors
+        options, wanted = ctx.options, ctx.needs_input_grad[:4]
+        grads = differentiate(grad_output, query, key, value, gates, picked, mask, options, wanted)
         return *grads, *(None,) * 6
