@@ -141,7 +141,9 @@ def engine(folder: str, **options):
         llm = LLM(folder, distributed_executor_backend="uni", disable_log_stats=True, **options)
         yield llm
     finally:
-        del llm
+        if llm is not None:
+            # The traceback of a failed test would keep the engine, and no other could start.
+            vars(llm).clear()
         gc.collect()
         cleanup_dist_env_and_memory()
 

@@ -23,7 +23,7 @@ def test_as_transformers(served, name):
     """Six sequences at once, prompts in pieces of 96 tokens; then two that begin as others did."""
     model = served[name]
     prompts = model.draw(3, 40, 95, 97, 200, 500)
-    shared = model.draw(30, 70, begin=prompts[-1][: 3 * BLOCK])
+    shared = model.draw(30, 70, begin=prompts[-1][: 3 * BLOCK], new_tokens=16)
     assert_routers_matter(model, prompts[-1])
     with engine(model.folder, max_num_batched_tokens=96, max_num_seqs=6) as llm:
         outputs = generate(llm, prompts)
@@ -37,7 +37,7 @@ def test_as_transformers(served, name):
 def test_a_cache_that_keeps_keys_once(served, name):
     model = served[name]
     prompts = model.draw(3, 40, 95, 97, 200, 500)
-    shared = model.draw(30, 70, begin=prompts[-1][: 3 * BLOCK])
+    shared = model.draw(30, 70, begin=prompts[-1][: 3 * BLOCK], new_tokens=16)
     blocks = {}
     for cache in ("folded", "rotating"):
         with engine(
@@ -56,7 +56,7 @@ def test_a_cache_that_keeps_keys_once(served, name):
 @pytest.mark.parametrize("cache", ["folded", "rotating"])
 def test_preemption(served, cache):
     """Eight sequences that grow beyond the cache: some are taken out and computed again."""
-    model = served["llama K < N, per layer"]
+    model = served["llama K = N, per head"]
     options = {"num_gpu_blocks_override": 9, "max_model_len": 512, "max_num_seqs": 8}
     with engine(model.folder, **options, additional_config={"moice_cache": cache}) as llm:
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
