@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from .built_in import BuiltInRouters
 from .config import MoICEConfig
-from .description import describe_routers
+from .described_routers import describe_routers
 from .model import MoICEModel
 
 

@@ -21,7 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .attention import exchange_config, own_config
 from .built_in import ROUTERS_NAME, BuiltInRouters
-from .description import check_loaded, describe_routers, install_described
+from .described_routers import check_loaded, describe_routers, install_described
 from .mixture import watch_positions
 from .model_card import shared_name
 from .self_check import watch_first_pass

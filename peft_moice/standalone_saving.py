@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .atomic_files import staged, write_text
-from .description import described_specs
+from .described_routers import described_specs
 from .model_card import CARD_NAME, merged_part, put_card, shared_name
 
 logger = logging.getLogger(__name__)

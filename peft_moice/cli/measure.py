@@ -234,12 +234,14 @@ def write(measured: list[Measured], output_dir: Path) -> None:
 
 
 def draw(measured: list[Measured], output_dir: Path) -> None:
-    """Pictures of the same."""
+    """Pictures of the same, where positions are known."""
     for number, one in enumerate(measured):
         for task, result in one.results.items():
+            if not result.positions:
+                continue
             result.plot().savefig(output_dir / f"{_file_name(task)}_{number}.png", dpi=150)
     for task, result, *rivals in _by_task(measured):
-        if rivals and all(rival.lengths == result.lengths for rival in rivals):
+        if rivals and result.positions and all(rival.lengths == result.lengths for rival in rivals):
             result.plot(rivals).savefig(output_dir / f"{_file_name(task)}.png", dpi=150)
     losses = {one.name: one.losses for one in measured if one.losses is not None}
     if losses:

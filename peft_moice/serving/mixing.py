@@ -16,7 +16,7 @@ from vllm.model_executor.models.transformers import vllm_attention_forward
 from vllm.model_executor.utils import set_weight_attrs
 
 from ..built_in import ROUTERS_NAME
-from ..description import DescribedLayer
+from ..described_routers import DescribedLayer
 from ..mixture import LayerMixture, RouterShare
 from ..rope import RotaryLayout
 from ..rope.rotation import rotate

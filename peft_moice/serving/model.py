@@ -11,7 +11,7 @@ from vllm.model_executor.models.utils import maybe_prefix
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from ..built_in import ROUTERS_NAME
-from ..description import described_layers
+from ..described_routers import described_layers
 from .mixing import ATTENTION_NAME, ServedRouters
 from .options import BACKEND_NAME, chosen_cache
 

@@ -17,7 +17,8 @@ _MAX_HEAD_DIM = 256
 
 def why_not(call: AttentionCall) -> str | None:
     """See [`Implementation`]."""
-    in_graph = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    # Not while `torch.export` traces: who runs its programs may have nothing but PyTorch.
+    in_graph = torch.compiler.is_dynamo_compiling()
     reason = why_not_on_cpu(call, in_graph)
     if reason is not None:
         return reason

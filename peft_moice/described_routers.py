@@ -1,4 +1,4 @@
-"""The routers of a standalone model as its config describes them: written, read back, and checked when they are.
+"""The routers of a standalone model as its config describes them: written, read back, and checked then.
 
 Configs come from files, and files from anywhere. What one says of routers is checked before modules are made of it.
 """
