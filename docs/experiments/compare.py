@@ -58,6 +58,8 @@ def main(args: argparse.Namespace) -> None:
     model = make(model, {**options, "tokenizer": tokenizer})
     if not args.float32:
         halve(model)
+    # Before switching adapters off and on, which asks gradients of all their parameters.
+    parameters = number_of_parameters(model)
     start = time.perf_counter()
     losses, distances = [], []
     if args.load:
@@ -85,7 +87,7 @@ def main(args: argparse.Namespace) -> None:
         "objective": args.objective,
         "frozen": args.freeze_to_best,
         "float32": args.float32,
-        "parameters": number_of_parameters(model) if losses else 0,
+        "parameters": parameters if losses else 0,
         "loss_last_10": sum(losses[-10:]) / len(losses[-10:]) if losses else None,
         "distance_last_10": sum(distances[-10:]) / len(distances[-10:]) if distances else None,
         **results,
