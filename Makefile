@@ -30,7 +30,8 @@ vllm: $(VLLM_VENV)/vllm
 
 test-vllm: $(VLLM_VENV)/vllm
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VLLM_VENV)/bin/python -m pytest --show-capture=no \
-	    tests/serving tests/test_serving_files.py
+	    tests/test_serving_files.py
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VLLM_VENV)/bin/python -m pytest --show-capture=no tests/serving
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

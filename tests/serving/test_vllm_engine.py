@@ -178,7 +178,8 @@ def test_routers_of_another_shape(copied):
     name = "model.layers.1.self_attn.moice_routers.0.down_proj"
     weights[name] = weights[name][:-1].contiguous()
     save_file(weights, copied / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=rf"{name} of shape \(3, 4\).*\(4, 4\)"):
+    # vLLM loads decoders, whose names lack the part that their owner gives them.
+    with pytest.raises(ValueError, match=rf"{name.removeprefix('model.')} of shape \(3, 4\).*\(4, 4\)"):
         start(copied)
 
 
