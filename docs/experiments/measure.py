@@ -134,11 +134,7 @@ def codes(tokenizer, lists: int, facts: int, seed: int):
     groups = []
     for _ in range(lists):
         drawn = sample_facts(facts, rng)
-        group = []
-        for place in (0, 0.25, 0.5, 0.75, 1):
-            encoded = encode_chat(tokenizer, drawn, [round(place * (facts - 1))])
-            group.append((encoded.input_ids, [i for i, is_answer in enumerate(encoded.is_answer) if is_answer]))
-        groups.append(group)
+        groups.append(asked_everywhere(tokenizer, drawn))
     return groups
 
 
@@ -151,12 +147,17 @@ def long_codes(tokenizer, lists: int, facts: int, seed: int):
         drawn = FactList(
             tuple(rng.sample(names, facts)), tuple(str(code) for code in rng.sample(range(10_000, 100_000), facts))
         )
-        group = []
-        for place in (0, 0.25, 0.5, 0.75, 1):
-            encoded = encode_chat(tokenizer, drawn, [round(place * (facts - 1))])
-            group.append((encoded.input_ids, [i for i, is_answer in enumerate(encoded.is_answer) if is_answer]))
-        groups.append(group)
+        groups.append(asked_everywhere(tokenizer, drawn))
     return groups
+
+
+def asked_everywhere(tokenizer, facts: FactList) -> list[tuple[list[int], list[int]]]:
+    """One chat for each position of the asked fact: its token ids, and the places of the answer."""
+    group = []
+    for place in (0, 0.25, 0.5, 0.75, 1):
+        encoded = encode_chat(tokenizer, facts, [round(place * (len(facts) - 1))])
+        group.append((encoded.input_ids, [i for i, is_answer in enumerate(encoded.is_answer) if is_answer]))
+    return group
 
 
 @torch.no_grad()
