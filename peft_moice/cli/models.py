@@ -1,7 +1,7 @@
 """Loads models, tokenizers and adapters by name, as cheaply as what is asked of them allows."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import CONFIG_NAME
 
 from .parsing import UsageError
 
@@ -55,7 +56,7 @@ def load_model(model: str, dtype: str | None = None, adapter: str | None = None)
         adapter: folder or Hub id of an adapter of PEFT.
     """
     has_accelerator = torch.accelerator.is_available()
-    with _base_alone(model) as base:
+    with nullcontext(model) if adapter is None else _base_alone(model) as base:
         loaded = AutoModelForCausalLM.from_pretrained(
             base,
             dtype=dtype or ("auto" if has_accelerator else "float32"),
@@ -67,9 +68,12 @@ def load_model(model: str, dtype: str | None = None, adapter: str | None = None)
 
 @contextmanager
 def _base_alone(model: str) -> Iterator[str]:
-    """The model of a folder without an adapter beside it, which transformers would load as well."""
+    """The model of a folder without an adapter beside it, which transformers would load as well.
+
+    A folder that holds an adapter only is left to transformers, which finds its base model.
+    """
     folder = Path(model)
-    if not (folder / ADAPTER_CONFIG_NAME).is_file():
+    if not ((folder / ADAPTER_CONFIG_NAME).is_file() and (folder / CONFIG_NAME).is_file()):
         yield model
         return
     with TemporaryDirectory() as alone:

@@ -93,8 +93,7 @@ class KeepCloseMixin(LossPartsMixin):
         added = self.keep_weight * divergence_from_base(model, adapted, stretch)
         if self.loss_is_a_sum(num_items_in_batch):
             added = added / self.current_gradient_accumulation_steps
-        self.note_part("divergence", added, num_items_in_batch)
-        return (result[0] + added, result[1]) if return_outputs else result + added
+        return self.add_part(result, "divergence", added, num_items_in_batch, return_outputs)
 
 
 def text_ids(text: str | Sequence[int] | torch.Tensor | None, tokenizer: Any) -> torch.Tensor:

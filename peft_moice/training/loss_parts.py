@@ -19,6 +19,18 @@ class LossPartsMixin:
     state: TrainerState
     current_gradient_accumulation_steps: int
 
+    def add_part(
+        self,
+        result: Any,
+        name: str,
+        added: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None,
+        return_outputs: bool,
+    ) -> Any:
+        """What `compute_loss` returns, `result`, with `added` in its loss, counted as the part `loss/<name>`."""
+        self.note_part(name, added, num_items_in_batch)
+        return (result[0] + added, result[1]) if return_outputs else result + added
+
     def note_part(self, name: str, added: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> None:
         """Count `added`, a scalar that `compute_loss` adds to the loss of a micro-batch, as the part `loss/<name>`."""
         if not hasattr(self, "_parts"):

@@ -99,11 +99,9 @@ class BalanceLossMixin(LossPartsMixin):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # As Trainer does with its own loss, because the gradients of the processes are averaged.
             extra = extra * (self.accelerator.num_processes // self.get_tp_size())
-        if isinstance(extra, torch.Tensor):
-            self.note_part("balance", extra, num_items_in_batch)
-        if return_outputs:
-            return result[0] + extra, result[1]
-        return result + extra
+        if not isinstance(extra, torch.Tensor):
+            return result  # no router learned from this micro-batch
+        return self.add_part(result, "balance", extra, num_items_in_batch, return_outputs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the trainer's model card, and say in it how the model is loaded."""
