@@ -92,9 +92,13 @@ class MoICERouter(nn.Module):
 
     def forward(self, query: torch.Tensor) -> torch.Tensor:
         """Expert logits `[B, H, S, N]` of `query` `[B, H, S, D]`."""
-        query = query.to(self.gate_proj.dtype)
-        hidden = self.act_fn(query @ self.gate_proj.mT) * (query @ self.up_proj.mT)
-        logits: torch.Tensor = hidden @ self.down_proj.mT
+        gate_proj, up_proj, down_proj = self.gate_proj, self.up_proj, self.down_proj
+        query = query.to(gate_proj.dtype)
+        if gate_proj.dim() == 2:
+            linear = nn.functional.linear
+            return linear(self.act_fn(linear(query, gate_proj)) * linear(query, up_proj), down_proj)
+        hidden = self.act_fn(query @ gate_proj.mT) * (query @ up_proj.mT)
+        logits: torch.Tensor = hidden @ down_proj.mT
         return logits
 
     def gates(self, logits: torch.Tensor, top_k: int) -> torch.Tensor:

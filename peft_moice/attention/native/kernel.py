@@ -85,49 +85,60 @@ class _Kernel:
         is_causal: bool,
     ):
         batch, heads, length, head_dim = query.shape
-        kv_heads, num_keys = key.shape[1], key.shape[2]
+        _, kv_heads, num_keys, value_dim = value.shape
         layout = rotations.layout
+        query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+        gates = gates.contiguous()
         cos, sin = rotations.cos_sin(max(num_keys, _FEWEST_ROTATIONS), query.device)
+        order = _order(layout, head_dim)
         self.threads = torch.get_num_threads()
         self.problem = Problem()
-        self._kept: list[torch.Tensor] = []
+        self._kept = [query, key, value, gates, cos, sin]
         self.problem.set(
-            batch=batch,
-            kv_heads=kv_heads,
-            group=heads // kv_heads,
-            queries=length,
-            keys=num_keys,
-            head_dim=head_dim,
-            value_dim=value.shape[-1],
-            experts=gates.shape[-1],
-            pairs=cos.shape[-1],
-            query_start=query_start,
-            is_causal=is_causal,
-            is_ordered=layout.start == 0 and not layout.interleaved,
-            type=TYPES[query.dtype],
-            table_stride=cos.stride(0),
-            scaling=scaling,
+            {
+                "batch": batch,
+                "kv_heads": kv_heads,
+                "group": heads // kv_heads,
+                "queries": length,
+                "keys": num_keys,
+                "head_dim": head_dim,
+                "value_dim": value_dim,
+                "experts": gates.shape[-1],
+                "pairs": cos.shape[-1],
+                "query_start": query_start,
+                "is_causal": is_causal,
+                "is_ordered": layout.start == 0 and not layout.interleaved,
+                "type": TYPES[query.dtype],
+                "query": query.data_ptr(),
+                "query_stride": query.stride()[:3],
+                "key": key.data_ptr(),
+                "key_stride": key.stride()[:3],
+                "value": value.data_ptr(),
+                "value_stride": value.stride()[:3],
+                "gates": gates.data_ptr(),
+                "cos": cos.data_ptr(),
+                "sin": sin.data_ptr(),
+                "table_stride": cos.stride(0),
+                "order": order.data_ptr(),
+                "scaling": scaling,
+            }
         )
-        query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-        self.point(query=query, key=key, value=value, gates=gates.contiguous(), cos=cos, sin=sin)
-        self.point(order=_order(layout, head_dim))
-        self.problem.set(query_stride=query.stride()[:3], key_stride=key.stride()[:3], value_stride=value.stride()[:3])
         if mask is not None:
             mask = mask if mask.dtype == torch.bool else mask.float()
             mask = mask.expand(batch, heads, length, num_keys)
             self.point(mask=mask)
-            self.problem.set(mask_stride=mask.stride(), mask_is_boolean=mask.dtype == torch.bool)
+            self.problem.set({"mask_stride": mask.stride(), "mask_is_boolean": mask.dtype == torch.bool})
 
     def point(self, **tensors: torch.Tensor | None) -> None:
-        """Set pointers by the names of the problem's fields."""
+        """Set further pointers by the names of the problem's fields."""
         found = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        self.problem.set(**{name: tensor.data_ptr() for name, tensor in found.items()})
+        self.problem.set({name: tensor.data_ptr() for name, tensor in found.items()})
         self._kept.extend(found.values())
 
     def count_parts(self) -> int:
         """In how many parts the backward pass leaves the gradients of keys and values."""
         parts: int = _library().count_parts(self.problem.packed(), self.threads)
-        self.problem.set(parts=parts)
+        self.problem.set({"parts": parts})
         return parts
 
     def run(self, name: str) -> None:

@@ -14,6 +14,7 @@ import struct
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from ..cache_folder import cache_folder
 
@@ -44,22 +45,24 @@ _FIELDS = {
 _STRUCTURE = struct.Struct("@" + "".join(_FIELDS.values()))
 _COUNTS = [int(code[:-1] or 1) for code in _FIELDS.values()]
 _PLACES = dict(zip(_FIELDS, itertools.accumulate(_COUNTS, initial=0), strict=False))
+_LENGTHS = dict(zip(_FIELDS, _COUNTS, strict=True))
+_NOTHING: list[float] = [0] * sum(_COUNTS)
 
 
 class Problem:
     """The values of the C structure of the same name, all 0 at first; faster to fill than a structure of ctypes."""
 
     def __init__(self) -> None:
-        self._values: list[float] = [0] * sum(_COUNTS)
+        self._values: list[float] = _NOTHING.copy()
 
-    def set(self, **fields: float | tuple[int, ...]) -> None:
-        """Set fields by their names."""
+    def set(self, fields: dict[str, Any]) -> None:
+        """Set fields by their names: numbers, or as many as the field has places."""
         for name, value in fields.items():
-            place = _PLACES[name]
-            if isinstance(value, tuple):
-                self._values[place : place + len(value)] = value
-            else:
+            place, length = _PLACES[name], _LENGTHS[name]
+            if length == 1:
                 self._values[place] = value
+            else:
+                self._values[place : place + length] = value
 
     def packed(self) -> bytes:
         """The structure in memory, for the kernels to read."""
