@@ -21,8 +21,8 @@ from .tiles import (
     add_rest,
     add_rows,
     first_position,
-    load_pairs,
     load_rest,
+    load_rotated,
     load_rows,
     masked,
     product,
@@ -169,9 +169,7 @@ def query_kernel(
     pick = (z * N + expert) * S * R + place
 
     q_row = head * q_h + token * q_s
-    qa, qb = load_pairs(query + b * q_b, q_row, valid, START, P, INTERLEAVED, BP)
-    if ROTATE:
-        qa, qb = rotate(qa, qb, cos, sin, position, valid, 1.0, P, BP)
+    qa, qb = load_rotated(query + b * q_b, q_row, valid, cos, sin, position, START, P, INTERLEAVED, ROTATE, BP)
     if BR > 0:
         qr = load_rest(query + b * q_b, q_row, valid, START, P, D, BR)
     grads = load_rows(grad_output, out_row * DV, valid, DV, BV)
@@ -194,9 +192,9 @@ def query_kernel(
     for first_key in range(0, end, BN):
         n = first_key + tile
         exists = n < T
-        ka, kb = load_pairs(tile_keys, tile * k_t, exists, START, P, INTERLEAVED, BP)
-        if ROTATE:
-            ka, kb = rotate(ka, kb, tile_cos, tile_sin, tile, exists, 1.0, P, BP)
+        ka, kb = load_rotated(
+            tile_keys, tile * k_t, exists, tile_cos, tile_sin, tile, START, P, INTERLEAVED, ROTATE, BP
+        )
         scores = product(qa, tl.trans(ka), tl.zeros([BM, BN], tl.float32))
         scores = product(qb, tl.trans(kb), scores)
         if BR > 0:
@@ -309,9 +307,7 @@ def key_kernel(
     n = first_key + tl.arange(0, BN)
     exists = n < T
     k_row = n.to(tl.int64) * k_t
-    ka, kb = load_pairs(key + b * k_b + g * k_h, k_row, exists, START, P, INTERLEAVED, BP)
-    if ROTATE:
-        ka, kb = rotate(ka, kb, cos, sin, n, exists, 1.0, P, BP)
+    ka, kb = load_rotated(key + b * k_b + g * k_h, k_row, exists, cos, sin, n, START, P, INTERLEAVED, ROTATE, BP)
     if BR > 0:
         kr = load_rest(key + b * k_b + g * k_h, k_row, exists, START, P, D, BR)
     if NEEDS_KEY:
@@ -330,9 +326,7 @@ def key_kernel(
         mask_row = b * m_b + head * m_h + token * m_s
         q_row = head * q_h + token * q_s
         pick = (z * N + expert) * S * R + place
-        qa, qb = load_pairs(query + b * q_b, q_row, valid, START, P, INTERLEAVED, BP)
-        if ROTATE:
-            qa, qb = rotate(qa, qb, cos, sin, position, valid, 1.0, P, BP)
+        qa, qb = load_rotated(query + b * q_b, q_row, valid, cos, sin, position, START, P, INTERLEAVED, ROTATE, BP)
         scores = product(ka, tl.trans(qa), tl.zeros([BN, BM], tl.float32))
         scores = product(kb, tl.trans(qb), scores)
         if BR > 0:

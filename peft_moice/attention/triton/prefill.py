@@ -21,12 +21,11 @@ from .tiles import (
     LOWEST,
     add_rows,
     first_position,
-    load_pairs,
     load_rest,
+    load_rotated,
     load_rows,
     masked,
     product,
-    rotate,
 )
 
 
@@ -118,9 +117,7 @@ def forward_kernel(
     mask_row = b * m_b + head * m_h + token * m_s
 
     q_row = head * q_h + token * q_s
-    qa, qb = load_pairs(query + b * q_b, q_row, valid, START, P, INTERLEAVED, BP)
-    if ROTATE:
-        qa, qb = rotate(qa, qb, cos, sin, position, valid, 1.0, P, BP)
+    qa, qb = load_rotated(query + b * q_b, q_row, valid, cos, sin, position, START, P, INTERLEAVED, ROTATE, BP)
     if BR > 0:
         qr = load_rest(query + b * q_b, q_row, valid, START, P, D, BR)
 
@@ -136,9 +133,9 @@ def forward_kernel(
     for first_key in range(0, end, BN):
         n = first_key + tile
         exists = n < T
-        ka, kb = load_pairs(tile_keys, tile * k_t, exists, START, P, INTERLEAVED, BP)
-        if ROTATE:
-            ka, kb = rotate(ka, kb, tile_cos, tile_sin, tile, exists, 1.0, P, BP)
+        ka, kb = load_rotated(
+            tile_keys, tile * k_t, exists, tile_cos, tile_sin, tile, START, P, INTERLEAVED, ROTATE, BP
+        )
         scores = product(qa, tl.trans(ka), tl.zeros([BM, BN], tl.float32))
         scores = product(qb, tl.trans(kb), scores)
         if BR > 0:

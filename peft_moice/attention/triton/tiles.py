@@ -118,6 +118,28 @@ def rotate(a, b, cos, sin, position, valid, sign, P: tl.constexpr, BP: tl.conste
 
 
 @triton.jit
+def load_rotated(
+    base,
+    offset,
+    valid,
+    cos,
+    sin,
+    position,
+    START: tl.constexpr,
+    P: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ROTATE: tl.constexpr,
+    BP: tl.constexpr,
+):
+    """What [`load_pairs`] reads, rotated by one expert's angles at `position` `[M]` as [`rotate`] does; with `ROTATE`
+    false, for the expert whose angle is the model's own, as it is."""
+    a, b = load_pairs(base, offset, valid, START, P, INTERLEAVED, BP)
+    if ROTATE:
+        a, b = rotate(a, b, cos, sin, position, valid, 1.0, P, BP)
+    return a, b
+
+
+@triton.jit
 def masked(scores, mask, row_offset, position, key, exists, key_stride, MASK: tl.constexpr):
     """Scores in base 2 under the mask. `row_offset` and `position` run along queries, `key` and `exists` along keys.
 
