@@ -1,6 +1,7 @@
 """The scripts behind docs/experiments.md compute what they say."""
 
 import argparse
+import gzip
 import json
 import math
 import random
@@ -19,6 +20,7 @@ from peft_moice.evaluation import Exam, Result, gates_along, perplexity
 EXPERIMENTS = Path(__file__).parent.parent / "docs" / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 
+import beyond  # noqa: E402
 import controls  # noqa: E402
 import depth  # noqa: E402
 import forms  # noqa: E402
@@ -159,6 +161,32 @@ def test_depth_is_written_after_every_length(folder, tmp_path):
     result = Result.load(out.with_suffix(".json"))
     assert result.lengths == [60, 90] and result.positions == [0.0, 1.0] and len(result.scores) == 8
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_losses_beyond_a_length_are_those_of_the_tokens_there(folder, tmp_path, monkeypatch):
+    with gzip.open(tmp_path / "leval-sci_fi.jsonl.gz", "wt") as file:
+        for text in (
+            "short",
+            "w2 w3 w4 w5 w6 w7 " * 12,
+            "w2 w3 w4 w5 w6 w7 " * 12,
+            "w9 w8 w7 w6 w5 w4 " * 12,
+            "w2 " * 90,
+        ):
+            file.write(json.dumps({"input": text}) + "\n")
+    args = arguments("--model", folder, "--float32")
+    vars(args).update(data=tmp_path, edges=[20, 40, 60], documents=2, out=tmp_path / "out.jsonl")
+    monkeypatch.setattr(sys, "argv", ["beyond.py"])
+    beyond.main(args)
+    record = json.loads((tmp_path / "out.jsonl").read_text())
+    model, tokenizer = trained.load(args)
+    found = {name: 0.0 for name in ("0 to 20", "20 to 40", "40 to 60")}
+    for text in ("w2 w3 w4 w5 w6 w7 " * 12, "w9 w8 w7 w6 w5 w4 " * 12):
+        ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])[:60]
+        logits = model(input_ids=ids[None]).logits[0, :-1]
+        losses = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+        for name, part in zip(found, losses.split([19, 20, 20]), strict=True):
+            found[name] += part.mean().item() / 2
+    assert record["losses"] == pytest.approx(found, rel=1e-5) and record["documents"] == 2
 
 
 def test_one_base_for_all_heads_is_the_model_with_this_rope_theta(folder):
