@@ -112,7 +112,8 @@ def main(args: Arguments) -> None:
         output.write_text(json.dumps(results, indent=2) + "\n")
     prefills = {row["length"]: row["found"] for row in results["rows"].values() if row["job"] == "prefill"}
     if len(prefills) > 1:
-        draw(dict(sorted(prefills.items())), Path(args.picture) if args.picture else output.with_suffix(".png"))
+        picture = Path(args.picture) if args.picture else output.with_suffix(".png")
+        draw(dict(sorted(prefills.items())), Path(args.model or "SmolLM2-135M-Instruct").name, picture)
 
 
 def rows(args: Arguments) -> list[Row]:
@@ -327,7 +328,7 @@ def line(args: Arguments, row: Row, found: dict[str, float], bound: dict[str, fl
     return f"| {row.name} | {base} | " + " | ".join(cells) + " |"
 
 
-def draw(found: dict[int, dict[str, float]], path: Path) -> None:
+def draw(found: dict[int, dict[str, float]], model: str, path: Path) -> None:
     """The time of prefill per token, by its length and variant."""
     from matplotlib.figure import Figure
 
@@ -345,6 +346,7 @@ def draw(found: dict[int, dict[str, float]], path: Path) -> None:
     axis.set_ylabel("prefill, ms per token")
     axis.set_ylim(bottom=0)
     axis.grid(axis="y", alpha=0.3)
+    axis.set_title(f"{model}, {NUM_EXPERTS} rope bases")
     axis.legend()
     figure.savefig(path, dpi=110)
 
