@@ -55,10 +55,11 @@ class TemperedTable(RotationTable):
         self.roots = torch.tensor(temperatures, dtype=torch.float32).sqrt()[:, None, None]
         self.is_identity = [same and t == 1.0 for same, t in zip(self.is_identity, temperatures, strict=True)]
 
-    def cos_sin(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        key = (length, device)
+    def at_least(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        tables = super().at_least(length, device)
+        key = (tables[0].shape[1], device)
         if key not in self._tables:
-            self._tables[key] = tuple((table * self.roots).contiguous() for table in super().cos_sin(length, device))
+            self._tables[key] = tuple((table * self.roots).contiguous() for table in tables)
         return self._tables[key]
 
 
