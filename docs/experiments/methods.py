@@ -22,6 +22,7 @@ ANGLES = [(1.0, 1.0), (0.25, 1.0), (0.5, 1.0), (2.0, 1.0), (4.0, 1.0)]
 
 EXPERTS = {
     "angles": ANGLES,
+    "greater": [(1.0, 1.0), (1.5, 1.0), (2.0, 1.0), (3.0, 1.0), (4.0, 1.0)],
     "temperatures": [(1.0, 1.0), (1.0, 0.75), (1.0, 1.25), (1.0, 1.5), (1.0, 2.0)],
     "both": [(1.0, 1.0), (1.0, 1.25), (1.0, 1.6), (0.25, 1.0), (0.25, 1.4), (4.0, 1.0)],
 }
@@ -199,6 +200,7 @@ def mixture_and_scales(model: nn.Module, options: dict) -> nn.Module:
 METHODS: dict[str, tuple[Callable[[nn.Module, dict], nn.Module], dict]] = {
     "base": (lambda model, options: model.requires_grad_(False), {}),
     "routers": (mixture, {"experts": "angles"}),
+    "routers_greater": (mixture, {"experts": "greater"}),
     "routers_k2": (mixture, {"experts": "angles", "top_k": 2}),
     "routers_temperatures": (mixture, {"experts": "temperatures"}),
     "routers_both": (mixture, {"experts": "both"}),

@@ -14,6 +14,7 @@ from peft_moice.plotting import plot_tradeoff
 NAMES = {
     "base": "base model",
     "routers": "routers: five angles",
+    "routers_greater": "routers: five angles, none below the own",
     "routers_k1": "routers: five angles, K = 1",
     "routers_k2": "routers: five angles, K = 2",
     "routers_heads": "routers per head, R = 16: five angles",
