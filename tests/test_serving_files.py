@@ -196,3 +196,13 @@ def test_the_launcher_says_what_it_cannot_serve(base, tmp_path):
     PeftModel.save_pretrained(adapted_model(base), tmp_path)
     with pytest.raises(SystemExit, match="holds a MoICE adapter, and servers"):
         main([str(tmp_path)])
+    with pytest.raises(SystemExit, match="absent"):
+        main([str(tmp_path / "absent")])
+
+
+@pytest.mark.parametrize("architectures", [None, ["MoICENobodysForCausalLM"]])
+def test_the_launcher_needs_the_name_of_a_class(copied, architectures):
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, "architectures": architectures}))
+    with pytest.raises(SystemExit, match="as the model's class, of which transformers has no base"):
+        main([str(copied)])
