@@ -74,6 +74,7 @@ def test_every_format_trains_and_leaves_an_adapter_with_a_card(model, tmp_path, 
     assert "import peft_moice" in card
     assert f"| Data | {options.get('data_format', 'auto')}: {Path(file).name} |" in card
     assert "| Steps | 2 |" in card
+    assert f"| Loss on | {'all' if data_format == 'text' else 'answers'} |" in card
     assert float(re.search(r"\| MoICE \| ([\d.]+) \|", card)[1]) == pytest.approx(moice, rel=1e-5)
     trained = AutoPeftModelForCausalLM.from_pretrained(folder)
     # normal(0, 0.02) at the start; AdamW moves a weight by about the learning rate in a step.
@@ -89,6 +90,14 @@ def test_data_is_checked_before_the_model_is_loaded(model, tmp_path, capsys, con
         file.write_text(content)
     line = error(capsys, arguments(str(folder), tmp_path / "out", str(file)))
     assert line.startswith("peft-moice train: ") and "data.jsonl" in line
+
+
+def test_errors_begin_a_line_behind_an_open_progress_bar(model, tmp_path, capsys):
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ raise_exception('no systems here') }}")
+    argv = arguments(model, tmp_path / "out", write_data(tmp_path, "messages"), chat_template=template)
+    line = error(capsys, argv)
+    assert re.fullmatch(r"peft-moice train: .*jsonl, line 1: .* refuses this chat: no systems here", line)
 
 
 def test_arguments_that_do_not_go(model, tmp_path, capsys):

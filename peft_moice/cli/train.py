@@ -259,7 +259,7 @@ class RouterTrainer(KeepCloseMixin, BalanceLossMixin, Trainer):
             "Preset": ours.preset or "none",
             "Data": f"{data.data_format}: {', '.join(Path(file).name for file in data.train_files)}",
             "Rows": f"{len(rows):,} of up to {data.max_length:,} tokens{', packed' * data.packing}",
-            "Loss on": "all" if data.data_format == "text" else data.loss_on,
+            "Loss on": data.loss_on if any(-100 in part["labels"] for row in rows for part in row) else "all",
             "Steps": self.state.global_step,
             "Rows per step": training.train_batch_size * training.gradient_accumulation_steps * training.world_size,
             "Learning rate": f"{training.learning_rate:g}, {SchedulerType(training.lr_scheduler_type).value}",
