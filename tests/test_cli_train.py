@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftConfig
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny_data import TEMPLATE, write_data
-from tiny_models import save_tiny_model
+from tiny_models import load, save_tiny_model
+from transformers import AutoTokenizer
 
 from peft_moice.cli import train
 from peft_moice.cli.main import main
@@ -98,6 +99,15 @@ def test_errors_begin_a_line_behind_an_open_progress_bar(model, tmp_path, capsys
     argv = arguments(model, tmp_path / "out", write_data(tmp_path, "messages"), chat_template=template)
     line = error(capsys, argv)
     assert re.fullmatch(r"peft-moice train: .*jsonl, line 1: .* refuses this chat: no systems here", line)
+
+
+def test_the_folder_of_an_adapter_is_no_base_model(model, tmp_path, capsys):
+    """transformers loads the adapter with its base; the routers would be trained over it and saved without it."""
+    file, folder = write_data(tmp_path, "messages"), str(tmp_path / "lora")
+    get_peft_model(load(model), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    line = error(capsys, arguments(folder, tmp_path / "out", file))
+    assert f"{folder} holds an adapter" in line and f"Name the base model alone ({model})" in line
 
 
 def test_arguments_that_do_not_go(model, tmp_path, capsys):
@@ -183,6 +193,18 @@ def test_resuming_ends_where_the_straight_run_does(model, tmp_path):
         assert torch.equal(weight, actual[name]), name
     at_two = adapter(resumed / "checkpoint-2")
     assert not all(torch.equal(weight, at_two[name]) for name, weight in expected.items())
+
+
+def test_the_last_checkpoint_is_of_the_last_training_and_whole(tmp_path):
+    for age, name in enumerate(["checkpoint-9", "checkpoint-12", "checkpoint-40"]):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").touch()
+        os.utime(tmp_path / name, (1e9 - 60 * age,) * 2)
+    assert train.last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-9")
+    (tmp_path / "checkpoint-9" / "trainer_state.json").unlink()
+    os.utime(tmp_path / "checkpoint-9", (1e9,) * 2)
+    assert train.last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-12")
+    assert train.last_checkpoint(str(tmp_path / "gone")) is None
 
 
 SHORT = {"preset": "retrieval", "keep_tokens": 32, "max_steps": 4}

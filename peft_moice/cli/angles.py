@@ -13,7 +13,7 @@ from ..angles import OwnAngle, own_angles, score_angles, search_angles
 from ..config import RELEASED_MULTIPLIERS
 from ..evaluation import encode_chat, sample_facts
 from ..plotting import plot_waveforms
-from .models import load_model, load_tokenizer
+from .models import Dtype, load_model, load_tokenizer
 from .parsing import Outcome, Parser, UsageError
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class Arguments:
     num_experts: int = field(default=7, metadata={"help": "Number of angles, the model's own included."})
     facts: int = field(default=30, metadata={"help": "Facts in a prompt of the measurement."})
     prompts: int = field(default=10, metadata={"help": "Prompts of the measurement."})
-    dtype: str | None = field(
+    dtype: Dtype | None = field(
         default=None, metadata={"help": "Of the model. Default: float32 on a CPU, else the checkpoint's own."}
     )
     output_dir: str = field(default="outputs/angles", metadata={"help": "Folder for the picture."})

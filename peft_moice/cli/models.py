@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -13,6 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import CONFIG_NAME
 
 from .parsing import UsageError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+"""Of a model's weights; "auto" is the checkpoint's own."""
 
 
 def base_of(model: str | None, adapter: str | None, peft_type: str | None = None) -> str:
@@ -46,13 +49,13 @@ def load_tokenizer(model: str) -> Any:
     return AutoTokenizer.from_pretrained(model)
 
 
-def load_model(model: str, dtype: str | None = None, adapter: str | None = None) -> Any:
+def load_model(model: str, dtype: Dtype | None = None, adapter: str | None = None) -> Any:
     """A causal language model, with an adapter if one is named, on the accelerator if there is one.
 
     Args:
         model: folder or Hub id.
-        dtype: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16". Default: float32 on a CPU, where
-            others are slow, and the checkpoint's own on an accelerator.
+        dtype: of its weights. Default: float32 on a CPU, where others are slow, and the checkpoint's own on an
+            accelerator.
         adapter: folder or Hub id of an adapter of PEFT.
     """
     has_accelerator = torch.accelerator.is_available()

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import SchedulerType, get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import SchedulerType, sort_checkpoints
 
 from ..callback import MoICECallback
 from ..config import MoICEConfig
@@ -19,6 +20,7 @@ from ..hub import write_model_card
 from ..training import BalanceLossMixin, KeepCloseMixin
 from ..training.keep_close import check_enough_text, text_ids
 from .interrupts import StopOnSignal
+from .models import Dtype
 from .parsing import Outcome, Parser, UsageError
 from .presets import PRESETS
 
@@ -73,7 +75,7 @@ class Arguments:
     sequences_per_step: int | None = field(
         default=None, metadata={"help": "Batch over all devices; sets gradient_accumulation_steps."}
     )
-    dtype: str = field(default="auto", metadata={"help": "Of the base model: auto, float32, bfloat16, float16."})
+    dtype: Dtype = field(default="auto", metadata={"help": "Of the base model: auto, float32, bfloat16, float16."})
     attn_implementation: str | None = field(default=None, metadata={"help": "Of the base model. Default: its own."})
 
 
@@ -140,11 +142,15 @@ def run(args: TrainArguments) -> Outcome:
     keep_ids = ordinary_text(args, tokenizer)
     checkpoint = training.resume_from_checkpoint
     if checkpoint == "last":
-        folder = str(training.output_dir)
-        checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+        checkpoint = last_checkpoint(str(training.output_dir))
     model = AutoModelForCausalLM.from_pretrained(
         ours.model, dtype=ours.dtype, attn_implementation=ours.attn_implementation
     )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UsageError(
+            f"{ours.model} holds an adapter, without which the routers would be saved. Name the base model alone "
+            f"({model.name_or_path}); merge LoRA into it first. --resume_from_checkpoint goes on with a training."
+        )
     trainer = RouterTrainer(
         recipe=args,
         keep_text=keep_ids,
@@ -158,6 +164,12 @@ def run(args: TrainArguments) -> Outcome:
         processing_class=tokenizer,
     )
     return train(trainer, checkpoint)
+
+
+def last_checkpoint(folder: str) -> str | None:
+    """The whole checkpoint that was written last. Another training in the folder may have left higher numbers."""
+    paths = sort_checkpoints(folder, use_mtime=True)
+    return next((path for path in reversed(paths) if Path(path, TRAINER_STATE_NAME).is_file()), None)
 
 
 def make_config(ours: Arguments) -> MoICEConfig:
