@@ -116,8 +116,22 @@ def test_arguments_that_do_not_go(model, tmp_path, capsys):
     assert "Did you mean --learning_rate?" in error(capsys, arguments(model, folder, file, learning_rat=1))
     assert "`top_k` is 9" in error(capsys, arguments(model, folder, file, top_k=9))
     assert "sequences_per_step 5 has to be" in error(capsys, arguments(model, folder, file, sequences_per_step=5))
+    line = error(capsys, arguments(model, folder, file, report_to="clearml"))
+    assert line.startswith("peft-moice train: --report_to clearml: ") and "pip install clearml" in line
     line = error(capsys, arguments(model, folder, file, keep_weight=1.0))
     assert re.search(r"needs more than 256 tokens .* but there are \d+\. .* --keep_files names text\.", line)
+
+
+def test_a_training_that_diverged_is_no_success(model, tmp_path, capsys):
+    argv = arguments(model, tmp_path / "out", write_data(tmp_path, "messages"), learning_rate=1e30)
+    assert "the training diverged" in (line := error(capsys, argv)) and "--learning_rate, which is 1e+30" in line
+
+
+def test_a_folder_that_takes_no_files_shows_before_the_model_is_loaded(model, tmp_path, capsys, monkeypatch):
+    """/proc is such a folder for root, too. The model's folder has a tokenizer and no weights."""
+    folder = shutil.copytree(model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    line = error(capsys, arguments(str(folder), Path("/proc"), write_data(tmp_path, "messages")))
+    assert "--output_dir /proc: nothing can be written there" in line
 
 
 class TestPresets:

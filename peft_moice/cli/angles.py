@@ -14,7 +14,7 @@ from ..config import RELEASED_MULTIPLIERS
 from ..evaluation import encode_chat, sample_facts
 from ..plotting import plot_waveforms
 from .models import Dtype, load_model, load_tokenizer
-from .parsing import Outcome, Parser, UsageError
+from .parsing import Outcome, Parser, UsageError, output_folder
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +69,7 @@ def run(args: Arguments) -> Outcome:
     sample_facts(args.facts, random.Random(0))
     if args.prompts < 1:
         raise UsageError(f"--prompts is {args.prompts}, but has to be at least 1.")
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    output_dir = output_folder(args.output_dir)
     own, model, tokenizer = [OwnAngle(args.rope_theta, args.head_dim, None)], None, None
     if args.model is not None:
         tokenizer = load_tokenizer(args.model)

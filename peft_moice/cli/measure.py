@@ -29,7 +29,7 @@ from ..evaluation.needles import Kind
 from ..evaluation.trial import try_task
 from ..plotting import plot_losses
 from .models import Dtype, base_of, load_model, load_tokenizer
-from .parsing import Outcome, Parser, UsageError
+from .parsing import Outcome, Parser, UsageError, output_folder
 from .tables import score_table, verdict
 
 logger = logging.getLogger(__name__)
@@ -123,8 +123,7 @@ def run(args: Arguments) -> Outcome:
     text = "\n\n".join(read_text(file) for file in args.documents)
     base = base_of(args.model, args.adapter)
     names = chosen_tasks(args, text)
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    output_dir = output_folder(args.output_dir)
     tokenizer = load_tokenizer(base)
     tasks = make_tasks(names, args, text, tokenizer)
     for task, lengths in tasks:

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import torch
 from peft import get_peft_model
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SchedulerType, sort_checkpoints
@@ -21,7 +23,7 @@ from ..training import BalanceLossMixin, KeepCloseMixin
 from ..training.keep_close import check_enough_text, text_ids
 from .interrupts import StopOnSignal
 from .models import Dtype
-from .parsing import Outcome, Parser, UsageError
+from .parsing import Outcome, Parser, UsageError, output_folder
 from .presets import PRESETS
 
 logger = logging.getLogger(__name__)
@@ -140,6 +142,7 @@ def run(args: TrainArguments) -> Outcome:
     train_examples = load_examples(data.train_files, tokenizer, data, training.seed, quiet)
     eval_examples = load_examples(data.eval_files, tokenizer, data, training.seed + 1, quiet)
     keep_ids = ordinary_text(args, tokenizer)
+    output_folder(str(training.output_dir))
     checkpoint = training.resume_from_checkpoint
     if checkpoint == "last":
         checkpoint = last_checkpoint(str(training.output_dir))
@@ -151,18 +154,24 @@ def run(args: TrainArguments) -> Outcome:
             f"{ours.model} holds an adapter, without which the routers would be saved. Name the base model alone "
             f"({model.name_or_path}); merge LoRA into it first. --resume_from_checkpoint goes on with a training."
         )
-    trainer = RouterTrainer(
-        recipe=args,
-        keep_text=keep_ids,
-        keep_weight=ours.keep_weight,
-        keep_tokens=ours.keep_tokens,
-        model=get_peft_model(model, config),
-        args=training,
-        train_dataset=train_examples,
-        eval_dataset=eval_examples or None,
-        data_collator=Collator(tokenizer),
-        processing_class=tokenizer,
-    )
+    adapted = get_peft_model(model, config)
+    try:
+        trainer = RouterTrainer(
+            recipe=args,
+            keep_text=keep_ids,
+            keep_weight=ours.keep_weight,
+            keep_tokens=ours.keep_tokens,
+            model=adapted,
+            args=training,
+            train_dataset=train_examples,
+            eval_dataset=eval_examples or None,
+            data_collator=Collator(tokenizer),
+            processing_class=tokenizer,
+        )
+    except RuntimeError as error:
+        if "to be installed" not in str(error):
+            raise
+        raise UsageError(f"--report_to {' '.join(training.report_to)}: {error}") from error
     return train(trainer, checkpoint)
 
 
@@ -228,6 +237,11 @@ def train(trainer: "RouterTrainer", checkpoint: str | None) -> Outcome:
 
 def _outcome(trainer: "RouterTrainer", interrupted: bool) -> Outcome:
     folder, step = trainer.args.output_dir, trainer.state.global_step
+    if not all(weight.isfinite().all() for weight in load_file(Path(str(folder), SAFETENSORS_WEIGHTS_NAME)).values()):
+        raise UsageError(
+            f"the training diverged, and what is in {folder} cannot be used: weights of the routers are not finite. "
+            f"Lower --learning_rate, which is {trainer.args.learning_rate:g}."
+        )
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     values: dict[str, Any] = {
         "adapter": folder,
