@@ -237,7 +237,8 @@ def train(trainer: "RouterTrainer", checkpoint: str | None) -> Outcome:
 
 def _outcome(trainer: "RouterTrainer", interrupted: bool) -> Outcome:
     folder, step = trainer.args.output_dir, trainer.state.global_step
-    if not all(weight.isfinite().all() for weight in load_file(Path(str(folder), SAFETENSORS_WEIGHTS_NAME)).values()):
+    file = Path(str(folder), SAFETENSORS_WEIGHTS_NAME)
+    if file.is_file() and not all(weight.isfinite().all() for weight in load_file(file).values()):
         raise UsageError(
             f"the training diverged, and what is in {folder} cannot be used: weights of the routers are not finite. "
             f"Lower --learning_rate, which is {trainer.args.learning_rate:g}."
