@@ -197,6 +197,13 @@ class TestAngles:
         assert main(["angles", "--output_dir", str(tmp_path)]) == 0
         assert "The official release has [10000.0, 17500.0, " in capsys.readouterr().out
 
+    def test_no_pictures_are_named_without_matplotlib(self, capsys, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        assert main(["angles", "--output_dir", str(tmp_path)]) == 0
+        printed = capsys.readouterr()
+        assert "By waveform" in printed.out and "Pictures" not in printed.out
+        assert "No picture is drawn" in printed.err and not list(tmp_path.iterdir())
+
     def test_bad_input(self, capsys, tmp_path, options):
         folder = save_tiny_model(tmp_path / "model", "gpt2")
         assert "rotary" in error(capsys, "angles", "--model", folder, *options)

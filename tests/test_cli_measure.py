@@ -1,6 +1,7 @@
 """`peft-moice measure` on tiny models: table, scores, pictures, errors, Ctrl-C."""
 
 import gzip
+import importlib.util
 import json
 import random
 import shutil
@@ -110,6 +111,14 @@ def test_what_cannot_be_asked_shows_before_the_model_is_loaded(model, document, 
     assert "the question 'w5?' has no answer" in error(capsys, *argv, "--question_file", str(bare))
     (folder / "chat_template.jinja").write_text("{{ messages[0].name.first }}")
     assert "The chat template of the tokenizer refuses the prompt" in error(capsys, *argv)
+
+
+def test_no_pictures_are_named_without_matplotlib(model, options, tmp_path, capsys, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
+    assert main(["measure", "--model", model, *options]) == 0
+    assert f"Scores are in {tmp_path / 'out'}." in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["facts_0.json"]
 
 
 def test_a_task_that_is_named_twice_is_asked_once(model, document, options, tmp_path):

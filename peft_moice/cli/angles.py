@@ -75,7 +75,8 @@ def run(args: Arguments) -> Outcome:
         tokenizer = load_tokenizer(args.model)
         model = load_model(args.model, args.dtype).eval()
         own = own_angles(model)
-    searched = [_by_waveform(angle, args, output_dir) for angle in own]
+    searched = [_by_waveform(angle, args) for angle in own]
+    is_drawn = _draw(searched, args.context_length, output_dir)
     lines = [_waveform_in_words(found) for found in searched]
     values: dict[str, Any] = {"by_waveform": searched, "by_measurement": None}
     if len(own) > 1:
@@ -96,20 +97,27 @@ def run(args: Arguments) -> Outcome:
         lines += [f"  {multiple:>6} times: mean loss {loss:.3f}" for multiple, loss in means.items()]
         lines.append(f"By measurement, in the order of their use: {_multiples(chosen)}")
         values["by_measurement"] = {"rope_bases": chosen, "multiples": _multiples(chosen), "mean_losses": means}
-    lines.append(f"Pictures of the waveforms are in {output_dir}.")
+    if is_drawn:
+        lines.append(f"Pictures of the waveforms are in {output_dir}.")
     return Outcome("\n".join(lines), values)
 
 
-def _by_waveform(own: OwnAngle, args: Arguments, output_dir: Path) -> dict[str, Any]:
-    """Search by waveform, and draw the choice."""
-    angles = search_angles(own.rotary_dim, own.rope_theta, args.context_length, args.num_experts)
-    try:
-        figure = plot_waveforms(own.rotary_dim, angles[:_MOST_DRAWN], args.context_length)
-    except ImportError as error:
-        logger.warning("No picture is drawn. %s", error)
-    else:
-        name = "waveforms" if own.layer_type is None else f"waveforms_{own.layer_type}"
+def _draw(searched: list[dict[str, Any]], context_length: int, output_dir: Path) -> bool:
+    """Draw the choices by waveform; whether it could be done."""
+    for found in searched:
+        try:
+            figure = plot_waveforms(found["rotary_dim"], found["rope_bases"][:_MOST_DRAWN], context_length)
+        except ImportError as error:
+            logger.warning("No picture is drawn. %s", error)
+            return False
+        name = "waveforms" if found["layer_type"] is None else f"waveforms_{found['layer_type']}"
         figure.savefig(output_dir / f"{name}.png", dpi=150)
+    return True
+
+
+def _by_waveform(own: OwnAngle, args: Arguments) -> dict[str, Any]:
+    """Search by waveform."""
+    angles = search_angles(own.rotary_dim, own.rope_theta, args.context_length, args.num_experts)
     found = {"layer_type": own.layer_type, "rotary_dim": own.rotary_dim, "rope_bases": angles}
     found["multiples"] = _multiples(angles)
     if own.rope_theta == 10_000 and args.num_experts == len(RELEASED_MULTIPLIERS):

@@ -157,7 +157,8 @@ def run(args: Arguments) -> Outcome:
     write(measured, output_dir)
     if can_draw:
         draw(measured, output_dir)
-    return Outcome(_as_text(measured, output_dir, interrupted), _as_values(measured, output_dir), interrupted)
+    where = f"Scores{' and pictures' * can_draw} are in {output_dir}."
+    return Outcome(_as_text(measured, where, interrupted), _as_values(measured, output_dir), interrupted)
 
 
 def chosen_tasks(args: Arguments, text: str) -> list[str]:
@@ -263,7 +264,7 @@ def _by_task(measured: list[Measured]) -> Iterator[tuple[Any, ...]]:
         yield task, *(one.results[task] for one in measured if task in one.results)
 
 
-def _as_text(measured: list[Measured], output_dir: Path, interrupted: bool) -> str:
+def _as_text(measured: list[Measured], where: str, interrupted: bool) -> str:
     parts = [score_table(list(results)) for _, *results in _by_task(measured)]
     parts += [
         f"perplexity of your documents ({one.losses.chunks * one.losses.edges[-1]:,} tokens), {one.name}: "
@@ -274,7 +275,7 @@ def _as_text(measured: list[Measured], output_dir: Path, interrupted: bool) -> s
     parts += [verdict(result) for result in measured[0].results.values() if result.positions]
     if interrupted:
         parts.append("Interrupted: this is what was finished.")
-    parts.append(f"Scores and pictures are in {output_dir}.")
+    parts.append(where)
     return "\n\n".join(parts)
 
 
