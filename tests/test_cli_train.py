@@ -82,6 +82,19 @@ def test_every_format_trains_and_leaves_an_adapter_with_a_card(model, tmp_path, 
     assert all(weight.abs().max() > 0.1 for name, weight in trained.named_parameters() if "moice_router" in name)
 
 
+def test_the_chat_template_of_the_training_stays_with_the_adapter(model, tmp_path, capsys):
+    template, folder, merged = tmp_path / "template.jinja", str(tmp_path / "out"), str(tmp_path / "merged")
+    template.write_text(TEMPLATE)
+    run(arguments(model, Path(folder), write_data(tmp_path, "messages"), chat_template=template))
+    capsys.readouterr()
+    measured = ["measure", "--adapter", folder, "--items", "3", "--questions", "1", "--output_dir", str(tmp_path)]
+    assert main(measured) == 0
+    assert f"Prompts are written in the chat template of {folder}, not in that of {model}." in capsys.readouterr().err
+    assert main(["merge", folder, merged]) == 0
+    assert AutoTokenizer.from_pretrained(merged).chat_template == TEMPLATE
+    assert AutoTokenizer.from_pretrained(model).chat_template is None
+
+
 @pytest.mark.parametrize("content", [None, "", "[]"])
 def test_data_is_checked_before_the_model_is_loaded(model, tmp_path, capsys, content):
     """The folder has a tokenizer and no weights."""

@@ -124,7 +124,7 @@ def run(args: Arguments) -> Outcome:
     base = base_of(args.model, args.adapter)
     names = chosen_tasks(args, text)
     output_dir = output_folder(args.output_dir)
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(base, args.adapter)
     tasks = make_tasks(names, args, text, tokenizer)
     for task, lengths in tasks:
         # What cannot be asked shows before a model is loaded.

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> Outcome:
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise UsageError(f"{output_dir} is there already. Name a new folder, or empty it first.")
     base = base_of(args.model, args.adapter, PEFT_TYPE_NAME)
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(base, args.adapter)
     merged = load_model(base, args.dtype, args.adapter).merge_and_unload()
     check(merged)
     merged.save_pretrained(output_dir)
