@@ -65,6 +65,13 @@ class TestHelp:
             printed = capsys.readouterr().out
             assert all(text in printed for text in expected)
 
+    def test_defaults_of_0_and_1_are_said_like_others(self, capsys):
+        with pytest.raises(SystemExit):
+            main(["measure", "--help"])
+        printed = capsys.readouterr().out
+        for option, default in (("--seed", "0"), ("--batch_size", "1"), ("--questions", "16")):
+            assert re.search(rf"  {option} N .* \[{default}\]\n", printed)
+
     def test_version(self, capsys):
         assert main(["--version"]) == 0
         assert capsys.readouterr().out.strip() == peft_moice.__version__

@@ -109,7 +109,8 @@ class _OneScreen(argparse.RawDescriptionHelpFormatter):
 
     def _expand_help(self, action: argparse.Action) -> str:
         text = super()._expand_help(action)
-        if action.option_strings and action.default not in (None, argparse.SUPPRESS, False, True, [], ""):
+        is_said = not isinstance(action.default, bool) and action.default not in (None, argparse.SUPPRESS, [], "")
+        if action.option_strings and is_said:
             default = action.default if isinstance(action.default, list) else [action.default]
             text += f" [{' '.join(map(str, default))}]"
         return text
