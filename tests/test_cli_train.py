@@ -201,6 +201,15 @@ class TestPresets:
         assert (parsed.trainer.max_steps, parsed.trainer.bf16) == (3, False)
         assert (parsed.data.loss_on, parsed.ours.dtype) == ("answers", "auto")
 
+    def test_epochs_override_the_steps_of_a_preset(self, model, tmp_path):
+        for preset, steps in (("retrieval", 40), ("paper", 7)):
+            parsed = train.parse(arguments(model, tmp_path, "file", preset=preset, max_steps=None))
+            assert parsed.trainer.max_steps == steps
+            for option in ("--num_train_epochs", "--num-train-epochs"):
+                argv = [*arguments(model, tmp_path, "file", preset=preset, max_steps=None), option, "2"]
+                parsed = train.parse(argv)
+                assert (parsed.trainer.max_steps, parsed.trainer.num_train_epochs) == (-1, 2)
+
     @pytest.mark.parametrize("option", [{"gradient_accumulation_steps": 4}, {"per_device_train_batch_size": 3}])
     def test_a_batch_that_cannot_be_made_is_refused(self, model, tmp_path, capsys, option):
         argv = arguments(model, tmp_path, "file", preset="paper", **option)

@@ -103,8 +103,12 @@ def parse(argv: Sequence[str]) -> TrainArguments:
         parser.add_argument("--output_dir", default="outputs/routers", help="Folder for adapter and card.")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
+    first.add_argument("--num_train_epochs", "--num-train-epochs")
+    known, _ = first.parse_known_args(argv)
     # A wrong name is left to the whole parser, which lists the right ones.
-    preset = PRESETS.get(first.parse_known_args(argv)[0].preset, {})
+    preset = dict(PRESETS.get(known.preset, {}))
+    if known.num_train_epochs is not None:
+        preset.pop("max_steps", None)  # it would win
     parser.set_defaults(output_dir="outputs/routers", remove_unused_columns=False, **preset)
     if "--help_all" in argv:
         parser.print_help()
