@@ -16,6 +16,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from peft_moice import MoICEConfig
+from peft_moice.evaluation.reader import cache_keyword
 
 PROMPT, STEPS = 16, 12
 
@@ -24,11 +25,12 @@ def milliseconds(model: nn.Module, places: int, is_compiled: bool) -> float:
     torch.compiler.reset()
     cache = StaticCache(config=model.config, max_cache_len=places)
     ids = torch.zeros(1, PROMPT, dtype=torch.long)
-    model(ids, past_key_values=cache, position_ids=torch.arange(PROMPT)[None])
+    with_cache = {cache_keyword(model): cache}
+    model(ids, position_ids=torch.arange(PROMPT)[None], **with_cache)
     step, shortest = torch.compile(model, fullgraph=True) if is_compiled else model, float("inf")
     for position in range(PROMPT, PROMPT + STEPS):
         start = time.perf_counter()
-        step(ids[:, :1], past_key_values=cache, position_ids=torch.tensor([[position]]))
+        step(ids[:, :1], position_ids=torch.tensor([[position]]), **with_cache)
         shortest = min(shortest, time.perf_counter() - start)
     return 1000 * shortest
 

@@ -38,6 +38,7 @@ from peft_moice import MoICEConfig
 from peft_moice.attention import mixed_attention
 from peft_moice.attention.certification import certify
 from peft_moice.config import RELEASED_MULTIPLIERS
+from peft_moice.evaluation.reader import cache_keyword
 from peft_moice.rope import RotaryLayout, RotationTable
 from peft_moice.router import select_experts
 
@@ -123,7 +124,7 @@ def whole_model(args: argparse.Namespace) -> Iterator[Figure]:
         ids = torch.randint(config.vocab_size, (1, tokens), device=args.device)
         with torch.no_grad():
             cache = variant(input_ids=ids, logits_to_keep=1).past_key_values
-            decode = functools.partial(variant, input_ids=ids[:, :1], past_key_values=cache)
+            decode = functools.partial(variant, input_ids=ids[:, :1], **{cache_keyword(variant): cache})
             prefill = functools.partial(variant, input_ids=ids, use_cache=False, logits_to_keep=1)
             for job, run in (("decode", decode), ("prefill", prefill)):
                 yield {"variant": name, "tokens": tokens, "job": job, **timed(run, args)}

@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from peft_moice import MoICEConfig
 from peft_moice.attention.native import kernel
+from peft_moice.evaluation.reader import cache_keyword
 from peft_moice.router import MoICERouter
 
 LAYERS, PROMPT, STEPS = 10, 32, 300
@@ -58,11 +59,12 @@ def main() -> None:
 def microseconds(model: torch.nn.Module) -> float:
     """Of a step of decoding, per layer."""
     cache = DynamicCache(config=model.config)
-    model(torch.zeros(1, PROMPT, dtype=torch.long), past_key_values=cache)
+    with_cache = {cache_keyword(model): cache}
+    model(torch.zeros(1, PROMPT, dtype=torch.long), **with_cache)
     token, seconds = torch.zeros(1, 1, dtype=torch.long), []
     for _ in range(STEPS):
         start = time.perf_counter()
-        model(token, past_key_values=cache)
+        model(token, **with_cache)
         seconds.append(time.perf_counter() - start)
     return quartile(seconds) / LAYERS
 

@@ -38,6 +38,7 @@ from transformers import DynamicCache, HfArgumentParser
 
 from peft_moice import MoICEConfig
 from peft_moice.config import RELEASED_MULTIPLIERS
+from peft_moice.evaluation.reader import cache_keyword
 
 BASE, COPIES, BUCKETS = "base", "N copies", "Buckets"
 NUM_EXPERTS = len(RELEASED_MULTIPLIERS)
@@ -245,7 +246,7 @@ def make_job(model: nn.Module, job: str, length: int, batch: int = 1) -> Callabl
         if cache is None:
             cache = random_cache(model, length)
         for _ in range(DECODE_STEPS):
-            model(input_ids=ids[:, :1], past_key_values=cache)
+            model(input_ids=ids[:, :1], **{cache_keyword(model): cache})
         cache.crop(-DECODE_STEPS)
 
     return run
@@ -254,7 +255,7 @@ def make_job(model: nn.Module, job: str, length: int, batch: int = 1) -> Callabl
 def random_cache(model: nn.Module, length: int) -> DynamicCache:
     """A cache as a prompt of `length` tokens would leave it, but for the numbers in it."""
     cache = DynamicCache(config=model.config)
-    model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=cache)
+    model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), **{cache_keyword(model): cache})
     shapes = [layer.keys.shape for layer in cache.layers]
     cache = DynamicCache(config=model.config)
     for index, (batch, heads, _, head_dim) in enumerate(shapes):

@@ -110,6 +110,11 @@ def test_caches_to_decode_from_are_as_long_as_they_say(folder):
     assert cache.get_seq_length() == 38
 
 
+@pytest.mark.filterwarnings("error:.*past_key_values")
+def test_decoding_passes_the_cache_by_the_name_that_the_model_has_for_it(folder):
+    benchmark.make_job(load(folder), "decode step", 9)()
+
+
 def test_bounds(folder):
     """With one angle the operations are the base model's; each further one adds a score product."""
     model = load(folder)

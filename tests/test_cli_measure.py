@@ -1,5 +1,7 @@
 """`peft-moice measure` on tiny models: table, scores, pictures, errors, Ctrl-C."""
 
+import gzip
+import importlib.util
 import json
 import random
 import shutil
@@ -100,6 +102,41 @@ def test_what_cannot_be_asked_shows_before_the_model_is_loaded(model, document, 
     assert "`positions` has to hold numbers in 0..1" in error(capsys, *argv, "--positions", "50")
     assert "`num_groups` is 0" in error(capsys, *argv, "--questions", "0")
     assert "gone.jsonl.gz" in error(capsys, *argv, "--key_value_file", "gone.jsonl.gz")
+    assert "`lengths` names a value twice: [3, 3]" in error(capsys, *argv, "--items", "3", "3")
+    assert "`positions` names a value twice: [0.5, 0.5]" in error(capsys, *argv, "--positions", "0.5", "0.5")
+    assert "invalid choice: 'fp16'" in error(capsys, *argv, "--dtype", "fp16")
+    (cut := tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"ordered_kv_records": []}')[:-9])
+    assert "cut.jsonl.gz cannot be decompressed" in error(capsys, *argv, "--key_value_file", str(cut))
+    (bare := tmp_path / "bare.jsonl").write_text('{"question": "w5?", "answers": [], "ctxs": []}')
+    assert "the question 'w5?' has no answer" in error(capsys, *argv, "--question_file", str(bare))
+    (folder / "chat_template.jinja").write_text("{{ messages[0].name.first }}")
+    assert "The chat template of the tokenizer refuses the prompt" in error(capsys, *argv)
+
+
+def test_no_pictures_are_named_without_matplotlib(model, options, tmp_path, capsys, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
+    assert main(["measure", "--model", model, *options]) == 0
+    assert f"Scores are in {tmp_path / 'out'}." in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["facts_0.json"]
+
+
+def test_a_task_that_is_named_twice_is_asked_once(model, document, options, tmp_path):
+    argv = ["--documents", document, "--tasks", "needles", "needles", *options]
+    assert main(["measure", "--model", model, *argv]) == 0
+    assert len(Result.load(tmp_path / "out" / "needles__single_0.json").scores) == 8  # 2 lengths, positions, questions
+
+
+def test_perplexity_says_over_how_much_it_is_or_why_it_is_missing(model, document, options, capsys):
+    argv = ["measure", "--model", model, "--documents", document, "--tasks", "facts", *options]
+    assert main(argv) == 0
+    printed = capsys.readouterr()
+    assert f"perplexity of your documents (512 tokens), {Path(model).name}: " in printed.out  # of 540
+    assert "not measured" not in printed.err
+    assert main([*argv, "--chunk_length", "541"]) == 0
+    printed = capsys.readouterr()
+    assert "perplexity of" not in printed.out
+    assert "not measured: the documents have 540 tokens, fewer than a chunk (--chunk_length 541)" in printed.err
 
 
 @pytest.mark.parametrize("calls", [0, 1, 3])

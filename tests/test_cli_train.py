@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftConfig
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny_data import TEMPLATE, write_data
-from tiny_models import save_tiny_model
+from tiny_models import load, save_tiny_model
+from transformers import AutoTokenizer
 
 from peft_moice.cli import train
 from peft_moice.cli.main import main
@@ -74,10 +75,24 @@ def test_every_format_trains_and_leaves_an_adapter_with_a_card(model, tmp_path, 
     assert "import peft_moice" in card
     assert f"| Data | {options.get('data_format', 'auto')}: {Path(file).name} |" in card
     assert "| Steps | 2 |" in card
+    assert f"| Loss on | {'all' if data_format == 'text' else 'answers'} |" in card
     assert float(re.search(r"\| MoICE \| ([\d.]+) \|", card)[1]) == pytest.approx(moice, rel=1e-5)
     trained = AutoPeftModelForCausalLM.from_pretrained(folder)
     # normal(0, 0.02) at the start; AdamW moves a weight by about the learning rate in a step.
     assert all(weight.abs().max() > 0.1 for name, weight in trained.named_parameters() if "moice_router" in name)
+
+
+def test_the_chat_template_of_the_training_stays_with_the_adapter(model, tmp_path, capsys):
+    template, folder, merged = tmp_path / "template.jinja", str(tmp_path / "out"), str(tmp_path / "merged")
+    template.write_text(TEMPLATE)
+    run(arguments(model, Path(folder), write_data(tmp_path, "messages"), chat_template=template))
+    capsys.readouterr()
+    measured = ["measure", "--adapter", folder, "--items", "3", "--questions", "1", "--output_dir", str(tmp_path)]
+    assert main(measured) == 0
+    assert f"Prompts are written in the chat template of {folder}, not in that of {model}." in capsys.readouterr().err
+    assert main(["merge", folder, merged]) == 0
+    assert AutoTokenizer.from_pretrained(merged).chat_template == TEMPLATE
+    assert AutoTokenizer.from_pretrained(model).chat_template is None
 
 
 @pytest.mark.parametrize("content", [None, "", "[]"])
@@ -91,14 +106,45 @@ def test_data_is_checked_before_the_model_is_loaded(model, tmp_path, capsys, con
     assert line.startswith("peft-moice train: ") and "data.jsonl" in line
 
 
+def test_errors_begin_a_line_behind_an_open_progress_bar(model, tmp_path, capsys):
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ raise_exception('no systems here') }}")
+    argv = arguments(model, tmp_path / "out", write_data(tmp_path, "messages"), chat_template=template)
+    line = error(capsys, argv)
+    assert re.fullmatch(r"peft-moice train: .*jsonl, line 1: .* refuses this chat: no systems here", line)
+
+
+def test_the_folder_of_an_adapter_is_no_base_model(model, tmp_path, capsys):
+    """transformers loads the adapter with its base; the routers would be trained over it and saved without it."""
+    file, folder = write_data(tmp_path, "messages"), str(tmp_path / "lora")
+    get_peft_model(load(model), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    line = error(capsys, arguments(folder, tmp_path / "out", file))
+    assert f"{folder} holds an adapter" in line and f"Name the base model alone ({model})" in line
+
+
 def test_arguments_that_do_not_go(model, tmp_path, capsys):
     file = write_data(tmp_path, "messages")
     folder = tmp_path / "out"
     assert "Did you mean --learning_rate?" in error(capsys, arguments(model, folder, file, learning_rat=1))
     assert "`top_k` is 9" in error(capsys, arguments(model, folder, file, top_k=9))
     assert "sequences_per_step 5 has to be" in error(capsys, arguments(model, folder, file, sequences_per_step=5))
+    line = error(capsys, arguments(model, folder, file, report_to="clearml"))
+    assert line.startswith("peft-moice train: --report_to clearml: ") and "pip install clearml" in line
     line = error(capsys, arguments(model, folder, file, keep_weight=1.0))
     assert re.search(r"needs more than 256 tokens .* but there are \d+\. .* --keep_files names text\.", line)
+
+
+def test_a_training_that_diverged_is_no_success(model, tmp_path, capsys):
+    argv = arguments(model, tmp_path / "out", write_data(tmp_path, "messages"), learning_rate=1e30)
+    assert "the training diverged" in (line := error(capsys, argv)) and "--learning_rate, which is 1e+30" in line
+
+
+def test_a_folder_that_takes_no_files_shows_before_the_model_is_loaded(model, tmp_path, capsys, monkeypatch):
+    """/proc is such a folder for root, too. The model's folder has a tokenizer and no weights."""
+    folder = shutil.copytree(model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    line = error(capsys, arguments(str(folder), Path("/proc"), write_data(tmp_path, "messages")))
+    assert "--output_dir /proc: nothing can be written there" in line
 
 
 class TestPresets:
@@ -155,6 +201,15 @@ class TestPresets:
         assert (parsed.trainer.max_steps, parsed.trainer.bf16) == (3, False)
         assert (parsed.data.loss_on, parsed.ours.dtype) == ("answers", "auto")
 
+    def test_epochs_override_the_steps_of_a_preset(self, model, tmp_path):
+        for preset, steps in (("retrieval", 40), ("paper", 7)):
+            parsed = train.parse(arguments(model, tmp_path, "file", preset=preset, max_steps=None))
+            assert parsed.trainer.max_steps == steps
+            for option in ("--num_train_epochs", "--num-train-epochs"):
+                argv = [*arguments(model, tmp_path, "file", preset=preset, max_steps=None), option, "2"]
+                parsed = train.parse(argv)
+                assert (parsed.trainer.max_steps, parsed.trainer.num_train_epochs) == (-1, 2)
+
     @pytest.mark.parametrize("option", [{"gradient_accumulation_steps": 4}, {"per_device_train_batch_size": 3}])
     def test_a_batch_that_cannot_be_made_is_refused(self, model, tmp_path, capsys, option):
         argv = arguments(model, tmp_path, "file", preset="paper", **option)
@@ -174,6 +229,18 @@ def test_resuming_ends_where_the_straight_run_does(model, tmp_path):
         assert torch.equal(weight, actual[name]), name
     at_two = adapter(resumed / "checkpoint-2")
     assert not all(torch.equal(weight, at_two[name]) for name, weight in expected.items())
+
+
+def test_the_last_checkpoint_is_of_the_last_training_and_whole(tmp_path):
+    for age, name in enumerate(["checkpoint-9", "checkpoint-12", "checkpoint-40"]):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").touch()
+        os.utime(tmp_path / name, (1e9 - 60 * age,) * 2)
+    assert train.last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-9")
+    (tmp_path / "checkpoint-9" / "trainer_state.json").unlink()
+    os.utime(tmp_path / "checkpoint-9", (1e9,) * 2)
+    assert train.last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-12")
+    assert train.last_checkpoint(str(tmp_path / "gone")) is None
 
 
 SHORT = {"preset": "retrieval", "keep_tokens": 32, "max_steps": 4}

@@ -21,6 +21,7 @@ from peft_moice.data import (
     pack,
     plain_text,
     read_source,
+    read_text,
 )
 from peft_moice.data.chats import read_chats
 from peft_moice.pretraining import add_routers
@@ -93,6 +94,24 @@ class TestSources:
         assert read({"prompt": "u", "completion": "a"}) == read({"prompt": "u", "response": "a"}) == [user, answer]
         assert read({"prompt": [system, user], "completion": [answer]}) == [system, user, answer]
 
+    def test_a_byte_order_mark_is_no_part_of_the_text(self, tmp_path):
+        expected = chats(write_data(tmp_path, "messages"))
+        for name, content in (("a.jsonl", "\n".join(map(json.dumps, records("messages")))), ("a.txt", "w5 w6")):
+            (tmp_path / name).write_text(content, encoding="utf-8-sig")
+        assert chats(tmp_path / "a.jsonl") == expected
+        assert read_text(tmp_path / "a.txt") == "w5 w6"
+
+    def test_damaged_archives_are_named(self, tmp_path):
+        whole = gzip.compress(b'{"prompt": "w5", "answer": "w6"}\n' * 500)
+        for name, content in (("cut", whole[:60]), ("mixed", whole[:30] + b"x" * 30), ("plain", b"w5 w6")):
+            (tmp_path / f"{name}.jsonl.gz").write_bytes(content)
+            with pytest.raises(ValueError, match=rf"{name}\.jsonl\.gz cannot be decompressed .* again\."):
+                chats(tmp_path / f"{name}.jsonl.gz")
+
+    def test_folders_of_text_are_no_files(self, tmp_path):
+        with pytest.raises(ValueError, match=r"is a folder\. Name the files of text in it, such as .*\*\.txt"):
+            read_text(tmp_path)
+
     @pytest.mark.parametrize("name", ["gone.jsonl", "data/gone.jsonl", "gone", "../gone/data.parquet"])
     def test_missing_files_are_not_taken_for_data_sets(self, name):
         with pytest.raises(ValueError, match=rf"{re.escape(name)}: there is no such file.*OWNER/NAME"):
@@ -119,6 +138,7 @@ class TestSources:
         ("prompt_answer", b'{"prompt": "w5", "answer": "w6"}\n{"prompt": "w5"}\n', r"line 2: no 'answer'"),
         ("prompt_answer", b'{"prompt": "w5", "answer": 6}\n', r"line 1: every message needs .* both strings"),
         ("prompt_answer", b'{"prompt": "w5", "answer": ""}\n', r"line 1: there is no answer"),
+        ("prompt_answer", b'{"prompt": "w5 \\ud83d", "answer": "w6"}', r"line 1: a message holds '\\ud83d', half of"),
         ("prompt_answer", b'"w5"\n', r"line 1: a record has to be an object"),
         ("auto", b'"w5"\n', r"line 1: a record has to be an object"),
         ("auto", b'{"text": "w5"}\n', r"line 1: the columns \['text'\] are of no known format"),

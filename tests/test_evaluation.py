@@ -457,6 +457,11 @@ class TestResult:
         assert one_draw.interval("loss") == bootstrap_interval([[1.0], [0.0], [0.0]])
         all_right = result([(g, p, 1.0) for g in range(4) for p in (0.0, 0.5, 1.0)])
         assert all_right.interval() == wilson_interval(4, 4)
+        all_alike = result([(g, p, s) for g in range(4) for p, s in ((0.0, 1.0), (0.5, 0.0), (0.6, 0.0), (1.0, 0.0))])
+        assert all_alike.interval() == wilson_interval(1, 4)
+        halves = result([(g, 0.0, 0.25) for g in range(4)])  # the share of several answers
+        assert halves.interval() == wilson_interval(1, 4)
+        assert halves.interval("loss") == (0.25, 0.25)
 
     def test_survives_the_disk(self, tmp_path):
         self.RESULT.save(tmp_path / "result.json")

@@ -9,6 +9,8 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from peft_moice.evaluation.reader import cache_keyword
+
 
 class Buckets(nn.Module):
     """One model, read once under each base; its probabilities are averaged with weights softmax(greatest probability).
@@ -38,13 +40,12 @@ class Buckets(nn.Module):
         for multiplier, cache in zip(self.multipliers, caches, strict=True):
             for layer in self.model.model.layers:
                 layer.self_attn.head_geometry.base.data.fill_(math.log(multiplier))
-            out = self.model(
-                input_ids=input_ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=logits_to_keep
-            )
+            options = {"use_cache": cache is not None, "logits_to_keep": logits_to_keep}
+            out = self.model(input_ids=input_ids, **options, **{cache_keyword(self.model): cache})
             log_probs.append(out.logits.float().log_softmax(-1))
         stacked = torch.stack(log_probs)
         weights = stacked.amax(-1, keepdim=True).exp().log_softmax(0)
-        return CausalLMOutputWithPast(logits=(stacked + weights).logsumexp(0), past_key_values=past_key_values)
+        return CausalLMOutputWithPast(logits=(stacked + weights).logsumexp(0))
 
 
 def buckets(model: nn.Module, options: dict) -> nn.Module:

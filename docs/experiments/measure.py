@@ -12,6 +12,7 @@ from forms import FIRST, LAST
 from transformers import DynamicCache
 
 from peft_moice.evaluation import FactList, encode_chat, sample_facts
+from peft_moice.evaluation.reader import cache_keyword
 
 MIN_READ = 9
 """Tokens that a continued pass reads at least: experimental operators are served by the path of long passes."""
@@ -49,9 +50,8 @@ class Reader:
             shared += 1
         if len(self.ids) > shared:
             self.cache.crop(shared - len(self.ids))
-        out = self.model(
-            input_ids=torch.tensor([ids[shared:]]), past_key_values=self.cache, logits_to_keep=len(ids) - first + 1
-        )
+        inputs, with_cache = torch.tensor([ids[shared:]]), {cache_keyword(self.model): self.cache}
+        out = self.model(input_ids=inputs, logits_to_keep=len(ids) - first + 1, **with_cache)
         self.ids = ids
         return out.logits[0, :-1].float()
 

@@ -13,8 +13,8 @@ from ..angles import OwnAngle, own_angles, score_angles, search_angles
 from ..config import RELEASED_MULTIPLIERS
 from ..evaluation import encode_chat, sample_facts
 from ..plotting import plot_waveforms
-from .models import load_model, load_tokenizer
-from .parsing import Outcome, Parser, UsageError
+from .models import Dtype, load_model, load_tokenizer
+from .parsing import Outcome, Parser, UsageError, output_folder
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Arguments:
     num_experts: int = field(default=7, metadata={"help": "Number of angles, the model's own included."})
     facts: int = field(default=30, metadata={"help": "Facts in a prompt of the measurement."})
     prompts: int = field(default=10, metadata={"help": "Prompts of the measurement."})
-    dtype: str | None = field(
+    dtype: Dtype | None = field(
         default=None, metadata={"help": "Of the model. Default: float32 on a CPU, else the checkpoint's own."}
     )
     output_dir: str = field(default="outputs/angles", metadata={"help": "Folder for the picture."})
@@ -69,14 +69,14 @@ def run(args: Arguments) -> Outcome:
     sample_facts(args.facts, random.Random(0))
     if args.prompts < 1:
         raise UsageError(f"--prompts is {args.prompts}, but has to be at least 1.")
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    output_dir = output_folder(args.output_dir)
     own, model, tokenizer = [OwnAngle(args.rope_theta, args.head_dim, None)], None, None
     if args.model is not None:
         tokenizer = load_tokenizer(args.model)
         model = load_model(args.model, args.dtype).eval()
         own = own_angles(model)
-    searched = [_by_waveform(angle, args, output_dir) for angle in own]
+    searched = [_by_waveform(angle, args) for angle in own]
+    is_drawn = _draw(searched, args.context_length, output_dir)
     lines = [_waveform_in_words(found) for found in searched]
     values: dict[str, Any] = {"by_waveform": searched, "by_measurement": None}
     if len(own) > 1:
@@ -97,20 +97,27 @@ def run(args: Arguments) -> Outcome:
         lines += [f"  {multiple:>6} times: mean loss {loss:.3f}" for multiple, loss in means.items()]
         lines.append(f"By measurement, in the order of their use: {_multiples(chosen)}")
         values["by_measurement"] = {"rope_bases": chosen, "multiples": _multiples(chosen), "mean_losses": means}
-    lines.append(f"Pictures of the waveforms are in {output_dir}.")
+    if is_drawn:
+        lines.append(f"Pictures of the waveforms are in {output_dir}.")
     return Outcome("\n".join(lines), values)
 
 
-def _by_waveform(own: OwnAngle, args: Arguments, output_dir: Path) -> dict[str, Any]:
-    """Search by waveform, and draw the choice."""
-    angles = search_angles(own.rotary_dim, own.rope_theta, args.context_length, args.num_experts)
-    try:
-        figure = plot_waveforms(own.rotary_dim, angles[:_MOST_DRAWN], args.context_length)
-    except ImportError as error:
-        logger.warning("No picture is drawn. %s", error)
-    else:
-        name = "waveforms" if own.layer_type is None else f"waveforms_{own.layer_type}"
+def _draw(searched: list[dict[str, Any]], context_length: int, output_dir: Path) -> bool:
+    """Draw the choices by waveform; whether it could be done."""
+    for found in searched:
+        try:
+            figure = plot_waveforms(found["rotary_dim"], found["rope_bases"][:_MOST_DRAWN], context_length)
+        except ImportError as error:
+            logger.warning("No picture is drawn. %s", error)
+            return False
+        name = "waveforms" if found["layer_type"] is None else f"waveforms_{found['layer_type']}"
         figure.savefig(output_dir / f"{name}.png", dpi=150)
+    return True
+
+
+def _by_waveform(own: OwnAngle, args: Arguments) -> dict[str, Any]:
+    """Search by waveform."""
+    angles = search_angles(own.rotary_dim, own.rope_theta, args.context_length, args.num_experts)
     found = {"layer_type": own.layer_type, "rotary_dim": own.rotary_dim, "rope_bases": angles}
     found["multiples"] = _multiples(angles)
     if own.rope_theta == 10_000 and args.num_experts == len(RELEASED_MULTIPLIERS):

@@ -28,8 +28,8 @@ from ..evaluation import (
 from ..evaluation.needles import Kind
 from ..evaluation.trial import try_task
 from ..plotting import plot_losses
-from .models import base_of, load_model, load_tokenizer
-from .parsing import Outcome, Parser, UsageError
+from .models import Dtype, base_of, load_model, load_tokenizer
+from .parsing import Outcome, Parser, UsageError, output_folder
 from .tables import score_table, verdict
 
 logger = logging.getLogger(__name__)
@@ -48,8 +48,8 @@ _EPILOG = """tasks (--tasks; 'right' is decided by greedy decoding, loss is that
   variables   a chain of assignments (needles to variables: definitions of RULER)
   also        --key_value_file and --question_file of "Lost in the Middle", --exam_files of L-Eval, by their paths
 
-Documents are files of text (UTF-8); perplexity and loss by position are measured on them as well. Scores are written
-to --output_dir as soon as a task is done at a length, so Ctrl-C loses only what is under way.
+Documents are files of text (UTF-8); perplexity and loss by position are measured on their first 16 chunks as well.
+Scores are written to --output_dir as soon as a task is done at a length, so Ctrl-C loses only what is under way.
 
 examples
   peft-moice measure --model HuggingFaceTB/SmolLM2-135M-Instruct
@@ -77,9 +77,11 @@ class Arguments:
     question_file: str | None = field(default=None, metadata={"help": "nq-open-oracle.jsonl.gz, --passages each."})
     passages: list[int] = field(default_factory=lambda: [10], metadata={"help": "Passages in a prompt of questions."})
     exam_files: list[str] = field(default_factory=list, metadata={"help": "Closed tasks of L-Eval, --lengths tokens."})
-    chunk_length: int = field(default=1024, metadata={"help": "Tokens that the loss on documents is measured over."})
+    chunk_length: int = field(
+        default=1024, metadata={"help": "Tokens of a chunk of the documents, for loss and perplexity."}
+    )
     seed: int = field(default=0, metadata={"help": "Of the questions; equal seeds ask the same."})
-    dtype: str | None = field(
+    dtype: Dtype | None = field(
         default=None, metadata={"help": "Of the model. Default: float32 on a CPU, else the checkpoint's own."}
     )
     output_dir: str = field(default="outputs/measure", metadata={"help": "Folder for scores and pictures."})
@@ -121,13 +123,19 @@ def run(args: Arguments) -> Outcome:
     text = "\n\n".join(read_text(file) for file in args.documents)
     base = base_of(args.model, args.adapter)
     names = chosen_tasks(args, text)
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    tokenizer = load_tokenizer(base)
+    output_dir = output_folder(args.output_dir)
+    tokenizer = load_tokenizer(base, args.adapter)
     tasks = make_tasks(names, args, text, tokenizer)
     for task, lengths in tasks:
         # What cannot be asked shows before a model is loaded.
         try_task(task, tokenizer, lengths, args.positions, args.questions)
+    num_tokens = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    if args.documents and num_tokens < args.chunk_length:
+        logger.warning(
+            "Perplexity and loss by position are not measured: the documents have %d tokens, fewer than a chunk "
+            "(--chunk_length %d).",
+            *(num_tokens, args.chunk_length),
+        )
     can_draw = importlib.util.find_spec("matplotlib") is not None
     if not can_draw:
         logger.warning("Without matplotlib no pictures are drawn: pip install 'peft_moice[plot]'.")
@@ -139,7 +147,8 @@ def run(args: Arguments) -> Outcome:
             if adapter is not None:
                 model = PeftModel.from_pretrained(model, adapter)
             measured.append(Measured(name))
-            for _ in measure(model, tokenizer, tasks, text, args, measured[-1]):
+            running = text if num_tokens >= args.chunk_length else ""
+            for _ in measure(model, tokenizer, tasks, running, args, measured[-1]):
                 write(measured, output_dir)
     except KeyboardInterrupt:
         if not any(one.results for one in measured):
@@ -148,7 +157,8 @@ def run(args: Arguments) -> Outcome:
     write(measured, output_dir)
     if can_draw:
         draw(measured, output_dir)
-    return Outcome(_as_text(measured, output_dir, interrupted), _as_values(measured, output_dir), interrupted)
+    where = f"Scores{' and pictures' * can_draw} are in {output_dir}."
+    return Outcome(_as_text(measured, where, interrupted), _as_values(measured, output_dir), interrupted)
 
 
 def chosen_tasks(args: Arguments, text: str) -> list[str]:
@@ -159,7 +169,7 @@ def chosen_tasks(args: Arguments, text: str) -> list[str]:
     """
     with_files = any((args.key_value_file, args.question_file, args.exam_files))
     default = ["needles", "keys"] if args.documents else [] if with_files else ["facts"]
-    names = default if args.tasks is None else args.tasks
+    names = default if args.tasks is None else list(dict.fromkeys(args.tasks))
     if unknown := sorted(set(names) - {*NEEDLES, *_WITHOUT_FILES}):
         raise UsageError(f"--tasks names {unknown}; choose among {', '.join([*_WITHOUT_FILES, *NEEDLES])}.")
     if NEEDLES.keys() & set(names) and not text.strip():
@@ -216,7 +226,7 @@ def measure(
             before = measured.results.get(task.name)
             measured.results[task.name] = result if before is None else _joined(before, result)
             yield
-    if len(tokenizer(text, verbose=False)["input_ids"]) > args.chunk_length:
+    if text:
         chunks = {"chunk_length": args.chunk_length, "max_chunks": _MAX_CHUNKS}
         measured.losses = losses_by_position(model, tokenizer, text, **chunks)
         measured.perplexity = perplexity(model, tokenizer, text, **chunks)
@@ -254,17 +264,18 @@ def _by_task(measured: list[Measured]) -> Iterator[tuple[Any, ...]]:
         yield task, *(one.results[task] for one in measured if task in one.results)
 
 
-def _as_text(measured: list[Measured], output_dir: Path, interrupted: bool) -> str:
+def _as_text(measured: list[Measured], where: str, interrupted: bool) -> str:
     parts = [score_table(list(results)) for _, *results in _by_task(measured)]
     parts += [
-        f"perplexity of your documents, {one.name}: {one.perplexity:.3f}"
+        f"perplexity of your documents ({one.losses.chunks * one.losses.edges[-1]:,} tokens), {one.name}: "
+        f"{one.perplexity:.3f}"
         for one in measured
-        if one.perplexity is not None
+        if one.losses is not None and one.perplexity is not None
     ]
     parts += [verdict(result) for result in measured[0].results.values() if result.positions]
     if interrupted:
         parts.append("Interrupted: this is what was finished.")
-    parts.append(f"Scores and pictures are in {output_dir}.")
+    parts.append(where)
     return "\n\n".join(parts)
 
 

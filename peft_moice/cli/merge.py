@@ -3,10 +3,11 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from ..config import PEFT_TYPE_NAME
 from ..self_check import check
-from .models import base_of, load_model, load_tokenizer
+from .models import Dtype, base_of, load_model, load_tokenizer
 from .parsing import Outcome, Parser, UsageError
 
 SUMMARY = "build an adapter into its base model, as a folder that from_pretrained reads"
@@ -27,7 +28,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("adapter", metavar="ADAPTER", help="Folder or Hub id of the adapter.")
     parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="Folder to write; has to be new or empty.")
     parser.add_argument("--model", help="Folder or Hub id of the base model. Default: the adapter's config knows it.")
-    parser.add_argument("--dtype", help="Of the merged weights: float32, bfloat16, float16.", default="auto")
+    parser.add_argument(
+        "--dtype", choices=get_args(Dtype), help="Of the merged weights: float32, bfloat16, float16.", default="auto"
+    )
     (parsed,) = parser.parse(argv)
     assert isinstance(parsed, argparse.Namespace)
     return parsed
@@ -39,7 +42,7 @@ def run(args: argparse.Namespace) -> Outcome:
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise UsageError(f"{output_dir} is there already. Name a new folder, or empty it first.")
     base = base_of(args.model, args.adapter, PEFT_TYPE_NAME)
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(base, args.adapter)
     merged = load_model(base, args.dtype, args.adapter).merge_and_unload()
     check(merged)
     merged.save_pretrained(output_dir)

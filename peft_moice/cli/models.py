@@ -1,10 +1,11 @@
 """Loads models, tokenizers and adapters by name, as cheaply as what is asked of them allows."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -13,6 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import CONFIG_NAME
 
 from .parsing import UsageError
+
+logger = logging.getLogger(__name__)
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+"""Of a model's weights; "auto" is the checkpoint's own."""
 
 
 def base_of(model: str | None, adapter: str | None, peft_type: str | None = None) -> str:
@@ -41,18 +47,27 @@ def base_of(model: str | None, adapter: str | None, peft_type: str | None = None
     return base
 
 
-def load_tokenizer(model: str) -> Any:
-    """The tokenizer of a model."""
-    return AutoTokenizer.from_pretrained(model)
+def load_tokenizer(model: str, adapter: str | None = None) -> Any:
+    """The tokenizer of a model, with the chat template that its adapter was trained with, if that was saved."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if adapter is not None:
+        try:
+            template = AutoTokenizer.from_pretrained(adapter).chat_template
+        except (OSError, ValueError):  # an adapter alone
+            template = None
+        if template and template != tokenizer.chat_template:
+            logger.info("Prompts are written in the chat template of %s, not in that of %s.", adapter, model)
+            tokenizer.chat_template = template
+    return tokenizer
 
 
-def load_model(model: str, dtype: str | None = None, adapter: str | None = None) -> Any:
+def load_model(model: str, dtype: Dtype | None = None, adapter: str | None = None) -> Any:
     """A causal language model, with an adapter if one is named, on the accelerator if there is one.
 
     Args:
         model: folder or Hub id.
-        dtype: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16". Default: float32 on a CPU, where
-            others are slow, and the checkpoint's own on an accelerator.
+        dtype: of its weights. Default: float32 on a CPU, where others are slow, and the checkpoint's own on an
+            accelerator.
         adapter: folder or Hub id of an adapter of PEFT.
     """
     has_accelerator = torch.accelerator.is_available()

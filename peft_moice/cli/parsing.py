@@ -5,6 +5,8 @@ import difflib
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
@@ -30,6 +32,22 @@ class Outcome:
     text: str
     values: dict[str, Any] | None
     interrupted: bool = False
+
+
+def output_folder(name: str) -> Path:
+    """The folder `name`, made if it is missing.
+
+    Raises:
+        UsageError: nothing can be written into it, which would show at the end of the work.
+    """
+    folder = Path(name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"--output_dir {name}: nothing can be written there ({error}). Name another.") from None
+    return folder
 
 
 class Parser(HfArgumentParser):
@@ -91,7 +109,8 @@ class _OneScreen(argparse.RawDescriptionHelpFormatter):
 
     def _expand_help(self, action: argparse.Action) -> str:
         text = super()._expand_help(action)
-        if action.option_strings and action.default not in (None, argparse.SUPPRESS, False, True, [], ""):
+        is_said = not isinstance(action.default, bool) and action.default not in (None, argparse.SUPPRESS, [], "")
+        if action.option_strings and is_said:
             default = action.default if isinstance(action.default, list) else [action.default]
             text += f" [{' '.join(map(str, default))}]"
         return text

@@ -9,8 +9,11 @@ from typing import Any, Literal
 
 import torch
 from peft import get_peft_model
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import SchedulerType, get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import SchedulerType, sort_checkpoints
 
 from ..callback import MoICECallback
 from ..config import MoICEConfig
@@ -19,7 +22,8 @@ from ..hub import write_model_card
 from ..training import BalanceLossMixin, KeepCloseMixin
 from ..training.keep_close import check_enough_text, text_ids
 from .interrupts import StopOnSignal
-from .parsing import Outcome, Parser, UsageError
+from .models import Dtype
+from .parsing import Outcome, Parser, UsageError, output_folder
 from .presets import PRESETS
 
 logger = logging.getLogger(__name__)
@@ -73,7 +77,7 @@ class Arguments:
     sequences_per_step: int | None = field(
         default=None, metadata={"help": "Batch over all devices; sets gradient_accumulation_steps."}
     )
-    dtype: str = field(default="auto", metadata={"help": "Of the base model: auto, float32, bfloat16, float16."})
+    dtype: Dtype = field(default="auto", metadata={"help": "Of the base model: auto, float32, bfloat16, float16."})
     attn_implementation: str | None = field(default=None, metadata={"help": "Of the base model. Default: its own."})
 
 
@@ -99,8 +103,12 @@ def parse(argv: Sequence[str]) -> TrainArguments:
         parser.add_argument("--output_dir", default="outputs/routers", help="Folder for adapter and card.")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
+    first.add_argument("--num_train_epochs", "--num-train-epochs")
+    known, _ = first.parse_known_args(argv)
     # A wrong name is left to the whole parser, which lists the right ones.
-    preset = PRESETS.get(first.parse_known_args(argv)[0].preset, {})
+    preset = dict(PRESETS.get(known.preset, {}))
+    if known.num_train_epochs is not None:
+        preset.pop("max_steps", None)  # it would win
     parser.set_defaults(output_dir="outputs/routers", remove_unused_columns=False, **preset)
     if "--help_all" in argv:
         parser.print_help()
@@ -138,26 +146,43 @@ def run(args: TrainArguments) -> Outcome:
     train_examples = load_examples(data.train_files, tokenizer, data, training.seed, quiet)
     eval_examples = load_examples(data.eval_files, tokenizer, data, training.seed + 1, quiet)
     keep_ids = ordinary_text(args, tokenizer)
+    output_folder(str(training.output_dir))
     checkpoint = training.resume_from_checkpoint
     if checkpoint == "last":
-        folder = str(training.output_dir)
-        checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+        checkpoint = last_checkpoint(str(training.output_dir))
     model = AutoModelForCausalLM.from_pretrained(
         ours.model, dtype=ours.dtype, attn_implementation=ours.attn_implementation
     )
-    trainer = RouterTrainer(
-        recipe=args,
-        keep_text=keep_ids,
-        keep_weight=ours.keep_weight,
-        keep_tokens=ours.keep_tokens,
-        model=get_peft_model(model, config),
-        args=training,
-        train_dataset=train_examples,
-        eval_dataset=eval_examples or None,
-        data_collator=Collator(tokenizer),
-        processing_class=tokenizer,
-    )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UsageError(
+            f"{ours.model} holds an adapter, without which the routers would be saved. Name the base model alone "
+            f"({model.name_or_path}); merge LoRA into it first. --resume_from_checkpoint goes on with a training."
+        )
+    adapted = get_peft_model(model, config)
+    try:
+        trainer = RouterTrainer(
+            recipe=args,
+            keep_text=keep_ids,
+            keep_weight=ours.keep_weight,
+            keep_tokens=ours.keep_tokens,
+            model=adapted,
+            args=training,
+            train_dataset=train_examples,
+            eval_dataset=eval_examples or None,
+            data_collator=Collator(tokenizer),
+            processing_class=tokenizer,
+        )
+    except RuntimeError as error:
+        if "to be installed" not in str(error):
+            raise
+        raise UsageError(f"--report_to {' '.join(training.report_to)}: {error}") from error
     return train(trainer, checkpoint)
+
+
+def last_checkpoint(folder: str) -> str | None:
+    """The whole checkpoint that was written last. Another training in the folder may have left higher numbers."""
+    paths = sort_checkpoints(folder, use_mtime=True)
+    return next((path for path in reversed(paths) if Path(path, TRAINER_STATE_NAME).is_file()), None)
 
 
 def make_config(ours: Arguments) -> MoICEConfig:
@@ -216,6 +241,12 @@ def train(trainer: "RouterTrainer", checkpoint: str | None) -> Outcome:
 
 def _outcome(trainer: "RouterTrainer", interrupted: bool) -> Outcome:
     folder, step = trainer.args.output_dir, trainer.state.global_step
+    file = Path(str(folder), SAFETENSORS_WEIGHTS_NAME)
+    if file.is_file() and not all(weight.isfinite().all() for weight in load_file(file).values()):
+        raise UsageError(
+            f"the training diverged, and what is in {folder} cannot be used: weights of the routers are not finite. "
+            f"Lower --learning_rate, which is {trainer.args.learning_rate:g}."
+        )
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     values: dict[str, Any] = {
         "adapter": folder,
@@ -259,7 +290,7 @@ class RouterTrainer(KeepCloseMixin, BalanceLossMixin, Trainer):
             "Preset": ours.preset or "none",
             "Data": f"{data.data_format}: {', '.join(Path(file).name for file in data.train_files)}",
             "Rows": f"{len(rows):,} of up to {data.max_length:,} tokens{', packed' * data.packing}",
-            "Loss on": "all" if data.data_format == "text" else data.loss_on,
+            "Loss on": data.loss_on if any(-100 in part["labels"] for row in rows for part in row) else "all",
             "Steps": self.state.global_step,
             "Rows per step": training.train_batch_size * training.gradient_accumulation_steps * training.world_size,
             "Learning rate": f"{training.learning_rate:g}, {SchedulerType(training.lr_scheduler_type).value}",

@@ -139,6 +139,12 @@ def _list_of_messages(messages: object) -> Chat:
         for message in messages
     ):
         raise BadRecord("every message needs a 'role' and a 'content', both strings.")
+    for message in messages:
+        try:
+            message["content"].encode()
+        except UnicodeEncodeError as error:
+            half = message["content"][error.start]
+            raise BadRecord(f"a message holds {half!r}, half of a character, as text cut in the middle has.") from None
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 

@@ -44,10 +44,8 @@ def load_examples(
         sequences = [sequence for file in files for sequence in encode_text(file, tokenizer, args.max_length)]
     else:
         chats = _chats(files, args, data_format, seed)
-        sequences = [
-            encode_chat(where, messages, tokenizer, args.loss_on)
-            for where, messages in tqdm(chats, desc="encoding", unit="chat", disable=quiet)
-        ]
+        with tqdm(chats, desc="encoding", unit="chat", disable=quiet) as progress:
+            sequences = [encode_chat(where, messages, tokenizer, args.loss_on) for where, messages in progress]
     kept = [sequence for sequence in sequences if len(sequence["input_ids"]) <= args.max_length]
     longest = max(len(sequence["input_ids"]) for sequence in sequences)
     if not kept:

@@ -50,8 +50,8 @@ def encode_chat(where: str, messages: Chat, tokenizer: Any, loss_on: str = "answ
                 if not (text.startswith(before) and text.startswith(after)):
                     raise ValueError(
                         f"{where}: the chat template writes message {index} differently when others follow, so "
-                        "answers cannot be told from prompts. Use loss_on all, chats of one answer, or another "
-                        "chat_template."
+                        "answers cannot be told from prompts. Use loss_on all, chats of one answer (for documents: "
+                        "questions 1), or another chat_template."
                     )
                 spans.append((len(before), len(after)))
         labels = [

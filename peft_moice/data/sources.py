@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,17 +52,24 @@ def read_source(name: str) -> Source:
 
 
 def read_text(file: str | Path) -> str:
-    """The text of a file.
+    """The text of a file, decompressed if its name ends with `.gz`, without a byte order mark.
 
     Raises:
-        ValueError: it is missing or not UTF-8, naming file, line and reason.
+        ValueError: it is missing, damaged or not UTF-8, naming file, line and reason.
     """
     path = Path(file)
+    if path.is_dir():
+        raise ValueError(f"{file} is a folder. Name the files of text in it, such as {path / '*.txt'}.")
     if not path.is_file():
         raise ValueError(f"{file}: there is no such file. Give the path of a file of text.")
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    raw = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            raw = gzip.decompress(raw)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{file} cannot be decompressed ({error}). Download or compress it again.") from None
     try:
-        return raw.decode("utf-8")
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise ValueError(f"{file}, line {line}: not UTF-8 text ({error.reason}). Save it as UTF-8.") from None

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
+
 from .task import Example
 
 
@@ -23,12 +25,12 @@ def encode_example(tokenizer: Any, example: Example, answer: str) -> EncodedExam
     """Encode a prompt, in the tokenizer's chat template if it has one, and an answer to it.
 
     Raises:
-        ValueError: the tokenizer is a slow one, or the answer is empty.
+        ValueError: the tokenizer is a slow one, its chat template refuses the prompt, or the answer is empty.
     """
     check_fast(tokenizer)
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": example.prompt}]
-        before = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) + example.opening
+        before = apply_template(tokenizer, messages, add_generation_prompt=True) + example.opening
     else:
         before = f"{example.prompt}\n{example.opening}"
     encoded = tokenizer(
@@ -42,6 +44,24 @@ def encode_example(tokenizer: Any, example: Example, answer: str) -> EncodedExam
     if start is None or not answer.strip():
         raise ValueError(f"The answer {answer!r} has no tokens. Give answers that are not empty.")
     return EncodedExample(encoded["input_ids"], start)
+
+
+def apply_template(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
+    """`messages` as the tokenizer's chat template writes them.
+
+    Raises:
+        ValueError: the template refuses them.
+    """
+    try:
+        text: str = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateError as error:
+        raise ValueError(
+            f"The chat template of the tokenizer refuses the prompt: {error}. Set `chat_template` to another, or to "
+            "None, in the tokenizer."
+        ) from None
+    return text
 
 
 def check_fast(tokenizer: Any) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .encoding import check_fast
+from .encoding import apply_template, check_fast
 from .task import Example, Scoring, place
 
 NAMES = """
@@ -105,7 +105,7 @@ def encode_chat(tokenizer: Any, facts: FactList, asked: list[int]) -> EncodedCha
         asked: indices of the facts to ask for, at least one.
 
     Raises:
-        ValueError: the tokenizer is a slow one, or nothing is asked.
+        ValueError: the tokenizer is a slow one, its chat template refuses the chat, or nothing is asked.
     """
     check_fast(tokenizer)
     if not asked:
@@ -117,7 +117,7 @@ def encode_chat(tokenizer: Any, facts: FactList, asked: list[int]) -> EncodedCha
         messages.append({"role": "assistant", "content": _fact(facts.names[index], facts.codes[index])})
     has_template = bool(tokenizer.chat_template)
     if has_template:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        text = apply_template(tokenizer, messages)
     else:
         text = "\n".join(message["content"] for message in messages)
     encoded = tokenizer(text, add_special_tokens=not has_template, return_offsets_mapping=True)

@@ -6,13 +6,13 @@ from math import sqrt
 from statistics import NormalDist
 
 
-def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson_interval(successes: float, trials: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson score interval of a binomial proportion (E. B. Wilson, JASA 1927).
 
     Unlike the normal approximation it stays inside [0, 1], and has a width at 0 and at 1.
 
     Args:
-        successes: number of successes, 0 to `trials`.
+        successes: number of successes, 0 to `trials`; a sum of shares need not be whole.
         trials: number of trials, at least 1.
         confidence: probability of covering the true proportion, in (0, 1). Default: 0.95.
 

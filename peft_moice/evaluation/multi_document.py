@@ -34,6 +34,11 @@ class MultiDocument:
 
     def __init__(self, file: str | Path):
         self.records = read_json_lines(file, ("question", "answers", "ctxs"))
+        for record in self.records:
+            if not record["answers"] or not record["ctxs"]:
+                raise ValueError(
+                    f"{file}: the question {record['question']!r} has no answer or no passage. Leave it out."
+                )
         self._order = Deck(self.records)
 
     def draw(self, rng: random.Random, length: int, positions: Sequence[float]) -> list[Example]:

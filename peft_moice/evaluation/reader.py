@@ -22,9 +22,7 @@ class Reader:
 
     def __init__(self, model: Any):
         self.model = model
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        keywords = inspect.signature(base.forward).parameters
-        self._keyword = "cache" if "cache" in keywords else "past_key_values"
+        self._keyword = cache_keyword(model)
         kinds = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
         self._goes_back = all(isinstance(layer, DynamicLayer) for layer in kinds)
         self._ids: list[int] = []
@@ -119,6 +117,12 @@ class Reader:
             self._cache = DynamicCache()
         elif length < len(self._ids):
             self._cache.crop(length - len(self._ids))
+
+
+def cache_keyword(model: Any) -> str:
+    """What a model calls the cache that is passed to it: `cache`, or `past_key_values` up to transformers 5.23."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
 
 
 def common_length(first: list[int], second: list[int]) -> int:

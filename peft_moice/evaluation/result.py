@@ -101,7 +101,8 @@ class Result:
 
         Wilson's for scores of 0 and 1 of which every draw gave one; else a bootstrap over draws, whose questions
         share their material and so are not independent. The questions of a single draw have to pass for independent.
-        Where all questions are right, or all wrong, it is Wilson's again, and every draw counts once.
+        Where all draws have the same mean score, the bootstrap would have no width: it is Wilson's again, and every
+        draw counts once.
         """
         chosen = self.select(length, position)
         values = [getattr(score, field) for score in chosen]
@@ -109,11 +110,10 @@ class Result:
         for score, value in zip(chosen, values, strict=True):
             draws.setdefault((score.length, score.group), []).append(value)
         groups = list(draws.values()) if len(draws) > 1 else [[value] for value in values]
-        if field == "score" and set(values) <= {0.0, 1.0}:
-            if len(groups) == len(values):
-                return wilson_interval(round(sum(values)), len(values), confidence)
-            if len(set(values)) == 1:
-                return wilson_interval(round(values[0]) * len(groups), len(groups), confidence)
+        means = [fmean(group) for group in groups]
+        independent = len(groups) == len(values) and set(values) <= {0.0, 1.0}
+        if field == "score" and (independent or len(set(means)) == 1):
+            return wilson_interval(fmean(means) * len(means), len(means), confidence)
         return bootstrap_interval(groups, confidence)
 
     def table(self, field: str = "score") -> list[list[float]]:

@@ -33,5 +33,10 @@ def check_grid(lengths: Sequence[int], positions: Sequence[float], num_groups: i
         raise ValueError(f"`num_groups` is {num_groups}, but has to be at least 1.")
     if not lengths or min(lengths) < 1:
         raise ValueError(f"`lengths` has to hold positive numbers, not {list(lengths)}.")
+    for name, values in (("lengths", lengths), ("positions", positions)):
+        if len(set(values)) < len(values):
+            raise ValueError(
+                f"`{name}` names a value twice: {list(values)}. Its questions would count twice; drop one."
+            )
     if not positions or not all(0 <= position <= 1 for position in positions):
         raise ValueError(f"`positions` has to hold numbers in 0..1, not {positions!r}.")
