@@ -5,7 +5,8 @@
 #
 # - twine finds nothing to complain of, the README's rendering on PyPI included.
 # - The unpacked sdist has what its tests need: they are all collected, and those that read the repository's files pass.
-# - The wheel, in a new environment without constraints, runs the README, where nothing of the repository is at hand.
+# - The wheel, in a new environment without constraints on anything but PyTorch, whose newest builds are gigabytes, runs
+#   the README, where nothing of the repository is at hand.
 #
 # What it built stays in outputs/dist. TORCH_OPTIONS are pip's for PyTorch, as in the Makefile.
 set -euo pipefail
@@ -30,7 +31,7 @@ tar -xzf outputs/dist/*.tar.gz -C outputs/wheel --strip-components 1 --one-top-l
 
 "$python" -m venv outputs/wheel/venv
 install="outputs/wheel/venv/bin/python -m pip install --quiet --disable-pip-version-check"
-$install ${TORCH_OPTIONS:-} torch
+$install ${TORCH_OPTIONS:-} --constraint constraints.txt torch
 for wheel in outputs/dist/*.whl; do $install "$wheel[plot,train]"; done
 cd outputs/wheel/elsewhere
 ../venv/bin/python -c "

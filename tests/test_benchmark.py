@@ -64,6 +64,20 @@ def test_rows_are_printed_one_by_one(folder, tmp_path, monkeypatch, capsys):
     assert list(json.loads(output.read_text())["rows"]) == ["prefill, 16 tokens"]
 
 
+def test_a_model_may_be_cut_to_its_first_layers(folder):
+    whole = load(folder).eval()
+    threads = torch.get_num_threads()
+    try:
+        cut = benchmark.load(benchmark.Arguments(folder, layers=1, threads=1)).eval()
+    finally:
+        torch.set_num_threads(threads)
+    ids = torch.arange(2, 20)[None]
+    first = whole.model(ids, output_hidden_states=True).hidden_states[1]
+    torch.testing.assert_close(cut.model(ids, output_hidden_states=True).last_hidden_state, whole.model.norm(first))
+    assert cut.config.num_hidden_layers == 1
+    assert len(benchmark.adapted(cut, 2, "auto", False).get_model_status().active_adapters) == 1
+
+
 def test_variants_share_the_weights_and_nothing_else(folder):
     model = load(folder)
     args = benchmark.Arguments(top_ks=[2])

@@ -12,11 +12,11 @@ import transformers
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import adapted_model, load, logits_of, save_tiny_model, token_ids, wide_config
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, Gemma3Config
 
 from peft_moice.serving.folder import check_merged, refuse_adapter
 from peft_moice.serving.options import chosen_cache
-from peft_moice.serving.refusals import refuse_unserved
+from peft_moice.serving.refusals import refuse_other_classes, refuse_unserved
 from peft_moice.serving.transformers_server import add_model_class, main
 
 
@@ -103,7 +103,40 @@ def test_a_description_that_says_nothing(merged, broken):
 
 
 def test_a_config_of_a_merged_model_is_served(merged):
-    refuse_unserved(AutoConfig.from_pretrained(merged))
+    config = AutoConfig.from_pretrained(merged)
+    refuse_other_classes(config)
+    refuse_unserved(config)
+
+
+@pytest.mark.parametrize(
+    ("architectures", "reason"),
+    [(["MoICELlamaForTokenClassification"], "only causal"), (None, "not named"), ([], "not named")],
+)
+def test_other_classes_are_not_served(merged, architectures, reason):
+    config = AutoConfig.from_pretrained(merged)
+    config.architectures = architectures
+    with pytest.raises(ValueError, match=f"is not served by vLLM: .*{reason}"):
+        refuse_other_classes(config)
+
+
+def test_a_model_of_images_and_text_is_not_served():
+    """`AutoModelForCausalLM` makes them, too."""
+    config = Gemma3Config(moice={"routers": [], "layers": {"model.language_model.layers.0.self_attn": {}}})
+    with pytest.raises(ValueError, match="is not served by vLLM: it takes more than text"):
+        refuse_unserved(config)
+
+
+@pytest.mark.parametrize("change", ["layers", "layout", "layer_type"])
+def test_a_description_that_cannot_be_read(merged, change):
+    config = AutoConfig.from_pretrained(merged)
+    if change == "layers":
+        del config.moice["layers"]
+    elif change == "layout":
+        config.moice["layers"]["model.layers.0.self_attn"]["layout"] = None
+    else:
+        config.moice["layers"]["model.layers.0.self_attn"]["layer_type"] = "sliding_attention"
+    with pytest.raises(ValueError, match=r"says nothing readable of the model's routers.*Merge the adapter again"):
+        refuse_unserved(config)
 
 
 @pytest.mark.parametrize(
@@ -114,8 +147,6 @@ def test_a_config_of_a_merged_model_is_served(merged):
         ({"kv_lora_rank": 8}, "latent"),
         ({"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "chunked_attention"),
         ({"num_kv_shared_layers": 1}, "from other layers"),
-        ({"architectures": ["MoICELlamaForTokenClassification"]}, "only causal"),
-        ({"architectures": None}, "not named"),
     ],
 )
 def test_what_is_not_served(merged, changes, reason):
@@ -165,3 +196,13 @@ def test_the_launcher_says_what_it_cannot_serve(base, tmp_path):
     PeftModel.save_pretrained(adapted_model(base), tmp_path)
     with pytest.raises(SystemExit, match="holds a MoICE adapter, and servers"):
         main([str(tmp_path)])
+    with pytest.raises(SystemExit, match="absent"):
+        main([str(tmp_path / "absent")])
+
+
+@pytest.mark.parametrize("architectures", [None, ["MoICENobodysForCausalLM"]])
+def test_the_launcher_needs_the_name_of_a_class(copied, architectures):
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, "architectures": architectures}))
+    with pytest.raises(SystemExit, match="as the model's class, of which transformers has no base"):
+        main([str(copied)])

@@ -22,6 +22,7 @@ ANGLES = [(1.0, 1.0), (0.25, 1.0), (0.5, 1.0), (2.0, 1.0), (4.0, 1.0)]
 
 EXPERTS = {
     "angles": ANGLES,
+    "greater": [(1.0, 1.0), (1.5, 1.0), (2.0, 1.0), (3.0, 1.0), (4.0, 1.0)],
     "temperatures": [(1.0, 1.0), (1.0, 0.75), (1.0, 1.25), (1.0, 1.5), (1.0, 2.0)],
     "both": [(1.0, 1.0), (1.0, 1.25), (1.0, 1.6), (0.25, 1.0), (0.25, 1.4), (4.0, 1.0)],
 }
@@ -55,10 +56,11 @@ class TemperedTable(RotationTable):
         self.roots = torch.tensor(temperatures, dtype=torch.float32).sqrt()[:, None, None]
         self.is_identity = [same and t == 1.0 for same, t in zip(self.is_identity, temperatures, strict=True)]
 
-    def cos_sin(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        key = (length, device)
+    def at_least(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        tables = super().at_least(length, device)
+        key = (tables[0].shape[1], device)
         if key not in self._tables:
-            self._tables[key] = tuple((table * self.roots).contiguous() for table in super().cos_sin(length, device))
+            self._tables[key] = tuple((table * self.roots).contiguous() for table in tables)
         return self._tables[key]
 
 
@@ -198,6 +200,7 @@ def mixture_and_scales(model: nn.Module, options: dict) -> nn.Module:
 METHODS: dict[str, tuple[Callable[[nn.Module, dict], nn.Module], dict]] = {
     "base": (lambda model, options: model.requires_grad_(False), {}),
     "routers": (mixture, {"experts": "angles"}),
+    "routers_greater": (mixture, {"experts": "greater"}),
     "routers_k2": (mixture, {"experts": "angles", "top_k": 2}),
     "routers_temperatures": (mixture, {"experts": "temperatures"}),
     "routers_both": (mixture, {"experts": "both"}),

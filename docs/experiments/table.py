@@ -14,6 +14,7 @@ from peft_moice.plotting import plot_tradeoff
 NAMES = {
     "base": "base model",
     "routers": "routers: five angles",
+    "routers_greater": "routers: five angles, none below the own",
     "routers_k1": "routers: five angles, K = 1",
     "routers_k2": "routers: five angles, K = 2",
     "routers_heads": "routers per head, R = 16: five angles",
@@ -53,6 +54,8 @@ COLUMNS = {
     "60 codes": lambda run: run["codes60"]["right_mean"],
     "120 codes": lambda run: run["codes120"]["right_mean"],
 }
+KEEP_WEIGHT = 2.0
+"""Of the divergence from the base model, where a row does not say otherwise."""
 WORST = 0.06
 """Runs that raise the perplexity by more are in the table and left out of the picture."""
 
@@ -65,6 +68,7 @@ def key_of(run: dict) -> tuple:
         run.get("objective", "answers"),
         run["method"],
         run.get("frozen", False),
+        run.get("keep_weight", KEEP_WEIGHT),
         run["rate"],
     )
 
@@ -105,8 +109,9 @@ def base_of(runs: list[dict], model: str) -> dict:
 
 
 def name_of(key: tuple) -> str:
-    _, _, objective, method, frozen, _ = key
+    _, _, objective, method, frozen, keep_weight, _ = key
     name = NAMES[method] + (", each head's best alone" if frozen else "")
+    name += f", KL weight {keep_weight:g}" if keep_weight != KEEP_WEIGHT else ""
     return name if objective == "answers" else f"{name}; {objective.replace('_', ' ')}"
 
 

@@ -40,8 +40,7 @@ class _Backend:
     eager: Attend | None
     """The modeling file's eager attention."""
 
-    def function(self) -> Attend:
-        name = self.config._attn_implementation
+    def function(self, name: str | None) -> Attend:
         # Without an eager function in the modeling file, transformers finds only what the interface itself holds.
         function: Attend = self.interface.get_interface(name, self.eager)  # type: ignore[arg-type]
         return function
@@ -175,7 +174,9 @@ def moice_attention_forward(
     the model's own attention.
     """
     backend = _backend(module.config)
-    view, function = _AttentionView(module, backend.config), backend.function()
+    config = backend.config
+    name = config._attn_implementation
+    view, function = _AttentionView(module, config), backend.function(name)
     if moice is None:
         return function(view, query, key, value, attention_mask, **kwargs)
 
@@ -189,7 +190,6 @@ def moice_attention_forward(
         kwargs["is_causal"] = False
     if _is_packed(kwargs):
         key, value = _write_once(module, key, value, kwargs)
-    name = backend.config._attn_implementation
     output: tuple[torch.Tensor, torch.Tensor | None]
     output = moice.attend(attend, query, key, value, attention_mask, backend=name, **kwargs)
     return output

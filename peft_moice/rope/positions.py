@@ -145,10 +145,10 @@ def positions_of_pass(
             cache whose positions are not known; a static cache whose layer for this module cannot be told; compiled
             code that goes on with a cache whose keys do not count up.
     """
-    told, cache = positions_told(args, kwargs), find_cache(args, kwargs)
+    told, (cache, paged) = positions_told(args, kwargs), _caches(args, kwargs)
     batch, num_queries = (args[0] if args else kwargs["hidden_states"]).shape[:2]
     ids = None if told is None else told.of_tokens(batch, num_queries)
-    positions = Positions(ids, cache=cache, told=told, is_paged=paged_cache(args, kwargs) is not None)
+    positions = Positions(ids, cache=cache, told=told, is_paged=paged is not None)
     positions.in_order = torch.compiler.is_compiling()
     if mixes:
         positions.refuse_several_dimensions()
@@ -187,17 +187,25 @@ def _find_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def find_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
     """The key-value cache among the arguments of a model or an attention module, whatever they call it."""
-    for value in (*kwargs.values(), *args):
-        if isinstance(value, EncoderDecoderCache):
-            return value.self_attention_cache
-        if isinstance(value, Cache):
-            return value
-    return None
+    return _caches(args, kwargs)[0]
 
 
 def paged_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> PagedAttentionCache | None:
     """The cache of continuous batching among the arguments of a module or an attention function."""
-    return next((value for value in (*kwargs.values(), *args) if isinstance(value, PagedAttentionCache)), None)
+    return _caches(args, kwargs)[1]
+
+
+def _caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Cache | None, PagedAttentionCache | None]:
+    """The first key-value cache and the first one of continuous batching among the arguments."""
+    cache = paged = None
+    for value in (*kwargs.values(), *args):
+        if not isinstance(value, (Cache, EncoderDecoderCache, PagedAttentionCache)):
+            continue
+        if isinstance(value, PagedAttentionCache):
+            paged = value if paged is None else paged
+        elif cache is None:
+            cache = value.self_attention_cache if isinstance(value, EncoderDecoderCache) else value
+    return cache, paged
 
 
 def query_start(layer_idx: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | torch.Tensor | None:

@@ -77,6 +77,11 @@ class RotationTable:
 
     def cos_sin(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines at positions 0 to `length` - 1, each `[N, length, P]` in float32 on `device`."""
+        cos, sin = self.at_least(length, device)
+        return cos[:, :length], sin[:, :length]
+
+    def at_least(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """What [`cos_sin`] gives, perhaps for further positions."""
         if torch.compiler.is_compiling():
             # A compiled graph must not grow a table that outlives it.
             positions = torch.arange(length, dtype=torch.float64, device=device)
@@ -89,7 +94,7 @@ class RotationTable:
                 positions = torch.arange(padded, dtype=torch.float64, device=self.deltas.device)
                 cos, sin = _cos_sin(positions, self.deltas)
                 table = self._tables[device] = (cos.to(device), sin.to(device))
-        return table[0][:, :length], table[1][:, :length]
+        return table
 
     def cos_sin_at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines at any integer `positions` `[..., S]`, each `[N, ..., S, P]` in float32."""
@@ -115,7 +120,8 @@ class SwitchedTable(RotationTable):
         self.long = long
         self.is_long = is_long
 
-    def cos_sin(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def at_least(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        # Cut first: the two tables may have grown differently.
         return self._switch(self.short.cos_sin(length, device), self.long.cos_sin(length, device))
 
     def cos_sin_at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

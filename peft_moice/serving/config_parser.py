@@ -13,7 +13,7 @@ from vllm.transformers_utils.model_arch_config_convertor import (
 
 from .folder import check_merged, refuse_adapter
 from .plugin import ARCHITECTURES
-from .refusals import refuse_unserved
+from .refusals import refuse_other_classes, refuse_unserved
 
 _Parser: Any = type(get_config_parser("hf"))
 
@@ -32,6 +32,7 @@ class MoICEConfigParser(_Parser):
             refuse_adapter(Path(model))
         config_dict, config = super().parse(model, *args, **kwargs)
         if hasattr(type(config), "original_class"):
+            refuse_other_classes(config)
             refuse_unserved(config)
             if is_folder:
                 check_merged(Path(model), config.moice)

@@ -135,17 +135,23 @@ class ServedRouters(nn.ModuleList):
 def _loader(name: str) -> Callable[[torch.Tensor, torch.Tensor], None]:
     """What vLLM calls to fill a router's parameter, which may hold the heads of one process only."""
 
-    def load(parameter: torch.Tensor, loaded: torch.Tensor) -> None:
-        size = parameter.shape[0]
-        has_heads = parameter.dim() in (1, 3)
-        if has_heads and loaded.shape[0] == size * get_tensor_model_parallel_world_size():
-            loaded = loaded.narrow(0, get_tensor_model_parallel_rank() * size, size)
-        if loaded.shape != parameter.shape:
+    def load(param: torch.Tensor, loaded_weight: torch.Tensor) -> None:
+        # vLLM exchanges the argument `param` by its name when it loads weights anew.
+        size = param.shape[0]
+        has_heads = param.dim() in (1, 3)
+        if has_heads and loaded_weight.shape[0] == size * get_tensor_model_parallel_world_size():
+            loaded_weight = loaded_weight.narrow(0, get_tensor_model_parallel_rank() * size, size)
+        if loaded_weight.shape != param.shape:
             raise ValueError(
-                f"The checkpoint has {name} of shape {tuple(loaded.shape)}, but the config describes routers with "
-                f"{tuple(parameter.shape)}. Its files do not belong together: merge the adapter again."
+                f"The checkpoint has {name} of shape {tuple(loaded_weight.shape)}, but the config describes routers "
+                f"with {tuple(param.shape)}. Its files do not belong together: merge the adapter again."
             )
-        parameter.data.copy_(loaded)
+        if not loaded_weight.isfinite().all():
+            raise ValueError(
+                f"The checkpoint has {name} with values that are not finite. The files are damaged, or training has "
+                "failed: get them anew, or merge an earlier checkpoint."
+            )
+        param.data.copy_(loaded_weight)
 
     return load
 

@@ -14,6 +14,7 @@ from ..built_in import ROUTERS_NAME
 from ..described_routers import described_layers
 from .mixing import ATTENTION_NAME, ServedRouters
 from .options import BACKEND_NAME, chosen_cache
+from .refusals import refuse_unserved
 
 
 class ServedModel(TransformersForCausalLM):
@@ -28,6 +29,8 @@ class ServedModel(TransformersForCausalLM):
             raise ValueError(
                 "Models with MoICE routers are not served with pipeline parallelism. Use --tensor-parallel-size."
             )
+        refuse_unserved(vllm_config.model_config.hf_config)  # again, as --hf-overrides may have changed it
+        self._has_weights = vllm_config.load_config.load_format == "dummy"
         self._cache = chosen_cache(vllm_config.additional_config, vllm_config.device_config.device.type)
         self._routers: dict[str, ServedRouters] = {}
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -86,11 +89,13 @@ class ServedModel(TransformersForCausalLM):
         lacking = sorted(
             name for name, _ in self.named_parameters() if f".{ROUTERS_NAME}." in name and name not in loaded
         )
-        if lacking:
+        # Only the first call brings a whole checkpoint. Trainers that hold an engine send weights one by one.
+        if lacking and not self._has_weights:
             raise ValueError(
                 f"The checkpoint lacks {len(lacking)} weights of routers that its config describes, the first of "
                 f"them {lacking[0]!r}. Its files do not belong together: merge the adapter again."
             )
+        self._has_weights = True
         return loaded
 
 

@@ -24,6 +24,7 @@ def add_model_class(source: str) -> None:
 
     Raises:
         ValueError: it is not a merged model, or its files are damaged; says what to do.
+        OSError: there is no model.
     """
     is_folder = os.path.isdir(source)
     if is_folder:
@@ -36,8 +37,13 @@ def add_model_class(source: str) -> None:
         )
     if is_folder:
         check_merged(Path(source), config.moice)
-    architecture = config.architectures[0]
-    original: Any = getattr(transformers, architecture.removeprefix("MoICE"))
+    architecture = (config.architectures or [""])[0]
+    original: Any = getattr(transformers, architecture.removeprefix("MoICE"), None)
+    if original is None:
+        raise ValueError(
+            f"The config of {source} names {config.architectures} as the model's class, of which transformers has no "
+            "base. Write the model anew, with `merge_and_unload().save_pretrained(...)`."
+        )
     setattr(transformers, architecture, standalone_model_class(original))
 
 
@@ -52,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(_USAGE)
     try:
         add_model_class(arguments[0])
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.exit(str(error))
     from transformers.cli.transformers import app
 

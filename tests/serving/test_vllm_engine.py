@@ -96,6 +96,29 @@ def test_half_precision_keeps_routers_exact(served):
     assert (found - expected).abs().median() < 0.2 * (base - expected).abs().median()
 
 
+@pytest.mark.parametrize("name", ["llama K < N, per layer", "llama K = N, per head"])
+def test_weights_are_loaded_anew(served, name):
+    """From the files, and one by one, as trainers that hold an engine send them."""
+    model = served[name]
+    (prompt,) = model.draw(200)
+    router = "model.layers.1.self_attn.moice_routers.0.up_proj"
+    weight = load_file(f"{model.folder}/model.safetensors")[router]
+    with engine(model.folder, enable_prefix_caching=False) as llm:
+
+        def send(value):
+            return llm.apply_model(lambda m: m.load_weights([(router, value)]))
+
+        llm.collective_rpc("reload_weights")
+        (before,) = generate(llm, [prompt])
+        assert_as_transformers(model, [before])
+        assert send(torch.zeros_like(weight)) == [{router}]
+        (without,) = generate(llm, [prompt])
+        assert without.prompt_logprobs != before.prompt_logprobs
+        send(weight)
+        (after,) = generate(llm, [prompt])
+        assert after.prompt_logprobs == before.prompt_logprobs
+
+
 def test_lora_over_a_merged_model(with_lora, served):
     from vllm.lora.request import LoRARequest
 
@@ -164,6 +187,9 @@ def test_options_that_are_refused(served):
     folder = served["llama K < N, per layer"].folder
     with pytest.raises(ValueError, match=r"`moice_cache` in --additional-config is 'once'.*folded, rotating"):
         start(folder, additional_config={"moice_cache": "once"})
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(ValueError, match="its rope type is 'dynamic', whose angles change"):
+        start(folder, hf_overrides={"rope_parameters": dynamic})
 
 
 def test_a_cut_file(copied):
@@ -180,6 +206,14 @@ def test_routers_of_another_shape(copied):
     save_file(weights, copied / "model.safetensors", metadata={"format": "pt"})
     # vLLM loads decoders, whose names lack the part that their owner gives them.
     with pytest.raises(ValueError, match=rf"{name.removeprefix('model.')} of shape \(3, 4\).*\(4, 4\)"):
+        start(copied)
+
+
+def test_routers_that_are_not_finite(copied):
+    weights = load_file(copied / "model.safetensors")
+    weights["model.layers.1.self_attn.moice_routers.0.up_proj"][0, 0] = float("nan")
+    save_file(weights, copied / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.moice_routers\.0\.up_proj with values .*not finite"):
         start(copied)
 
 

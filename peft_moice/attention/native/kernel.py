@@ -89,7 +89,7 @@ class _Kernel:
         layout = rotations.layout
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
         gates = gates.contiguous()
-        cos, sin = rotations.cos_sin(max(num_keys, _FEWEST_ROTATIONS), query.device)
+        cos, sin = rotations.at_least(max(num_keys, _FEWEST_ROTATIONS), query.device)
         order = _order(layout, head_dim)
         self.threads = torch.get_num_threads()
         self.problem = Problem()
