@@ -236,8 +236,10 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
 
     def _is_of_base_layer(self, name: str) -> bool:
         """Whether an attribute is the attention module's and not the wrapper's, as for reading it."""
-        own = (vars(self), self._modules, self._parameters, self._buffers)
-        if name.startswith("_") or hasattr(type(self), name) or any(name in names for names in own):
+        # `nn.DataParallel` sets `__dict__` itself, before there is anything else.
+        if name.startswith("_") or hasattr(type(self), name):
+            return False
+        if any(name in names for names in (vars(self), self._modules, self._parameters, self._buffers)):
             return False
         base_layer = self._modules.get("base_layer")
         return base_layer is not None and hasattr(base_layer, name)

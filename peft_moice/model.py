@@ -2,6 +2,7 @@
 
 import logging
 import re
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from .attention import IMPLEMENTATIONS
 from .built_in import BuiltInRouters
@@ -186,10 +187,12 @@ class MoICEModel(BaseTuner):
                 "train one adapter at a time with `set_adapter`."
             )
         self._check_adapters_exist([name for name in adapter_names if name != BASE_MODEL_NAME])
-        # Beam search repeats every row of the batch in place.
-        num_beams = kwargs.get("num_beams") or 1
-        rows = [name for name in adapter_names for _ in range(num_beams)]
-        hook = partial(_pass_adapter_names, adapter_names=rows)
+        # `generate` repeats every row of the batch in place, for its beams or for several texts.
+        options = {**vars(kwargs.get("generation_config") or GenerationConfig()), **kwargs}
+        repeats = max(options.get(name) or 1 for name in ("num_beams", "num_return_sequences"))
+        rows = [name for name in adapter_names for _ in range(repeats)]
+        # Other threads may run batches of their own through the same modules.
+        hook = partial(_pass_adapter_names, adapter_names=rows, thread=threading.get_ident())
         handles = [
             module.register_forward_pre_hook(hook, with_kwargs=True)
             for module in self.modules()
@@ -409,7 +412,8 @@ class MoICEModel(BaseTuner):
 
 
 def _pass_adapter_names(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str], thread: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    kwargs["adapter_names"] = adapter_names
+    if torch.compiler.is_compiling() or threading.get_ident() == thread:
+        kwargs["adapter_names"] = adapter_names
     return args, kwargs

@@ -1,9 +1,12 @@
 """Rows of a batch under different adapters."""
 
+import threading
+
 import pytest
 import torch
 from peft import get_peft_model
-from tiny_models import decide, load, logits_of, token_ids, wide_config
+from tiny_models import decide, layers_of, load, logits_of, logits_with, token_ids, wide_config
+from transformers import GenerationConfig
 
 from peft_moice import MoICEConfig
 
@@ -37,6 +40,43 @@ class TestMixedBatches:
             model.set_adapter(name)
             expected.insert(0, model.generate(input_ids=ids[row : row + 1], **options))
         assert torch.equal(mixed, torch.cat(expected))
+
+    @pytest.mark.parametrize("in_config", [False, True])
+    def test_several_texts_of_a_prompt(self, model, in_config):
+        """The single token that `top_k` leaves makes samples certain."""
+        ids, options = token_ids(2), {"max_new_tokens": 6, "do_sample": True, "top_k": 1, "num_return_sequences": 2}
+        expected = []
+        for row, name in enumerate(self.NAMES[:2]):
+            model.set_adapter(name)
+            expected.append(model.generate(input_ids=ids[row : row + 1], **options))
+        given = {"generation_config": GenerationConfig(**options)} if in_config else options
+        mixed = model.generate(input_ids=ids, adapter_names=list(self.NAMES[:2]), **given)
+        assert torch.equal(mixed, torch.cat(expected))
+
+    def test_other_threads_run_batches_of_their_own(self, model):
+        """A mixed batch waits in its first layer until another thread's pass is over."""
+        ids, mixed = token_ids(2), []
+        expected = {name: logits_with(model, name) for name in ("other", "a")}
+        inside, over = threading.Event(), threading.Event()
+
+        def wait(*_):
+            if threading.current_thread() is not threading.main_thread():
+                inside.set()
+                over.wait()
+
+        def run():
+            with torch.no_grad():
+                mixed.append(model(ids, adapter_names=["other"] * 2).logits)
+
+        layers_of(model)[0].register_forward_hook(wait)
+        thread = threading.Thread(target=run)
+        thread.start()
+        inside.wait()
+        own = logits_of(model)
+        over.set()
+        thread.join()
+        torch.testing.assert_close(own, expected["a"], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(mixed[0], expected["other"], rtol=1e-5, atol=1e-5)
 
     def test_a_layer_without_the_adapter_runs_as_the_base_model(self, llama):
         model = get_peft_model(load(llama), wide_config(layers_to_transform=[0]), adapter_name="a")

@@ -252,11 +252,12 @@ def test_rows_that_are_repeated_selected_or_permuted():
         run(model, cache, step[:2], torch.tensor([[36, 37], [6, 7]]))
 
 
+@pytest.mark.parametrize("rows", [[2, 1], [2, 0, 1], [1, 1, 2, 0]])
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 @torch.no_grad()
-def test_padded_rows_that_are_selected_count_on(family):
+def test_padded_rows_that_are_selected_count_on(family, rows):
     model, mask = mixture(family, implementation="grouped"), (torch.arange(14) >= torch.tensor([[0], [3], [1]])).long()
-    ids, place, rows = tokens(batch=3, length=14), positions_of(mask), torch.tensor([2, 1])
+    ids, place, rows = tokens(batch=3, length=14), positions_of(mask), torch.tensor(rows)
     cache = dynamic_cache(model)
     run(model, cache, ids[:, :11], place[:, :11], mask[:, :11])
     cache.batch_select_indices(rows)

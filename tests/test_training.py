@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import threading
 import warnings
 import weakref
 from functools import partial
@@ -527,6 +528,36 @@ def test_a_pass_that_breaks_off_leaves_nothing_recording(llama):
     outputs = model.eval()(input_ids=ids)
     assert not hasattr(outputs, "router_logits")
     assert not any(layer.recorder for layer in layers_of(model))
+
+
+def replica_of(module: torch.nn.Module) -> torch.nn.Module:
+    """As `nn.DataParallel` makes them for its threads, on the device and with the parameters of the original."""
+    replica = module._replicate_for_data_parallel()
+    replica._parameters = module._parameters
+    replica._modules.update({name: replica_of(child) for name, child in module._modules.items() if child is not None})
+    return replica
+
+
+def test_replicas_have_passes_of_their_own(llama):
+    """One waits in the middle of its pass until the other's is over."""
+    model, ids, losses = adapted(llama), token_ids(), []
+    expected = model(ids, labels=ids).loss
+    inside, over = threading.Event(), threading.Event()
+
+    def wait(*_):
+        if threading.current_thread() is not threading.main_thread():
+            inside.set()
+            over.wait()
+
+    layers_of(model)[0].register_forward_hook(wait)
+    first, second = replica_of(model), replica_of(model)
+    thread = threading.Thread(target=lambda: losses.append(first(ids, labels=ids).loss))
+    thread.start()
+    inside.wait()
+    losses.append(second(ids, labels=ids).loss)
+    over.set()
+    thread.join()
+    assert len(losses) == 2 and all(torch.equal(loss, expected) for loss in losses)
 
 
 @pytest.mark.parametrize("start", [0.0, 0.6])

@@ -93,6 +93,8 @@ class CacheNote:
         if self._is_noted(told) or (self._has_same_ids(told) and end == self.num_keys):
             return
         self._begin_at(past, batch)
+        if self._has_moved_rows(ids, past):
+            self._forget_rows()
         in_order = self.in_order
         self._write(ids, past)
         self._token, self._past, self.num_keys, self._first_of_pass = told.token, past, end, True
@@ -152,17 +154,10 @@ class CacheNote:
             positions = torch.cat((counted.expand(rows, -1).to(told.dtype), told), dim=-1)
         return positions
 
-    def is_guess(self, ids: torch.Tensor) -> bool:
-        """Whether the keys before the pass at `ids` may stand elsewhere than noted."""
-        if self._num_untold > 0:
-            return True
-        last = self._last(self._past)
-        if last is None or not can_look(ids) or last.shape[0] == 1 or bool((last == last[0]).all()):
-            return False
-        # Rows that were permuted go on where others end.
-        first = ids[:, :1].to(last.device).expand(last.shape[0], -1)
-        moved = first != last + 1
-        return bool(moved.any()) and bool(((first - 1 == last.T) | ~moved).any(dim=-1).all())
+    @property
+    def is_guess(self) -> bool:
+        """Whether the keys before the pass that was noted last may stand elsewhere than noted."""
+        return self._num_untold > 0
 
     def _is_noted(self, told: ToldPositions) -> bool:
         return told.token is not None and self._token is told.token
@@ -197,10 +192,22 @@ class CacheNote:
         elif batch % rows == 0:
             self._positions = self._positions.repeat_interleave(batch // rows, dim=0)
         else:
-            # Rows were selected, and nobody told which.
-            self._positions = None
-            self._num_untold = self._num_blank = self.num_keys
-            self.in_order = None
+            self._forget_rows()
+
+    def _has_moved_rows(self, ids: torch.Tensor, past: int) -> bool:
+        """Whether tokens at `ids` behind `past` keys go on where other rows end, as rows that were permuted do."""
+        last = self._last(past)
+        if last is None or not can_look(ids) or last.shape[0] == 1 or bool((last == last[0]).all()):
+            return False
+        first = ids[:, :1].to(last.device).expand(last.shape[0], -1)
+        moved = first != last + 1
+        return bool(moved.any()) and bool(((first - 1 == last.T) | ~moved).any(dim=-1).all())
+
+    def _forget_rows(self) -> None:
+        """Note that rows were selected or permuted, and nobody told which."""
+        self._positions = None
+        self._num_untold = self._num_blank = self.num_keys
+        self.in_order = None
 
     def _last(self, past: int) -> torch.Tensor | None:
         """Positions `[rows, 1]` of the last of `past` keys."""

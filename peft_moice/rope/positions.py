@@ -78,7 +78,7 @@ class Positions:
                 note.judged(order.continues)
         if order.holds:
             return start, None, None
-        if keys is None or (note is not None and note.is_guess(self.ids)):
+        if keys is None or (note is not None and note.is_guess):
             raise ValueError(
                 f"The position_ids {_shown(self.ids)} do not count up from the keys in the cache, and MoICE cannot "
                 "tell where those stand: it did not see them come, or the rows of the batch have changed since. Run "

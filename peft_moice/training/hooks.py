@@ -19,6 +19,9 @@ from .balance import PassRecords, mixing_layers
 from .outputs import add_entry, add_to_loss, warn_if_left_out
 
 _NAME = "moice_hooks"
+_PASS = "moice_pass"
+"""Attribute of a model: the pass that is going on, if anybody asked for its records. It is not one of its hooks, which
+the replicas of `nn.DataParallel` have in common."""
 
 
 @dataclass
@@ -27,13 +30,11 @@ class RouterHooks:
 
     Attributes:
         handles: torch's handles of the hooks.
-        current: the pass that is going on, if anybody asked for its records.
         observer: called with the records of every training pass; see `callback.py`.
         collected: takes the balance losses in place of `outputs.loss`; see [`collect_balance_loss`].
     """
 
     handles: list[RemovableHandle] = field(default_factory=list)
-    current: PassRecords | None = None
     observer: Callable[[PassRecords], None] | None = None
     collected: list[PassRecords] | None = None
 
@@ -54,6 +55,7 @@ def remove_hooks(model: nn.Module) -> None:
         for handle in hooks.handles:
             handle.remove()
         delattr(model, _NAME)
+        vars(model).pop(_PASS, None)
 
 
 def hooks_of(model: nn.Module) -> RouterHooks:
@@ -82,18 +84,18 @@ def aside(model: nn.Module) -> Iterator[None]:
 
 def start_recording(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook: ask the layers for their records, if the pass trains or its router logits are requested."""
-    hooks = hooks_of(model)
-    if hooks.current is not None:
+    if getattr(model, _PASS, None) is not None:
         # Left by a pass that was broken off.
-        _stop_recording(model, hooks)
+        _stop_recording(model)
     if not (model.training or kwargs.get("output_router_logits")):
         return
     layers = mixing_layers(model)
     if model.training and torch.is_grad_enabled():
         _check_training(model, layers, args, kwargs)
-    hooks.current = PassRecords(model, args, kwargs)
+    records = PassRecords(model, args, kwargs)
+    setattr(model, _PASS, records)
     for layer in layers:
-        layer.recorder = hooks.current
+        layer.recorder = records
 
 
 def add_balance_loss(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
@@ -107,10 +109,10 @@ def add_balance_loss(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     `outputs.moice_aux_loss` and `outputs.moice_router_logits`.
     """
     hooks = hooks_of(model)
-    passed = hooks.current
+    passed: PassRecords | None = getattr(model, _PASS, None)
     if passed is None:
         return outputs
-    _stop_recording(model, hooks)
+    _stop_recording(model)
     if not passed.records:
         return outputs
     if kwargs.get("output_router_logits"):
@@ -135,11 +137,11 @@ def _find(model: nn.Module) -> RouterHooks | None:
     return next((vars(module)[_NAME] for module in model.modules() if _NAME in vars(module)), None)
 
 
-def _stop_recording(model: nn.Module, hooks: RouterHooks) -> None:
+def _stop_recording(model: nn.Module) -> None:
     # From here on, the second forward pass of gradient checkpointing must not leave anything behind.
     for layer in mixing_layers(model):
         layer.recorder = None
-    hooks.current = None
+    setattr(model, _PASS, None)
 
 
 def _check_training(
