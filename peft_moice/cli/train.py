@@ -175,7 +175,7 @@ def run(args: TrainArguments) -> Outcome:
     except RuntimeError as error:
         if "to be installed" not in str(error):
             raise
-        raise UsageError(f"--report_to {' '.join(training.report_to)}: {error}") from error
+        raise UsageError(f"--report_to {' '.join(training.report_to or [])}: {error}") from error
     return train(trainer, checkpoint)
 
 

@@ -92,8 +92,10 @@ class RotationTable:
             # The table outlives this pass, so a pass in inference mode must not make it unfit for training.
             with torch.inference_mode(False):
                 positions = torch.arange(padded, dtype=torch.float64, device=self.deltas.device)
-                cos, sin = _cos_sin(positions, self.deltas)
-                table = self._tables[device] = (cos.to(device), sin.to(device))
+                # One expert at a time: in float64, all of them would take several times the table's memory.
+                parts = [_cos_sin(positions, delta[None]) for delta in self.deltas]
+                cos, sin = (torch.cat(part).to(device) for part in zip(*parts, strict=True))
+                table = self._tables[device] = (cos, sin)
         return table
 
     def cos_sin_at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
