@@ -58,6 +58,8 @@ KEEP_WEIGHT = 2.0
 """Of the divergence from the base model, where a row does not say otherwise."""
 WORST = 0.06
 """Runs that raise the perplexity by more are in the table and left out of the picture."""
+NOT_DRAWN = ("single_", "equal_", "score_")
+"""Methods whose names begin so are likewise left out, for room."""
 
 
 def key_of(run: dict) -> tuple:
@@ -89,7 +91,8 @@ def main(runs_file: Path, picture: Path) -> None:
     base = base_of(runs, "SmolLM2-135M-Instruct")
     curves: dict[str, list[tuple[float, float]]] = {}
     for key, of_key in sorted(rows.items(), key=lambda item: item[0][-1]):
-        if key[:3] != ("SmolLM2-135M-Instruct", "forms", "answers") or key[3] == "base":
+        is_drawn = key[:3] == ("SmolLM2-135M-Instruct", "forms", "answers") and not key[3].startswith(NOT_DRAWN)
+        if not is_drawn or key[3] == "base":
             continue
         change = mean([change_of(run, base) for run in of_key])
         if change < WORST:
