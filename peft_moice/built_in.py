@@ -41,9 +41,6 @@ class BuiltInRouters(MixesAngles, nn.ModuleList):
         pairs = zip(routers, self.router_specs, strict=True)
         return [RouterShare(str(index), router, spec, spec.weight) for index, (router, spec) in enumerate(pairs)]
 
-    def sources(self) -> list[object]:
-        return [*self._modules.values(), *self.router_specs]
-
     def install(self, attention: nn.Module) -> None:
         """Make `attention` apply the routers. Undone by [`remove`][BuiltInRouters.remove]."""
         intercept(attention)

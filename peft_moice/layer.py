@@ -103,16 +103,6 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
             return []
         return self._shares_of(self.active_adapters)
 
-    def sources(self) -> list[object]:
-        if self.disable_adapters or self.merged:
-            return []
-        routers, specs = self.moice_router, self.router_specs
-        found: list[object] = []
-        for name in self.active_adapters:
-            if name in routers:
-                found += (name, *self.routers(name), *specs[name])
-        return found
-
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         if self.disable_adapters and self.merged:
             self.unmerge()

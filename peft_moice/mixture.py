@@ -1,7 +1,6 @@
 """A layer's mixture: several routers over the layer's distinct angles, and the forward pass that applies it."""
 
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -183,23 +182,18 @@ class MixesAngles(nn.Module):
     recorder: Recorder | None = None
     was_called: bool = False
     _mixture: LayerMixture | None = None
-    _mixture_sources: Sequence[object] = ()
 
     def shares(self) -> list[RouterShare]:
         """The routers that take part in a forward pass."""
         raise NotImplementedError
 
-    def sources(self) -> list[object]:
-        """The objects that [`shares`] follow from, which are the same objects as long as the shares stay."""
-        raise NotImplementedError
-
     def mixture(self) -> "LayerMixture":
         """The mixture of [`shares`], in which what follows from them is worked out once until they change."""
+        shares = self.shares()
         if torch.compiler.is_compiling():
-            return LayerMixture(self.shares(), self.rope)
-        sources = [self.rope, *self.sources()]
-        if self._mixture is None or not _are_same(sources, self._mixture_sources):
-            self._mixture, self._mixture_sources = LayerMixture(self.shares(), self.rope), sources
+            return LayerMixture(shares, self.rope)
+        if self._mixture is None or self._mixture.rope is not self.rope or self._mixture.shares != shares:
+            self._mixture = LayerMixture(shares, self.rope)
         return self._mixture
 
     def mix(
@@ -228,10 +222,6 @@ class MixesAngles(nn.Module):
             raise bypassed(f"The attention module of layer {layer_idx} did not ask for its mixture")
         if self.recorder is not None:
             self.recorder.take(self, call.records)
-
-
-def _are_same(ones: Sequence[object], others: Sequence[object]) -> bool:
-    return len(ones) == len(others) and all(map(operator.is_, ones, others))
 
 
 def _in_columns(values: torch.Tensor, columns: list[int] | None, size: int) -> torch.Tensor:
