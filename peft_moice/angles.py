@@ -34,9 +34,10 @@ def attention_waveform(head_dim: int, rope_theta: float, context_length: int) ->
     """
     if head_dim < 2 or head_dim % 2:
         raise ValueError(f"`head_dim` is {head_dim}, but has to be even and at least 2.")
-    if rope_theta <= 0 or context_length < 3:
+    if not 0 < rope_theta < math.inf or context_length < 3:
         raise ValueError(
-            f"`rope_theta` has to be positive and `context_length` at least 3, not {rope_theta} and {context_length}."
+            f"`rope_theta` has to be positive and finite, and `context_length` at least 3, not {rope_theta} and "
+            f"{context_length}."
         )
     frequencies = rope_theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angles = torch.arange(context_length, dtype=torch.float64)[:, None] * frequencies
@@ -84,16 +85,17 @@ def search_angles(
     Raises:
         ValueError: fewer candidates than angles to choose, or a value out of its range.
     """
-    pool = [float(base) for base in (candidates or [round(multiple * rope_theta, 3) for multiple in GRID])]
-    pool = [base for base in dict.fromkeys(pool) if base != rope_theta]
+    own = float(rope_theta)
+    peaks, troughs = extrema(attention_waveform(head_dim, own, context_length))
+    pool = [float(base) for base in (candidates or [round(multiple * own, 3) for multiple in GRID])]
+    pool = [base for base in dict.fromkeys(pool) if base != own]
     if not 1 <= num_experts <= len(pool) + 1:
         raise ValueError(
             f"`num_experts` is {num_experts}, but has to lie in 1..{len(pool) + 1}, the candidates and the model's "
             "own angle. Give more candidates."
         )
-    own = float(rope_theta)
-    candidate_extrema = {base: extrema(attention_waveform(head_dim, base, context_length)) for base in (own, *pool)}
-    chosen, (peaks, troughs) = [own], candidate_extrema[own]
+    candidate_extrema = {base: extrema(attention_waveform(head_dim, base, context_length)) for base in pool}
+    chosen = [own]
     while len(chosen) < num_experts:
         distances = {
             base: _mean_distance(troughs, candidate_extrema[base][0])

@@ -72,9 +72,12 @@ def explain(model: Any, tokenizer: PreTrainedTokenizerBase, text: str) -> Explan
         text: what to run it on. Special tokens are added as the tokenizer does it.
 
     Raises:
+        TypeError: `text` is not one string.
         ValueError: no routers are at work in the model, its layers have different numbers of base angles, or the text
             has no tokens.
     """
+    if not isinstance(text, str):
+        raise TypeError(f"`text` is a {type(text).__name__}, but has to be one string. Explain texts one by one.")
     input_ids = torch.tensor(tokenizer(text)["input_ids"], dtype=torch.long)
     if not len(input_ids):
         raise ValueError(f"The text {text!r} has no tokens. Give a longer one.")

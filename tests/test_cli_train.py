@@ -231,6 +231,18 @@ def test_resuming_ends_where_the_straight_run_does(model, tmp_path):
     assert not all(torch.equal(weight, at_two[name]) for name, weight in expected.items())
 
 
+@pytest.mark.parametrize(
+    ("name", "option"), [("rope_bases", {"angles": [1, 0.25, 0.5, 2, 8]}), ("init_weights", {"init": "normal"})]
+)
+def test_resuming_as_other_routers_is_refused(model, tmp_path, capsys, name, option):
+    file = write_data(tmp_path, "documents")
+    options = {"preset": "retrieval", "keep_tokens": 32, "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    run(arguments(model, tmp_path / "out", file, **options))
+    options |= {"max_steps": 2, "resume_from_checkpoint": "last", **option}
+    said = error(capsys, arguments(model, tmp_path / "out", file, **options))
+    assert "checkpoint-1 have the " + name in said and "another --output_dir" in said
+
+
 def test_the_last_checkpoint_is_of_the_last_training_and_whole(tmp_path):
     for age, name in enumerate(["checkpoint-9", "checkpoint-12", "checkpoint-40"]):
         (tmp_path / name).mkdir()

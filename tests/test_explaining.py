@@ -64,6 +64,8 @@ def test_what_cannot_be_explained(llama, adapted, tokenizer):
         peft_moice.explain(adapted, tokenizer, TEXT)
     with pytest.raises(ValueError, match="no tokens"):
         peft_moice.explain(adapted, tokenizer, "")
+    with pytest.raises(TypeError, match="one string"):
+        peft_moice.explain(adapted, tokenizer, [TEXT])
     uneven = get_peft_model(load(llama), wide_config(layers_to_transform=[0]), adapter_name="a")
     uneven.add_adapter("b", wide_config(base_multipliers=[1.0, 3.0], layers_to_transform=[1]))
     uneven.base_model.set_adapter(["a", "b"])

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from peft import get_peft_model
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
@@ -159,6 +159,8 @@ def run(args: TrainArguments) -> Outcome:
             f"({model.name_or_path}); merge LoRA into it first. --resume_from_checkpoint goes on with a training."
         )
     adapted = get_peft_model(model, config)
+    if checkpoint is not None and Path(checkpoint, CONFIG_NAME).is_file():
+        check_same_routers(checkpoint, config)
     try:
         trainer = RouterTrainer(
             recipe=args,
@@ -183,6 +185,26 @@ def last_checkpoint(folder: str) -> str | None:
     """The whole checkpoint that was written last. Another training in the folder may have left higher numbers."""
     paths = sort_checkpoints(folder, use_mtime=True)
     return next((path for path in reversed(paths) if Path(path, TRAINER_STATE_NAME).is_file()), None)
+
+
+def check_same_routers(checkpoint: str, config: MoICEConfig) -> None:
+    """Weights of one mixture fit another of as many angles, and would mean something else there.
+
+    Args:
+        checkpoint: folder with routers.
+        config: of the routers to train, resolved.
+
+    Raises:
+        UsageError: they are others.
+    """
+    saved = MoICEConfig.from_pretrained(checkpoint)
+    for name in ("rope_bases", "top_k", "router_dim", "router_scope", "hidden_act", "init_weights"):
+        was, now = getattr(saved, name), getattr(config, name)
+        if was != now:
+            raise UsageError(
+                f"the routers in {checkpoint} have the {name} {was}, and these arguments ask for {now}. Resume with "
+                "the arguments that it was trained with, or train anew in another --output_dir."
+            )
 
 
 def make_config(ours: Arguments) -> MoICEConfig:
