@@ -15,6 +15,7 @@ from .built_in import ROUTERS_NAME, BuiltInRouters
 from .config import RouterSpec
 from .probing import LayerProbe
 from .rope import LayerRope, RotaryLayout
+from .rope.frequencies import rope_parameters
 from .router import MoICERouter, check_size
 
 
@@ -106,6 +107,11 @@ def described_layers(model: PreTrainedModel, description: dict[str, Any]) -> Ite
         layer_type, direction, length = layer.get("layer_type"), layer.get("direction"), layer.get("original_length")
         specs = _shares(layer, kinds, layer_type, where)
         layout = _layout(layer, head_dim, where)
+        if not _has_base_angle(rotary.config, layer_type):
+            raise ValueError(
+                f"`{where}` has the layer_type {shortened(layer_type)}, of which the model's rotary embedding knows "
+                "nothing. Load the checkpoint with the config.json that it was saved with."
+            )
         if direction not in (1, -1) or not (length is None or (type(length) is int and length > 0)):
             raise ValueError(
                 f"`{where}` has the direction {shortened(direction)} and the original_length "
@@ -187,6 +193,13 @@ def _shares(layer: dict[str, Any], kinds: list[RouterSpec], layer_type: object, 
     if not specs:
         raise ValueError(f"`{where}` names no routers.")
     return specs
+
+
+def _has_base_angle(config: Any, layer_type: str | None) -> bool:
+    try:
+        return "rope_theta" in rope_parameters(config, layer_type)
+    except KeyError:
+        return False
 
 
 def _layout(layer: dict[str, Any], head_dim: int, where: str) -> RotaryLayout:

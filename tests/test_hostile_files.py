@@ -174,6 +174,7 @@ def test_a_decoder_without_layers_under_another_head(tmp_path):
         (lambda layer: layer.update(routers=[[0, float("nan")]]), "weight"),
         (lambda layer: layer.update(direction=0), "direction"),
         (lambda layer: layer.update(layer_type=["x"]), "layer_type"),
+        (lambda layer: layer.update(layer_type="x"), "rotary embedding knows nothing"),
         (lambda layer: layer["layout"].update(size=7), "rotates 7 dimensions"),
         (lambda layer: layer["layout"].update(start=2**40), "dimensions from"),
         (lambda layer: layer.pop("layout"), "layout"),
