@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 
 from peft_moice import BalanceLossMixin, KeepCloseMixin, MoICEConfig, write_model_card
 from peft_moice.callback import MoICECallback
-from peft_moice.data import Collator, DataArguments, load_examples, plain_text
+from peft_moice.data import Collator, DataArguments, load_examples, plain_text, read_text
 
 
 @dataclass
@@ -38,7 +38,10 @@ def main(args: Arguments, data: DataArguments, training: TrainingArguments) -> N
     logging.basicConfig(level=logging.INFO)
     set_seed(training.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
+    if data.chat_template is not None:
+        tokenizer.chat_template = read_text(data.chat_template)
     examples = load_examples(data.train_files, tokenizer, data)
+    eval_examples = load_examples(data.eval_files, tokenizer, data)
 
     base = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
     config = MoICEConfig(
@@ -49,6 +52,7 @@ def main(args: Arguments, data: DataArguments, training: TrainingArguments) -> N
         model=model,
         args=training,
         train_dataset=examples,
+        eval_dataset=eval_examples or None,
         data_collator=Collator(tokenizer),
         processing_class=tokenizer,
         keep_text=plain_text(data.train_files, data.data_format),
@@ -57,6 +61,8 @@ def main(args: Arguments, data: DataArguments, training: TrainingArguments) -> N
     )
     trainer.add_callback(MoICECallback(trainer))
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    if eval_examples:
+        trainer.log_metrics("eval", trainer.evaluate())
     trainer.save_model()
     if trainer.is_world_process_zero():
         write_model_card(trainer.accelerator.unwrap_model(trainer.model), training.output_dir)

@@ -26,8 +26,8 @@ def attention_waveform(head_dim: int, rope_theta: float, context_length: int) ->
 
     Args:
         head_dim: number D of rotated dimensions, even.
-        rope_theta: base angle.
-        context_length: number of distances.
+        rope_theta: base angle, positive.
+        context_length: number of distances, at least 3.
 
     Raises:
         ValueError: a value out of its range.
@@ -47,7 +47,7 @@ def attention_waveform(head_dim: int, rope_theta: float, context_length: int) ->
 
 
 def extrema(waveform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Distances at which a waveform has its peaks and its troughs, strictly inside its range."""
+    """Distances at which a waveform `[T]` has its peaks, and at which its troughs, ascending, without both ends."""
     rising = waveform[1:-1] > waveform[:-2]
     falling = waveform[1:-1] > waveform[2:]
     peaks = (rising & falling).nonzero().squeeze(-1) + 1
@@ -170,11 +170,11 @@ class AngleScores:
     losses: torch.Tensor
 
     def best(self, num_experts: int) -> list[float]:
-        """N angles that complement each other: each step adds the one that lowers the mean over prompts of the least
-        loss that any chosen angle has, starting with the model's own.
+        """`num_experts` angles that complement each other: each step adds the one that lowers the mean over prompts of
+        the least loss that any chosen angle has, starting with the model's own.
 
         Raises:
-            ValueError: more angles than candidates.
+            ValueError: more angles than candidates, or none.
         """
         if not 1 <= num_experts <= len(self.rope_bases):
             raise ValueError(
@@ -213,7 +213,7 @@ def score_angles(
             f"The model's layer types have different angles ({own}), and one scale for all of them is not what this "
             "search varies. Give `base_multipliers` by hand."
         )
-    multipliers = (1.0, *(multiple for multiple in multipliers if multiple != 1.0))
+    multipliers = tuple(dict.fromkeys((1.0, *multipliers)))
     losses = []
     for multiple in tqdm(multipliers, desc="angles", unit="angle"):
         adapted = get_peft_model(model, MoICEConfig(rope_bases=[multiple * own[0]]))

@@ -37,9 +37,9 @@ class MoICECallback(TrainerCallback):
 
     - `moice/balance_loss`: the balance loss, about K (`top_k`) with even loads, N if the same experts always win;
     - `moice/entropy`: mean entropy of the routers' probabilities in nats, 0 to log N;
-    - `moice/max_load`: load of the most used expert, 0 to 1;
-    - `moice/drift`: how far the mean gates have moved since the first step, 0 to 1 (half the sum of absolute
-      differences, mean over layers).
+    - `moice/max_load`: load of the most used expert, K/N to 1, so always 1 with K = N;
+    - `moice/drift`: how far the mean gates have moved since the first step (half the sum of absolute differences, mean
+      over layers), 0 to 1, or more where identity scales are beyond 1.
 
     What `report_to` names (TensorBoard, ...) receives the same per layer, as `moice/layer_<index>/...`, with
     `load_<expert>` (share of tokens and heads that picked the expert) and `gate_<expert>` (its mean gate). Padding

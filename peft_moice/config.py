@@ -412,18 +412,21 @@ def _bases_of(rope_bases: Bases, layer_type: str | None) -> list[float]:
 
 def _check_own_base(rope_bases: Bases, own_thetas: dict[str | None, float]) -> None:
     if isinstance(rope_bases, dict) and not own_thetas.keys() <= rope_bases.keys():
+        types = sorted(kind for kind in own_thetas if kind is not None)
+        have, give = (f"have {types}", "one list per layer type") if types else ("have one angle for all", "one list")
         raise ValueError(
-            f"`rope_bases` names the layer types {sorted(rope_bases)}, but the adapted layers of this model "
-            f"have {sorted(map(str, own_thetas))}. Give one list per layer type, or use `base_multipliers`."
+            f"`rope_bases` names the layer types {sorted(rope_bases)}, but the adapted layers of this model {have}. "
+            f"Give {give}, or use `base_multipliers`."
         )
     for layer_type, own in own_thetas.items():
         bases = _bases_of(rope_bases, layer_type)
         if len(bases) > 1 and not math.isclose(bases[0], own, rel_tol=1e-6):
             where = "" if layer_type is None else f" in layers of type {layer_type!r}"
+            lists = "" if len(own_thetas) == 1 or isinstance(rope_bases, dict) else ", in one list per layer type"
             raise ValueError(
                 f"The first of `rope_bases` is {bases[0]}, but the model's own rope_theta is {own}{where}. Put "
-                "the model's own angle first, or use `base_multipliers`. (Angles are resolved and stored when an "
-                "adapter is injected, so a config made for another model does not fit this one.)"
+                f"the model's own angle first{lists}, or use `base_multipliers`. (Angles are resolved and stored when "
+                "an adapter is injected, so a config made for another model does not fit this one.)"
             )
 
 

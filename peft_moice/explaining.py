@@ -21,7 +21,7 @@ class Explanation:
     Attributes:
         tokens: the S tokens, as text.
         gates: `[S, L, H, N]` in float32, the share of each of N base angles in each of H heads of the L layers with
-            routers. They sum to one over N, and lie in 0 to 1 unless an identity scale is beyond 1.
+            routers. They sum to one over N, and lie in 0 to 1 unless an identity scale does not.
         rope_bases: the N base angles of each of these layers; the model's own is the first, except in a mixture of
             several adapters, where they ascend.
         layers: names of these layers' attention modules.

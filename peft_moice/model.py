@@ -47,8 +47,9 @@ class MoICEModel(BaseTuner):
     Args:
         model: a transformers decoder whose attention goes through transformers' attention interface.
         peft_config: the adapter's [`MoICEConfig`].
-        adapter_name: name of the adapter. Default: "default".
-        low_cpu_mem_usage: create the routers on the meta device, to be filled by loading.
+        adapter_name: name of the adapter.
+        low_cpu_mem_usage: create the routers on the meta device, to be filled by loading. Default: False.
+        state_dict: see PEFT's `BaseTuner`. Default: None.
 
     Raises:
         ValueError: no module matches, or one that cannot be supported does, or angles that do not fit the model.
@@ -206,6 +207,10 @@ class MoICEModel(BaseTuner):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapters. Several active adapters average their mixtures.
+
+        Args:
+            adapter_name: name or names of adapters.
+            inference_mode: leave their routers frozen. Default: False.
 
         Raises:
             ValueError: an adapter does not exist.

@@ -73,7 +73,7 @@ def test_scores_are_those_of_the_model_under_each_angle(tmp_path):
         return [model(input_ids=row[None], labels=row[None]).loss.item() for row in ids]
 
     before = logits_of(model)
-    scores = score_angles(model, losses_of, multipliers=(4.0,))
+    scores = score_angles(model, losses_of, multipliers=(4.0, 1.0, 4.0))
     assert torch.equal(logits_of(model), before)
     assert scores.rope_bases == (10000.0, 40000.0)
     other = get_peft_model(load(folder), MoICEConfig(rope_bases=[40000.0])).eval()

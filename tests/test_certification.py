@@ -178,3 +178,9 @@ def test_a_table_of_verdicts():
         ("reference", False, None),
         ("reference", True, None),
     ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_there_is_no_table():
+    with pytest.raises(ValueError, match="PyTorch finds no GPU for the device 'cuda'"):
+        certify()

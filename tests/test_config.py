@@ -150,8 +150,11 @@ def test_angles_for_other_layer_types():
     config = MoICEConfig(rope_bases={"full_attention": [1e6, 2e6]})
     with pytest.raises(ValueError, match="sliding_attention"):
         config.resolve_bases({"full_attention": 1e6, "sliding_attention": 1e4})
-    with pytest.raises(ValueError, match="full_attention"):
+    with pytest.raises(ValueError, match=r"'full_attention'.* have one angle for all\. Give one list, or"):
         config.resolve_bases({None: 1e6})
+    config = MoICEConfig(rope_bases=[1e6, 2e6])
+    with pytest.raises(ValueError, match=r"1000000\.0.*10000\.0 in layers.* in one list per layer type"):
+        config.resolve_bases({"full_attention": 1e6, "sliding_attention": 1e4})
 
 
 def test_released_multipliers_start_at_the_models_own_angle():

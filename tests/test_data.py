@@ -265,6 +265,18 @@ def test_prompts_of_documents_are_not_cut_by_length(tmp_path, tokenizer):
         load_examples([file], tokenizer, args, quiet=True)
 
 
+def test_values_out_of_range_are_named(tmp_path, tokenizer):
+    chats, text = write_data(tmp_path, "messages"), write_data(tmp_path, "documents")
+    for file, values, named in (
+        (chats, {"loss_on": "answer"}, "'answer'; choose 'answers' or 'all'"),
+        (chats, {"data_format": "chatml"}, "'chatml'; choose one of auto, messages"),
+        (text, {"data_format": "documents", "documents_per_prompt": 0}, "documents_per_prompt is 0"),
+        (text, {"data_format": "documents", "passage_words": -1}, "passage_words is -1"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            load_examples([file], tokenizer, DataArguments([file], **values), quiet=True)
+
+
 @pytest.mark.parametrize("questions", [1, 2, 3])
 def test_every_place_is_asked_for_equally_often(tmp_path, questions):
     file = write_data(tmp_path, "documents")

@@ -403,7 +403,8 @@ class TestEvaluate:
 
     def test_refuses_bad_values(self):
         model, tokenizer = tiny_llama(), byte_tokenizer()
-        for wrong in ({"num_groups": 0}, {"batch_size": 0}, {"lengths": []}, {"lengths": [0]}, {"positions": (2.0,)}):
+        sizes = ({name: 0} for name in ("num_groups", "batch_size", "max_new_tokens"))
+        for wrong in (*sizes, {"lengths": []}, {"lengths": [0]}, {"positions": (2.0,)}):
             with pytest.raises(ValueError, match=next(iter(wrong))):
                 evaluate(model, tokenizer, Facts(), **{"lengths": [3], **wrong})
 
@@ -504,5 +505,7 @@ def test_gates_along_a_text_are_those_of_the_routers():
         assert ((values > 0).sum(-1) == 2).all()
     first, second = gates.values()
     assert not torch.equal(first, second)
-    with pytest.raises(ValueError, match="routers of the name 'other'"):
+    with pytest.raises(ValueError, match=r"routers of the name 'other' at work; those at work are \['default'\]"):
         gates_along(model, torch.arange(12), "other")
+    merged = gates_along(model.merge_and_unload(), torch.arange(12), "0")
+    assert all(torch.equal(*pair) for pair in zip(merged.values(), gates.values(), strict=True))

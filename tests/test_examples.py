@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, get_peft_model
-from tiny_data import words, write_data
+from tiny_data import TEMPLATE, words, write_data
 from tiny_models import decide, load, save_tiny_model, token_ids, wide_config
 from transformers import AutoModelForCausalLM, TrainingArguments
 
@@ -105,13 +105,17 @@ def test_losses_by_position():
     assert train_from_scratch.by_bucket(by_token, 4).tolist() == [[1.0, 2.5, 4.5, 6.5]]
 
 
-def test_train_router_trains_and_leaves_an_adapter_with_a_card(model, tmp_path):
+def test_train_router_trains_and_leaves_an_adapter_with_a_card(model, tmp_path, capsys):
     file, folder = write_data(tmp_path, "messages"), tmp_path / "out"
     args = train_router.Arguments(model, keep_tokens=16)
     training = TrainingArguments(
         str(folder), use_cpu=True, max_steps=2, learning_rate=0.1, remove_unused_columns=False
     )
-    train_router.main(args, DataArguments([file]), training)
+    template = tmp_path / "template.jinja"
+    template.write_text(TEMPLATE)
+    train_router.main(args, DataArguments([file], eval_files=[file], chat_template=str(template)), training)
+    assert "eval_loss" in capsys.readouterr().out
+    assert (folder / "chat_template.jinja").read_text() == TEMPLATE
     assert "import peft_moice" in (folder / "README.md").read_text()
     assert PeftConfig.from_pretrained(folder).rope_bases == [10_000, 2_500, 5_000, 20_000, 40_000]
     trained = AutoPeftModelForCausalLM.from_pretrained(folder)

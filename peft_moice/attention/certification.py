@@ -100,8 +100,13 @@ def certify(
 
     Returns:
         A verdict for each implementation, dtype, head size and layout (half, interleaved).
+
+    Raises:
+        ValueError: `device` is a GPU, and PyTorch finds none.
     """
     device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"PyTorch finds no GPU for the device {str(device)!r}. Name another, such as 'cpu'.")
     return [
         Verdict(name, device_name(device), dtype, size, layout, find_fault(load(name), device, dtype, layout, size))
         for name in names

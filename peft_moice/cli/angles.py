@@ -43,7 +43,8 @@ class Arguments:
     facts: int = field(default=30, metadata={"help": "Facts in a prompt of the measurement."})
     prompts: int = field(default=10, metadata={"help": "Prompts of the measurement."})
     dtype: Dtype | None = field(
-        default=None, metadata={"help": "Of the model. Default: float32 on a CPU, else the checkpoint's own."}
+        default=None,
+        metadata={"help": "auto (its own), float32, bfloat16, float16. Default: float32 on a CPU, else auto."},
     )
     output_dir: str = field(default="outputs/angles", metadata={"help": "Folder for the picture."})
 

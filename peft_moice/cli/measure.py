@@ -82,7 +82,8 @@ class Arguments:
     )
     seed: int = field(default=0, metadata={"help": "Of the questions; equal seeds ask the same."})
     dtype: Dtype | None = field(
-        default=None, metadata={"help": "Of the model. Default: float32 on a CPU, else the checkpoint's own."}
+        default=None,
+        metadata={"help": "auto (its own), float32, bfloat16, float16. Default: float32 on a CPU, else auto."},
     )
     output_dir: str = field(default="outputs/measure", metadata={"help": "Folder for scores and pictures."})
 

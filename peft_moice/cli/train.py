@@ -71,7 +71,7 @@ class Arguments:
         default=0.0, metadata={"help": "Weight of the divergence (KL) from the base model on ordinary text; 0: none."}
     )
     keep_files: list[str] = field(
-        default_factory=list, metadata={"help": "Ordinary text. Default: text and users' turns of --train_files."}
+        default_factory=list, metadata={"help": "Ordinary text. Default: --train_files, without the answers."}
     )
     keep_tokens: int = field(default=256, metadata={"help": "Tokens of ordinary text in a micro-batch."})
     sequences_per_step: int | None = field(

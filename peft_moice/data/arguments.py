@@ -3,18 +3,21 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+DataFormat = Literal["auto", "messages", "sharegpt", "prompt_answer", "alpaca", "text", "documents"]
+
 
 @dataclass
 class DataArguments:
-    """Data to train routers on, in the form that `transformers.HfArgumentParser` takes."""
+    """Data to train routers on, in the form that `transformers.HfArgumentParser` takes.
+
+    Each field is an argument of `peft-moice train`, whose `--help` says what it is and lists the formats.
+    """
 
     train_files: list[str] = field(metadata={"help": "Files, or data sets of the Hub, to train on."})
     eval_files: list[str] = field(
         default_factory=list, metadata={"help": "The same, to measure the loss on with and without routers."}
     )
-    data_format: Literal["auto", "messages", "sharegpt", "prompt_answer", "alpaca", "text", "documents"] = field(
-        default="auto", metadata={"help": "What they hold, see below."}
-    )
+    data_format: DataFormat = field(default="auto", metadata={"help": "What they hold, see below."})
     chat_template: str | None = field(default=None, metadata={"help": "Jinja file, in place of the tokenizer's."})
     loss_on: Literal["answers", "all"] = field(
         default="answers", metadata={"help": "Learn answers only, or prompts too."}

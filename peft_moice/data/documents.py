@@ -19,14 +19,20 @@ def document_chats(files: Sequence[str], args: DataArguments, seed: int) -> Iter
 
     Over `documents_per_prompt` chats in a row, every place in the prompt is asked for equally often.
 
+    Args:
+        files: of text.
+        args: how many passages, questions and prompts; its own files are not looked at.
+        seed: of the passages and questions.
+
     Raises:
         ValueError: a value out of its range, or too little text.
     """
+    for name in ("documents_per_prompt", "passage_words", "prompts"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name} is {getattr(args, name)}, but has to be at least 1.")
     number = args.documents_per_prompt
     if not 1 <= args.questions <= number:
         raise ValueError(f"questions is {args.questions}, but has to lie in 1..{number}, documents_per_prompt.")
-    if args.prompts < 1:
-        raise ValueError(f"prompts is {args.prompts}, but has to be at least 1.")
     passages = [passage for file in files for passage in _read_passages(file, args.passage_words)]
     if len(passages) < number:
         raise ValueError(

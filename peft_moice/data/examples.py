@@ -2,11 +2,11 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 from tqdm.auto import tqdm
 
-from .arguments import DataArguments
+from .arguments import DataArguments, DataFormat
 from .chats import Chat, read_chats
 from .documents import document_chats
 from .sequences import encode_chat, encode_text
@@ -30,8 +30,12 @@ def load_examples(
         seed: of the questions that are made about documents. Default: 0.
         quiet: without a progress bar. Default: False.
 
+    Returns:
+        One example for each sequence, or for each row of packed ones.
+
     Raises:
-        ValueError: a file is not in its format (naming file, line and reason), or nothing is left to train on.
+        ValueError: a file is not in its format (naming file, line and reason), nothing is left to train on, or a value
+            is out of its range.
         ImportError: a package is missing that reads a source.
     """
     if not files:
@@ -69,7 +73,11 @@ def load_examples(
 
 
 def plain_text(files: Sequence[str], data_format: str = "auto") -> str:
-    """The ordinary text in `files`: their text, or what the users of their chats say.
+    """The ordinary text in `files`: their text, or what stands in their chats beside the assistant's answers.
+
+    Args:
+        files: as for [`load_examples`].
+        data_format: as [`DataArguments`] has it. Default: "auto".
 
     Raises:
         ValueError: see [`load_examples`].
@@ -83,7 +91,7 @@ def plain_text(files: Sequence[str], data_format: str = "auto") -> str:
 
 
 def pack(sequences: list[dict[str, list[int]]], max_length: int) -> list[Example]:
-    """Neighbors together as long as they fit into `max_length` tokens."""
+    """Neighbors among `sequences` together, as long as they fit into `max_length` tokens; longer ones stand alone."""
     packed: list[Example] = []
     free = 0
     for sequence in sequences:
@@ -98,6 +106,8 @@ def pack(sequences: list[dict[str, list[int]]], max_length: int) -> list[Example
 
 def _format(files: Sequence[str], data_format: str) -> str:
     """`data_format`, with "auto" made "text" for files of text."""
+    if data_format not in get_args(DataFormat):
+        raise ValueError(f"data_format is {data_format!r}; choose one of {', '.join(get_args(DataFormat))}.")
     if data_format in ("text", "documents"):
         for file in files:
             if str(file).lower().endswith(RECORDS):

@@ -21,8 +21,11 @@ def encode_chat(where: str, messages: Chat, tokenizer: Any, loss_on: str = "answ
         loss_on: "answers" (default) learns what the assistant says, with the end of its turn; "all" the whole chat.
 
     Raises:
-        ValueError: the template refuses the chat, or writes it such that answers cannot be told from prompts.
+        ValueError: the template refuses the chat, or writes it such that answers cannot be told from prompts; another
+            `loss_on`.
     """
+    if loss_on not in ("answers", "all"):
+        raise ValueError(f"loss_on is {loss_on!r}; choose 'answers' or 'all'.")
 
     def render(count: int, add_generation_prompt: bool = False) -> str:
         if not tokenizer.chat_template:
@@ -62,7 +65,16 @@ def encode_chat(where: str, messages: Chat, tokenizer: Any, loss_on: str = "answ
 
 
 def encode_text(file: str, tokenizer: Any, max_length: int) -> list[Sequence]:
-    """Consecutive sequences of a file, the last one as short as it comes out."""
+    """Consecutive sequences of a file of text, the last one as short as it comes out.
+
+    Args:
+        file: the file.
+        tokenizer: the model's.
+        max_length: tokens of a sequence, at least 2.
+
+    Raises:
+        ValueError: the file cannot be read, or holds fewer than two tokens.
+    """
     tokens = tokenizer(read_text(file), verbose=False)["input_ids"]
     chunks = [tokens[start : start + max_length] for start in range(0, len(tokens), max_length)]
     chunks = [chunk for chunk in chunks if len(chunk) > 1]

@@ -29,7 +29,12 @@ Split = Literal["train", "eval"]
 
 @dataclass(frozen=True)
 class FactList:
-    """Facts `"The access code of NAME is CODE."`, in the order in which the prompt lists them."""
+    """Facts `"The access code of NAME is CODE."`, in the order in which the prompt lists them, which `str` gives.
+
+    Attributes:
+        names: of whom, each once.
+        codes: five digits each.
+    """
 
     names: tuple[str, ...]
     codes: tuple[str, ...]
@@ -106,6 +111,7 @@ def encode_chat(tokenizer: Any, facts: FactList, asked: list[int]) -> EncodedCha
 
     Raises:
         ValueError: the tokenizer is a slow one, its chat template refuses the chat, or nothing is asked.
+        IndexError: there is no fact at an index.
     """
     check_fast(tokenizer)
     if not asked:

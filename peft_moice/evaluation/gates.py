@@ -14,19 +14,25 @@ def gates_along(model: Any, input_ids: torch.Tensor, adapter_name: str = "defaul
     Args:
         model: a model with MoICE routers.
         input_ids: one sequence `[S]` of token ids.
-        adapter_name: whose routers. Default: "default".
+        adapter_name: whose routers. Those of a mean of adapters are called "NAME.0", "NAME.1", ..., and those of a
+            merged model "0", "1", .... Default: "default".
 
     Raises:
-        ValueError: the model has no routers of this name.
+        ValueError: no routers of this name are at work.
     """
+    passed = records_along(model, input_ids)
     gates = {
         name: record.gates[0].float().cpu()
-        for name, (_, records) in records_along(model, input_ids).items()
+        for name, (_, records) in passed.items()
         for record in records
         if record.share.name == adapter_name
     }
     if not gates:
-        raise ValueError(f"No layer of this model has routers of the name {adapter_name!r}.")
+        known = sorted({record.share.name for _, records in passed.values() for record in records})
+        raise ValueError(
+            f"No layer of this model has routers of the name {adapter_name!r} at work; those at work are {known}. "
+            "Give one of these names as `adapter_name`, or activate the adapter."
+        )
     return gates
 
 

@@ -41,7 +41,8 @@ def evaluate(
         positions: relative positions of what is asked for. Default: 0, 1/4, 1/2, 3/4, 1.
         num_groups: number of draws at every length, which is the number of questions in a cell. What a task has drawn
             before is not asked again, so a small file may give fewer. Default: 16.
-        max_new_tokens: the most that the model writes, where the task's scoring reads what it writes. Default: 48.
+        max_new_tokens: the most that the model writes, where the task's scoring reads what it writes, at least 1.
+            Default: 48.
         batch_size: how many questions of a draw are read in one pass, where they follow the same text and nothing is
             written. As many copies of the text's keys and values have to fit. Default: 1.
         seed: of the draws. Equal seeds ask different models the same questions. Default: 0.
@@ -54,8 +55,9 @@ def evaluate(
         ValueError: a value out of its range.
     """
     check_grid(lengths, positions, num_groups)
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` is {batch_size}, but has to be at least 1.")
+    for value_name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"`{value_name}` is {value}, but has to be at least 1.")
     scores: list[Score] = []
     with evaluating(model), tqdm(total=num_groups * len(lengths), desc=task.name, unit="draw") as progress:
         for length in lengths:

@@ -97,7 +97,7 @@ class Result:
         position: float | None = None,
         confidence: float = 0.95,
     ) -> tuple[float, float]:
-        """Interval of that mean.
+        """Interval that covers the true value of that mean with probability `confidence`, in (0, 1).
 
         Wilson's for scores of 0 and 1 of which every draw gave one; else a bootstrap over draws, whose questions
         share their material and so are not independent. The questions of a single draw have to pass for independent.

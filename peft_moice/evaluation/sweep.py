@@ -42,7 +42,7 @@ class PositionSweep:
         return max(self.accuracy) - min(self.accuracy)
 
     def intervals(self, confidence: float = 0.95) -> list[tuple[float, float]]:
-        """Wilson interval of the accuracy at each position."""
+        """Wilson interval of the accuracy at each position; `confidence` lies in (0, 1)."""
         return [wilson_interval(count, self.trials, confidence) for count in self.correct]
 
     def to_dict(self) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def position_sweep(
         num_facts: number of facts in a list. Default: 30.
         num_lists: number of lists, which is the number of questions at each position. Default: 32.
         positions: relative positions of the asked fact, each in [0, 1]. Default: 0, 1/4, 1/2, 3/4, 1.
-        seed: seed of the lists. Equal seeds ask different models the same questions.
+        seed: seed of the lists. Equal seeds ask different models the same questions. Default: 0.
 
     Raises:
         ValueError: a value out of its range.

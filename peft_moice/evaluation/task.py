@@ -56,6 +56,9 @@ class Task(Protocol):
             rng: source of randomness.
             length: how much material to show, in `unit`.
             positions: relative positions of what is asked for, each in [0, 1].
+
+        Raises:
+            ValueError: there is too little material for `length`.
         """
         ...
 

@@ -99,7 +99,7 @@ class RotationTable:
         return table
 
     def cos_sin_at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines at any integer `positions` `[..., S]`, each `[N, ..., S, P]` in float32."""
+        """Cosines and sines at any `positions` `[..., S]`, each `[N, ..., S, P]` in float32."""
         angles = positions.double()[..., None] * self.deltas.to(positions.device)[:, *(None,) * positions.dim()]
         return angles.cos().float(), angles.sin().float()
 

@@ -103,10 +103,10 @@ def add_balance_loss(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
     The loss is `outputs` itself if that is a scalar, the entry or attribute `loss`, or a scalar at the start of a
     tuple. Added is what routers learn from: the balance loss of trainable routers that keep fewer experts than they
-    have. `outputs.aux_loss` holds the balance loss of all active routers, without the coefficient, and with
-    `output_router_logits=True`, `outputs.router_logits` holds a tuple of `[B, H, S, N]` logits, one per layer (a dict
-    of such tuples with several active adapters). Where the model has attributes of these names, ours are called
-    `outputs.moice_aux_loss` and `outputs.moice_router_logits`.
+    have. `outputs.aux_loss` holds the balance loss of the active routers whose coefficient is not zero, without the
+    coefficient, and with `output_router_logits=True`, `outputs.router_logits` holds a tuple of `[B, H, S, N]` logits,
+    one per layer (a dict of such tuples with several active adapters). Where the model has attributes of these names,
+    ours are called `outputs.moice_aux_loss` and `outputs.moice_router_logits`.
     """
     hooks = hooks_of(model)
     passed: PassRecords | None = getattr(model, _PASS, None)
