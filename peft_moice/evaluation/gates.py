@@ -17,8 +17,12 @@ def gates_along(model: Any, input_ids: torch.Tensor, adapter_name: str = "defaul
         adapter_name: whose routers. Default: "default".
 
     Raises:
-        ValueError: the model has no routers of this name.
+        ValueError: the model has no routers of this name, or `input_ids` are not one sequence.
     """
+    if input_ids.dim() != 1:
+        raise ValueError(
+            f"`input_ids` has the shape {tuple(input_ids.shape)}; give one sequence `[S]`, a row of a batch."
+        )
     gates = {
         name: record.gates[0].float().cpu()
         for name, (_, records) in records_along(model, input_ids).items()
