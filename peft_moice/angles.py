@@ -87,7 +87,9 @@ def search_angles(
     """
     own = float(rope_theta)
     peaks, troughs = extrema(attention_waveform(head_dim, own, context_length))
-    pool = [float(base) for base in (candidates or [round(multiple * own, 3) for multiple in GRID])]
+    if candidates is None:
+        candidates = [round(multiple * own, 3) for multiple in GRID]
+    pool = [float(base) for base in candidates]
     pool = [base for base in dict.fromkeys(pool) if base != own]
     if not 1 <= num_experts <= len(pool) + 1:
         raise ValueError(

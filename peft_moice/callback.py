@@ -43,7 +43,8 @@ class MoICECallback(TrainerCallback):
 
     What `report_to` names (TensorBoard, ...) receives the same per layer, as `moice/layer_<index>/...`, with
     `load_<expert>` (share of tokens and heads that picked the expert) and `gate_<expert>` (its mean gate). Padding
-    counts nowhere. Only steps that are logged are measured, over all their micro-batches.
+    counts nowhere. Only steps that are logged are measured, over all their micro-batches; where Trainer logs by epoch,
+    it is the last step of each.
 
     At the start, one line tells Python's log (`logging`, level INFO) what trains, the base angles, K, and which
     attention implementation was chosen and why. With [`BalanceLossMixin`], Trainer's log also has the balance loss
@@ -71,7 +72,9 @@ class MoICECallback(TrainerCallback):
         self._hooks().observer = self.statistics
         self._announcing.close()
         self._announcing.enter_context(observing_choices(self._announce))
-        if state.global_step > 0 and self.start is None:
+        if state.global_step == 0:
+            self.start = None  # of a training before this one
+        elif self.start is None:
             path = self._start_path(args, state)
             if path.is_file():
                 self.start = json.loads(path.read_text())
@@ -89,8 +92,10 @@ class MoICECallback(TrainerCallback):
     ) -> None:
         # Nobody chose: the config forces an implementation, or the model is compiled.
         self._announce(*self._without_choice())
-        if self.start is None and self.statistics.sums:
-            self.start = {name: sums.gates().tolist() for name, sums in self._reduced().items()}
+        if self.statistics.sums.keys() - (self.start or {}).keys():
+            # The first step, or adapters that were not active in it.
+            seen = {name: sums.gates().tolist() for name, sums in self._reduced().items()}
+            self.start = {**seen, **(self.start or {})}
 
     def on_log(
         self,
@@ -179,11 +184,11 @@ def _create_model_card(trainer: Trainer, create: Callable[..., None], *args: Any
 
 
 def _is_logged(args: TrainingArguments, state: TrainerState, step: int) -> bool:
-    """Whether Trainer logs after optimizer step `step`, counted from 1."""
+    """Whether Trainer may log after optimizer step `step`, counted from 1."""
     if step == 1 and args.logging_first_step:
         return True
     if args.logging_strategy == "epoch":
-        return step % max(1, round(state.max_steps / max(1, state.num_train_epochs))) == 0
+        return True  # an epoch may end at any step: with its data, the last step of all, or early stopping
     return args.logging_strategy == "steps" and step % state.logging_steps == 0
 
 

@@ -83,9 +83,10 @@ def plot_positions(
             axis.errorbar(
                 [position + shift for position in positions],
                 values,
+                # Rounding may put a mean just outside of its interval.
                 yerr=(
-                    [value - low for value, (low, _) in zip(values, intervals, strict=True)],
-                    [high - value for value, (_, high) in zip(values, intervals, strict=True)],
+                    [max(0.0, value - low) for value, (low, _) in zip(values, intervals, strict=True)],
+                    [max(0.0, high - value) for value, (_, high) in zip(values, intervals, strict=True)],
                 ),
                 color=_COLORS[style],
                 marker=_MARKERS[style],
@@ -121,7 +122,10 @@ def plot_position_sweeps(
         title: {name: (sweep.accuracy, sweep.intervals(confidence)) for name, sweep in sweeps.items()}
         for title, sweeps in panels.items()
     }
-    positions = next((sweep.positions for sweeps in panels.values() for sweep in sweeps.values()), ())
+    asked = {tuple(sweep.positions) for sweeps in panels.values() for sweep in sweeps.values()}
+    if len(asked) > 1:
+        raise ValueError(f"The sweeps asked at different positions: {sorted(asked)}. Measure all at the same.")
+    positions = asked.pop() if asked else ()
     return plot_positions(curves, positions, confidence=confidence, title=title)
 
 
@@ -221,7 +225,7 @@ def plot_expert_load(load: torch.Tensor, *, names: Sequence[str] | None = None, 
     figure = figure_class(figsize=(width, height), layout="constrained")
     axes = figure.subplots(1, experts, sharey=True, squeeze=False)[0]
     for expert, axis in enumerate(axes):
-        values = load[:, :, expert].cpu().numpy()
+        values = _array(load[:, :, expert])
         image = axis.imshow(values, aspect="auto", origin="lower", **colors)
         axis.set_title(names[expert], fontsize=9)
         axis.set_xlabel("head")
@@ -254,11 +258,11 @@ def plot_gates(
     axis = figure.subplots()
     names = _names_of(gates.shape[1], names)
     if gates.min() < 0:  # there is nothing to stack, and lines would hide each other
-        image = axis.imshow(gates.T.cpu().numpy(), aspect="auto", interpolation="nearest", **_colors_of(gates))
+        image = axis.imshow(_array(gates.T), aspect="auto", interpolation="nearest", **_colors_of(gates))
         axis.set_yticks(range(len(names)), names)
         figure.colorbar(image, ax=axis, label="gate", pad=0.01)
     else:
-        axis.stackplot(range(len(tokens)), gates.T, colors=_COLORS[: len(names)], labels=names, step="mid")
+        axis.stackplot(range(len(tokens)), _array(gates.T), colors=_COLORS[: len(names)], labels=names, step="mid")
         # The own angle at the bottom mostly fills the picture; what the others take is at the top.
         axis.set_ylim(max(0.0, 0.95 - gates[:, 1:].sum(dim=1).max().item()), 1)
         axis.set_ylabel("share of the gates")
@@ -382,6 +386,11 @@ def plot_waveforms(head_dim: int, rope_bases: Sequence[float], context_length: i
     return figure
 
 
+def _array(values: torch.Tensor) -> Any:
+    """`values`, of whatever device and precision, as matplotlib takes them."""
+    return values.detach().float().cpu().numpy()
+
+
 def _names_of(experts: int, names: Sequence[str] | None) -> list[str]:
     if names is None:
         return [f"expert {expert}" for expert in range(experts)]
@@ -416,6 +425,8 @@ def _legend_below(figure: "Figure", axes: "Sequence[Axes]") -> None:
     entries: dict[str, Artist] = {}
     for axis in axes:
         entries |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if not entries:  # matplotlib leaves out names that are empty or begin with an underscore
+        return
     # A letter takes about a fourteenth of an inch, a line's sample with its margins as much as eight letters.
     fitting = int(figure.get_figwidth() * 14 / (8 + max(map(len, entries))))
     columns = max(1, min(4, len(entries), fitting))

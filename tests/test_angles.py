@@ -58,6 +58,13 @@ def test_search_prefers_an_interlocking_candidate():
     assert search_angles(64, 1e4, 1024, num_experts=2, candidates=candidates[::-1]) == [1e4, candidates[0]]
 
 
+def test_candidates_may_be_an_array():
+    candidates = torch.linspace(1e4, 3e4, 9).numpy()
+    assert search_angles(64, 1e4, 512, 3, candidates) == search_angles(64, 1e4, 512, 3, candidates.tolist())
+    with pytest.raises(ValueError, match=r"has to lie in 1\.\.1"):
+        search_angles(64, 1e4, 512, 3, candidates=[])
+
+
 def test_best_angles_complement_each_other():
     losses = torch.tensor([[1.0, 1.0, 9.0, 9.0], [0.9, 0.9, 8.0, 8.0], [5.0, 5.0, 2.0, 9.0], [7.0, 7.0, 7.0, 1.0]])
     scores = AngleScores((1e4, 2e4, 3e4, 4e4), losses)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_data import TEMPLATE, records, words, write_data
 from tiny_models import load, save_tiny_model, wide_config
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, ByT5Tokenizer
 
 from peft_moice.data import (
     Collator,
@@ -203,6 +203,14 @@ def test_labels_are_the_answers_and_the_end_of_their_turns(tokenizer):
     encoded = encode_chat("here", messages, tokenizer, "answers")
     assert encoded["input_ids"] == [10, 11, 12, 13, 14, 15]
     assert encoded["labels"] == [-100, -100, 12, -100, 14, 15]
+
+
+def test_a_tokenizer_that_cannot_tell_answers_is_refused():
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    with pytest.raises(ValueError, match="ByT5Tokenizer cannot map tokens to characters"):
+        encode_chat("line 1", chat, ByT5Tokenizer())
+    whole = encode_chat("line 1", chat, ByT5Tokenizer(), loss_on="all")
+    assert whole["labels"] == whole["input_ids"] and len(whole["labels"]) >= len("hi\nyes")
 
 
 def test_a_template_that_rewrites_earlier_answers_is_refused(tokenizer):

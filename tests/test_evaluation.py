@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import random
@@ -6,6 +7,7 @@ import pytest
 import torch
 from byte_models import CHAT_TEMPLATE, byte_tokenizer, tiny_llama
 from peft import get_peft_model
+from tokenizers import processors
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from peft_moice import MoICEConfig
@@ -50,6 +52,11 @@ class TestWilsonInterval:
         lower, upper = wilson_interval(7, 20)
         assert wilson_interval(7, 20, 0.99)[0] < lower < wilson_interval(70, 200)[0]
         assert wilson_interval(70, 200)[1] < upper < wilson_interval(7, 20, 0.99)[1]
+
+    def test_holds_the_share_of_successes(self):
+        for trials in range(1, 100):
+            assert wilson_interval(0, trials)[0] == 0
+            assert wilson_interval(trials, trials)[1] == 1
 
     @pytest.mark.parametrize("arguments", [(1, 0), (-1, 3), (4, 3), (1, 3, 0.0), (1, 3, 1.0)])
     def test_refuses_impossible_values(self, arguments):
@@ -355,6 +362,17 @@ def test_encoded_answers_start_where_the_model_goes_on(chat_template, opening):
     assert ("<assistant>" in tokenizer.decode(encoded.input_ids)) == (chat_template is not None)
 
 
+def test_an_end_that_the_tokenizer_puts_behind_the_text_is_no_answer():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <end>", special_tokens=[("<end>", tokenizer.eos_token_id)]
+    )
+    assert tokenizer("42")["input_ids"][-1] == tokenizer.eos_token_id
+    encoded = encode_example(tokenizer, Example("Which?", ("42",), 0.0, 1), "42")
+    assert tokenizer.decode(encoded.input_ids[encoded.start :]) == "42"
+
+
 class TestEvaluate:
     def test_agrees_with_what_the_model_writes(self, knows_some):
         model, tokenizer, facts = knows_some
@@ -473,8 +491,18 @@ class TestResult:
     def test_draws_itself(self):
         heat_map = self.RESULT.plot()
         assert heat_map.axes[0].images[0].get_array().tolist() == self.RESULT.table()
-        curves = self.RESULT.plot([self.RESULT])
-        assert len(curves.axes) == 2
+        other = dataclasses.replace(self.RESULT, model="other")
+        curves = self.RESULT.plot([other])
+        assert [len(axis.containers) for axis in curves.axes] == [2, 2]
+
+    def test_refuses_curves_that_would_hide_each_other_or_stand_elsewhere(self):
+        with pytest.raises(ValueError, match=r"\['model', 'model'\].* Give `evaluate` a `name`"):
+            self.RESULT.plot([self.RESULT])
+        scores = tuple(
+            Score(0, length, position, 1.0, 0.1, 1.0) for length in (30, 45) for position in (0.0, 0.25, 1.0)
+        )
+        with pytest.raises(ValueError, match=r"there are .* the positions \[0.0, 0.25, 1.0\]"):
+            self.RESULT.plot([dataclasses.replace(self.RESULT, model="other", scores=scores)])
 
     def test_names_what_there_is(self):
         with pytest.raises(ValueError, match=r"lengths \[30, 45\]"):
@@ -505,6 +533,8 @@ def test_gates_along_a_text_are_those_of_the_routers():
         assert ((values > 0).sum(-1) == 2).all()
     first, second = gates.values()
     assert not torch.equal(first, second)
+    with pytest.raises(ValueError, match=r"shape \(1, 12\); give one sequence"):
+        gates_along(model, torch.arange(12)[None])
     with pytest.raises(ValueError, match=r"routers of the name 'other' at work; those at work are \['default'\]"):
         gates_along(model, torch.arange(12), "other")
     merged = gates_along(model.merge_and_unload(), torch.arange(12), "0")

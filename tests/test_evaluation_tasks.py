@@ -82,6 +82,16 @@ def test_haystacks_have_their_length_even_without_sentences():
         Needles(text, tokenizer).draw(random.Random(0), 99_999, (0.5,))
 
 
+def test_haystacks_of_a_language_without_spaces():
+    """In one line, as an article copied from the web."""
+    text, tokenizer = "城市的夜晚很安静。" * 300, byte_tokenizer()
+    examples = Needles(text, tokenizer).draw(random.Random(0), 900, (0.0, 0.5, 1.0))
+    assert all(900 < len(tokenizer(example.prompt)["input_ids"]) < 1500 for example in examples)
+    places = [example.prompt.index("One of the special magic numbers") for example in examples]
+    assert [example.position for example in examples] == [1.0, 0.5, 0.0]
+    assert places[0] > places[1] + 100 > places[2] + 200
+
+
 def test_variables_form_one_chain_in_order():
     (example,) = Needles(HAYSTACK, byte_tokenizer(), "variables").draw(random.Random(0), 3000, (0.3,))
     shown, asked = example.prompt.split("\n\nMemorize")

@@ -124,6 +124,39 @@ def test_the_order_of_mixins_and_passes_aside_change_nothing(llama, tmp_path, re
     assert not [warning for warning in recwarn if "balance loss" in str(warning.message)]
 
 
+def test_noise_in_the_embeddings_is_no_divergence(llama, tmp_path):
+    """NEFTune draws it anew for every pass, unless both draw the same."""
+    values = []
+    for alpha in (None, 5.0):
+        trainer = trainer_of(CloseTrainer, decided(llama), tmp_path, neftune_noise_alpha=alpha)
+        trainer.train()
+        values.append(trainer.state.log_history[0]["loss/divergence"])
+    assert values[1] == pytest.approx(values[0], rel=0.5)
+
+
+def test_a_compiled_model(llama, tmp_path):
+    logs = []
+    for arguments in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        trainer = trainer_of(CloseBalancedTrainer, decided(llama, coef=0.5), tmp_path, **arguments)
+        trainer.train()
+        logs.append(trainer.state.log_history[0])
+    torch.compiler.reset()
+    for name in ("loss", "loss/task", "loss/balance", "loss/divergence", "grad_norm"):
+        assert logs[1][name] == pytest.approx(logs[0][name], rel=1e-4), name
+
+
+def test_a_training_that_ended_between_two_logs_adds_nothing_to_the_next(llama, tmp_path):
+    trainer = trainer_of(CloseBalancedTrainer, decided(llama, coef=0.5), tmp_path, learning_rate=0.0)
+    trainer.args.max_steps, trainer.args.logging_steps = 3, 2
+    logs = []
+    for _ in range(2):
+        random.seed(0)
+        trainer.train()
+        logs.append(trainer.state.log_history[0])
+    for name in ("loss", "loss/task", "loss/balance", "loss/divergence"):
+        assert logs[1][name] == pytest.approx(logs[0][name], rel=1e-5), name
+
+
 @pytest.mark.parametrize("cut", [(2, 4), (1, 8)])
 def test_accumulation_changes_neither_steps_nor_logs(llama, tmp_path, cut):
     def run(batch: int, accumulation: int):
@@ -206,7 +239,11 @@ def test_text_is_tokenized_by_the_trainer(llama, tmp_path):
         ({"keep_text": None}, ValueError, "needs more than 32 tokens of ordinary text .* there are 0"),
         ({"keep_text": [5] * 32}, ValueError, "there are 32"),
         ({"keep_text": "w5 w6"}, TypeError, "no `processing_class`"),
-        ({"keep_weight": -1.0}, ValueError, "`keep_weight` has to be at least 0"),
+        ({"keep_text": torch.ones(1, 99, dtype=torch.long)}, TypeError, r"not Tensor with the shape \(1, 99\)"),
+        ({"keep_text": torch.ones(99)}, TypeError, "not Tensor with .* torch.float32"),
+        ({"keep_text": ["w5", "w6"]}, TypeError, "has to be one text, or the ids .*, not list. Join several"),
+        ({"keep_weight": -1.0}, ValueError, "`keep_weight` has to be a finite number of at least 0"),
+        ({"keep_weight": float("nan")}, ValueError, "not nan and 32"),
         ({"keep_tokens": 1}, ValueError, "`keep_tokens` at least 2"),
     ],
 )

@@ -13,6 +13,7 @@ from peft_moice.plotting import (
     plot_heat_map,
     plot_losses,
     plot_position_sweeps,
+    plot_positions,
     plot_tradeoff,
     plot_waveforms,
 )
@@ -38,6 +39,39 @@ def test_curves_show_accuracies_and_bars_their_intervals():
             assert end == pytest.approx(interval)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["before", "after"]
     assert "position" in axis.get_xlabel() and "95%" in axis.get_ylabel()
+
+
+@pytest.mark.parametrize("right, trials", [(0, 10), (13, 13)])
+def test_no_and_only_right_answers_are_drawn(right, trials):
+    plot_position_sweeps({"30 facts": {"model": PositionSweep(30, (0.5,), (right,), trials)}})
+
+
+def test_a_mean_that_rounding_put_beside_its_interval_is_drawn():
+    value = 0.1 + 0.2
+    (axis,) = plot_positions({"panel": {"model": ([value], [(0.3, 0.3)])}}, [0]).axes
+    line, _, _ = curves(axis)["model"]
+    assert line.get_ydata() == [value]
+
+
+def test_sweeps_over_other_positions_are_refused():
+    other = PositionSweep(30, (0.0, 0.25, 1.0), (1, 1, 1), 20)
+    with pytest.raises(ValueError, match="different positions"):
+        plot_position_sweeps({"30 facts": {"before": BEFORE, "other": other}})
+
+
+def test_a_model_without_a_name_is_drawn():
+    figure = plot_position_sweeps({"30 facts": {"": BEFORE}})
+    assert len(figure.axes[0].containers) == 1 and not figure.legends
+
+
+def test_gates_are_drawn_in_any_precision_and_with_a_graph():
+    gates = torch.tensor([[0.25, 0.75], [0.5, 0.5]], dtype=torch.bfloat16, requires_grad=True)
+    bottom, top = plot_gates(gates, ["a", "b"]).axes[0].collections
+    assert bottom.get_paths()[0].vertices[:, 1].max() == 0.5 and top.get_paths()[0].vertices[:, 1].max() == 1.0
+    (image,) = plot_gates(gates - 1, ["a", "b"]).axes[0].images
+    assert image.get_array().tolist() == [[-0.75, -0.5], [-0.25, -0.5]]
+    (image,) = plot_expert_load(gates[None]).axes[0].images
+    assert image.get_array().tolist() == [[0.25, 0.5]]
 
 
 def test_a_name_has_the_same_colour_in_every_panel():

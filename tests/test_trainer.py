@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tiny_models import decide, layers_of, load, router_state, save_tiny_model, token_ids, wide_config
+from tiny_models import (
+    decide,
+    layers_of,
+    load,
+    router_state,
+    save_tiny_model,
+    token_ids,
+    two_adapters,
+    wide_config,
+)
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
@@ -19,6 +28,7 @@ from peft_moice.training.hooks import hooks_of
 
 SGD = {"optim": "sgd", "learning_rate": 10.0, "max_grad_norm": 0.0}
 """Without normalization, so that a gradient of the wrong size shows."""
+DRIFT = "moice/drift"
 
 
 class BalancedTrainer(BalanceLossMixin, Trainer):
@@ -371,3 +381,32 @@ def test_callback_resumes_its_drift(llama, tmp_path):
     assert histories[0] == histories[1]
     assert len(histories[0]) == 2
     assert json.loads((tmp_path / "checkpoint-2" / "moice_callback.json").read_text()).keys() == {"default"}
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 6}, {"num_train_epochs": 1.5, "max_steps": -1}])
+def test_callback_logs_at_the_end_of_every_epoch(llama, tmp_path, length):
+    """Epochs of four steps, the last of which is cut off."""
+    trainer = trainer_of(adapted(llama), tmp_path, logging_strategy="epoch", **length)
+    trainer.add_callback(MoICECallback(trainer))
+    trainer.train()
+    logged = [[entry["step"] for entry in trainer.state.log_history if name in entry] for name in ("loss", DRIFT)]
+    assert logged == [[4, 6], [4, 6]]
+
+
+def test_callback_of_a_second_training_starts_anew(llama, tmp_path):
+    """As a user trains one adapter after the other with the same trainer."""
+    model = two_adapters(llama)
+    trainer = trainer_of(model, tmp_path)
+    trainer.add_callback(MoICECallback(trainer))
+    for adapter_name in ("one", "two"):
+        before = {name: router_state(model, name) for name in ("one", "two")}
+        model.set_adapter(adapter_name)
+        trainer.optimizer = None  # Trainer keeps it, with the weights of the adapter before
+        trainer.train()
+        drifts = [entry[DRIFT] for entry in trainer.state.log_history if DRIFT in entry]
+        assert drifts[0] == 0 < drifts[1]
+        changed = {
+            name: any(not torch.equal(value, before[name][key]) for key, value in router_state(model, name).items())
+            for name in ("one", "two")
+        }
+        assert changed == {"one": adapter_name == "one", "two": adapter_name == "two"}

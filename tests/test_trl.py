@@ -16,7 +16,7 @@ from peft_moice.router import balance_loss
 pytest.importorskip("trl")
 
 from datasets import Dataset
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -32,6 +32,10 @@ class BalancedSFTTrainer(BalanceLossMixin, SFTTrainer):
 
 
 class BalancedDPOTrainer(BalanceLossMixin, DPOTrainer):
+    pass
+
+
+class BalancedGRPOTrainer(BalanceLossMixin, GRPOTrainer):
     pass
 
 
@@ -156,6 +160,44 @@ def test_dpo(llama, tmp_path):
     expected = COEF * balance_loss(list(logits), 2, inputs["attention_mask"]).item()
     assert losses[1] - losses[0] == pytest.approx(expected, rel=1e-4)
     assert balanced.state.log_history[0]["rewards/margins"] != 0.0
+
+
+def test_grpo_steps_do_not_depend_on_accumulation(llama, tmp_path):
+    """GRPOTrainer divides its loss by the accumulation itself, and Trainer does not."""
+
+    def run(size: int, accumulation: int) -> dict[str, float]:
+        trainer = BalancedGRPOTrainer(
+            model=load(llama),
+            reward_funcs=lambda completions, **columns: [float(len(text)) for text in completions],
+            args=GRPOConfig(
+                output_dir=str(tmp_path),
+                use_cpu=True,
+                bf16=False,
+                report_to="none",
+                max_steps=1,
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=accumulation,
+                num_generations=2,
+                max_completion_length=6,
+                gradient_checkpointing=False,
+                max_grad_norm=0.0,
+                logging_steps=1,
+                save_strategy="no",
+                disable_tqdm=True,
+            ),
+            train_dataset=Dataset.from_list([{"prompt": words(5, row)} for row in range(8)]),
+            processing_class=AutoTokenizer.from_pretrained(llama),
+            peft_config=wide_config(router_aux_loss_coef=COEF),
+        )
+        decide(trainer.model)
+        trainer.train()
+        return trainer.state.log_history[0]
+
+    whole, cut = run(8, 1), run(2, 4)
+    # A mean over micro-batches is balanced within each of them, so it is not the same to the last digit.
+    assert cut["loss/balance"] == pytest.approx(whole["loss/balance"], rel=0.02)
+    assert cut["loss/task"] == pytest.approx(whole["loss/task"], rel=1e-3)
+    assert cut["loss"] == pytest.approx(cut["loss/task"] + cut["loss/balance"])
 
 
 def test_the_model_cards_of_trl_say_how_the_model_is_loaded(llama, tmp_path):

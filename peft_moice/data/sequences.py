@@ -21,8 +21,8 @@ def encode_chat(where: str, messages: Chat, tokenizer: Any, loss_on: str = "answ
         loss_on: "answers" (default) learns what the assistant says, with the end of its turn; "all" the whole chat.
 
     Raises:
-        ValueError: the template refuses the chat, or writes it such that answers cannot be told from prompts; another
-            `loss_on`.
+        ValueError: the template refuses the chat, or writes it such that answers cannot be told from prompts; or the
+            tokenizer is a slow one, which cannot tell them; another `loss_on`.
     """
     if loss_on not in ("answers", "all"):
         raise ValueError(f"loss_on is {loss_on!r}; choose 'answers' or 'all'.")
@@ -46,6 +46,11 @@ def encode_chat(where: str, messages: Chat, tokenizer: Any, loss_on: str = "answ
     )
     labels = list(encoded["input_ids"])
     if loss_on == "answers":
+        if "offset_mapping" not in encoded:
+            raise ValueError(
+                f"{type(tokenizer).__name__} cannot map tokens to characters, which tells answers from prompts. Load "
+                "a fast tokenizer, or learn whole chats with loss_on all."
+            )
         spans = []
         for index, message in enumerate(messages):
             if message["role"] == "assistant":

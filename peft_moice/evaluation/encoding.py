@@ -39,11 +39,12 @@ def encode_example(tokenizer: Any, example: Example, answer: str) -> EncodedExam
         return_offsets_mapping=True,
         verbose=False,
     )
-    # Tokens of words may begin with the space before them.
-    start = next((i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(before)), None)
-    if start is None or not answer.strip():
+    # Tokens of words may begin with the space before them. Some tokenizers put an end of the text behind it, which is
+    # no part of the answer, and stands for no characters.
+    tokens = [i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(before)]
+    if not tokens or not answer.strip():
         raise ValueError(f"The answer {answer!r} has no tokens. Give answers that are not empty.")
-    return EncodedExample(encoded["input_ids"], start)
+    return EncodedExample(encoded["input_ids"][: tokens[-1] + 1], tokens[0])
 
 
 def apply_template(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:

@@ -18,8 +18,12 @@ def gates_along(model: Any, input_ids: torch.Tensor, adapter_name: str = "defaul
             merged model "0", "1", .... Default: "default".
 
     Raises:
-        ValueError: no routers of this name are at work.
+        ValueError: no routers of this name are at work, or `input_ids` are not one sequence.
     """
+    if input_ids.dim() != 1:
+        raise ValueError(
+            f"`input_ids` has the shape {tuple(input_ids.shape)}; give one sequence `[S]`, a row of a batch."
+        )
     passed = records_along(model, input_ids)
     gates = {
         name: record.gates[0].float().cpu()

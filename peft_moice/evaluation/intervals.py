@@ -9,7 +9,8 @@ from statistics import NormalDist
 def wilson_interval(successes: float, trials: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson score interval of a binomial proportion (E. B. Wilson, JASA 1927).
 
-    Unlike the normal approximation it stays inside [0, 1], and has a width at 0 and at 1.
+    Unlike the normal approximation it stays inside [0, 1], and has a width at 0 and at 1. It holds the share of
+    successes, which rounding would put just outside of it at 0 and at 1.
 
     Args:
         successes: number of successes, 0 to `trials`; a sum of shares need not be whole.
@@ -29,7 +30,7 @@ def wilson_interval(successes: float, trials: int, confidence: float = 0.95) -> 
     share, scale = successes / trials, 1 + z**2 / trials
     center = (share + z**2 / (2 * trials)) / scale
     half_width = z / scale * sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
-    return max(0.0, center - half_width), min(1.0, center + half_width)
+    return max(0.0, min(share, center - half_width)), min(1.0, max(share, center + half_width))
 
 
 def bootstrap_interval(

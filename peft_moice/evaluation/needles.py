@@ -133,7 +133,7 @@ class Needles:
 
 def _pieces(text: str) -> list[str]:
     """Sentences or lines of a text, in pieces of at most `_MAX_WORDS` words (a table may have no sentence)."""
-    parts = (part.split() for part in re.split(r"(?<=[.!?])\s+|\n", text))
+    parts = (part.split() for part in re.split(r"(?<=[.!?])\s+|(?<=[。！？])|\n", text))
     return [
         " ".join(words[start : start + _MAX_WORDS]) for words in parts for start in range(0, len(words), _MAX_WORDS)
     ]

@@ -124,15 +124,24 @@ class Result:
         """Draw this result: by position, beside `others` of the same task; or alone over position and length.
 
         A single result of several lengths and positions is drawn as a heat map, everything else as curves.
+
+        Raises:
+            ValueError: two results have the same name of a model, or one of `others` lacks a length or position.
         """
         if not others and len(self.lengths) > 1 and len(self.positions) > 1:
             title = f"{self.task}, {self.model}"
             return plot_heat_map(self.table(), self.lengths, self.positions, unit=self.unit, title=title)
+        names = [result.model for result in (self, *others)]
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"The curves are named {names}, and those of equal names would hide each other. Give `evaluate` a "
+                "`name` for each model, or rename results with `dataclasses.replace(result, model=...)`."
+            )
         panels = {
             f"{self.task}, {length:,} {self.unit}": {
                 result.model: (
-                    [result.mean(length=length, position=position) for position in result.positions],
-                    [result.interval(length=length, position=position) for position in result.positions],
+                    [result.mean(length=length, position=position) for position in self.positions],
+                    [result.interval(length=length, position=position) for position in self.positions],
                 )
                 for result in (self, *others)
             }

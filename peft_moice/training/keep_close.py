@@ -1,5 +1,6 @@
 """Keeps an adapted model near its base model on ordinary text: adapters should change only what they have to."""
 
+import math
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -15,13 +16,16 @@ from .loss_parts import LossPartsMixin
 def divergence_from_base(model: nn.Module, adapted: PeftModel, input_ids: torch.Tensor) -> torch.Tensor:
     """Divergence KL(base || adapted) of an adapted model from its base model, mean over tokens in nats: a scalar.
 
+    Both passes draw the same random numbers, so what NEFTune adds to the embeddings is no divergence.
+
     Args:
         model: what computes the adapted model's logits: `adapted` itself, or a wrapper for several processes.
         adapted: the PEFT model, whose adapters are switched off for the base model's logits.
         input_ids: token ids `[B, S]` of ordinary text.
     """
     with aside(adapted):
-        with torch.no_grad(), adapted.disable_adapter():
+        devices = [adapted.device] if adapted.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices), adapted.disable_adapter():
             base = model(input_ids=input_ids, use_cache=False).logits.flatten(0, 1).float().log_softmax(-1)
         log_probs = model(input_ids=input_ids, use_cache=False).logits.flatten(0, 1).float().log_softmax(-1)
     return nn.functional.kl_div(log_probs, base, log_target=True, reduction="batchmean")
@@ -43,14 +47,15 @@ class KeepCloseMixin(LossPartsMixin):
     ```
 
     Args:
-        keep_text: ordinary text, tokenized by the trainer's `processing_class`, or token ids of it; more than
-            `keep_tokens` of them. Needed unless `keep_weight` is 0.
+        keep_text: ordinary text, tokenized by the trainer's `processing_class`, or the ids `[T]` of its tokens; more
+            than `keep_tokens` of them. Needed unless `keep_weight` is 0.
         keep_weight: weight of the divergence; 0 switches it off. Default: 2.
         keep_tokens: length S of a stretch. Default: 256.
 
     Raises:
         ValueError: a value out of its range, or too little text.
-        TypeError: text without a tokenizer; at the first step, the model is no PEFT model.
+        TypeError: text without a tokenizer, or `keep_text` is neither text nor ids; at the first step, the model is no
+            PEFT model.
     """
 
     def __init__(
@@ -64,10 +69,10 @@ class KeepCloseMixin(LossPartsMixin):
         super().__init__(*args, **kwargs)
         self.keep_weight, self.keep_tokens = keep_weight, keep_tokens
         self.keep_ids: torch.Tensor | None = None
-        if keep_weight < 0 or keep_tokens < 2:
+        if not 0 <= keep_weight < math.inf or keep_tokens < 2:
             raise ValueError(
-                f"`keep_weight` has to be at least 0 and `keep_tokens` at least 2, not {keep_weight} and "
-                f"{keep_tokens}."
+                f"`keep_weight` has to be a finite number of at least 0 and `keep_tokens` at least 2, not "
+                f"{keep_weight} and {keep_tokens}."
             )
         if keep_weight > 0:
             self.keep_ids = text_ids(keep_text, getattr(self, "processing_class", None))
@@ -85,9 +90,13 @@ class KeepCloseMixin(LossPartsMixin):
         )
         if self.keep_ids is None or not model.training:
             return result
-        adapted = self.accelerator.unwrap_model(model)
-        if not isinstance(adapted, PeftModel):
-            raise TypeError(f"KeepCloseMixin needs a PEFT model, to switch its adapter off, not {type(adapted)}.")
+        # Below the wrappers of several processes and of `torch.compile`.
+        adapted = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
+        if adapted is None:
+            raise TypeError(
+                f"KeepCloseMixin needs a PEFT model, to switch its adapter off, not {type(self.model).__name__}. Make "
+                "one with `peft.get_peft_model`."
+            )
         start = random.randrange(len(self.keep_ids) - self.keep_tokens)
         stretch = self.keep_ids[None, start : start + self.keep_tokens].to(adapted.device)
         added = self.keep_weight * divergence_from_base(model, adapted, stretch)
@@ -100,13 +109,23 @@ def text_ids(text: str | Sequence[int] | torch.Tensor | None, tokenizer: Any) ->
     """Token ids of `text`, which may be ids already.
 
     Raises:
-        TypeError: it is text, and there is no tokenizer.
+        TypeError: it is text, and there is no tokenizer; or it is neither text nor ids in one row.
     """
     if isinstance(text, str):
         if tokenizer is None:
             raise TypeError("`keep_text` is text, but the trainer has no `processing_class`. Give one, or token ids.")
         text = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.as_tensor([] if text is None else text, dtype=torch.long)
+    try:
+        ids = torch.as_tensor([] if text is None else text)
+    except (TypeError, ValueError, RuntimeError):
+        ids = None  # texts, or rows of different lengths
+    if ids is None or ids.dim() != 1 or (len(ids) and (ids.is_floating_point() or ids.is_complex())):
+        shape = "" if ids is None else f" with the shape {tuple(ids.shape)} and {ids.dtype}"
+        raise TypeError(
+            f"`keep_text` has to be one text, or the ids of its tokens in one row, not {type(text).__name__}{shape}. "
+            "Join several texts; of ids `[1, T]`, give row 0."
+        )
+    return ids.long()
 
 
 def check_enough_text(ids: torch.Tensor, keep_weight: float, keep_tokens: int) -> None:

@@ -33,7 +33,9 @@ class LossPartsMixin:
 
     def note_part(self, name: str, added: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> None:
         """Count `added`, a scalar that `compute_loss` adds to the loss of a micro-batch, as the part `loss/<name>`."""
-        if not hasattr(self, "_parts"):
+        if getattr(self, "_noted_in", None) is not self.state:
+            # Every training has a state of its own. One that ended between two logs leaves parts behind.
+            self._noted_in = self.state
             self._parts: dict[str, torch.Tensor] = {}
             self._part_steps: set[int] = set()
         if not self.loss_is_a_sum(num_items_in_batch):
@@ -50,7 +52,7 @@ class LossPartsMixin:
         return num_items_in_batch is not None or getattr(self, "compute_loss_func", None) is not None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs and getattr(self, "_parts", None):
+        if "loss" in logs and getattr(self, "_noted_in", None) is self.state and self._parts:
             steps = len(self._part_steps)
             # All processes have the same parts.
             means = {

@@ -101,6 +101,9 @@ class BalanceLossMixin(LossPartsMixin):
             extra = extra * (self.accelerator.num_processes // self.get_tp_size())
         if not isinstance(extra, torch.Tensor):
             return result  # no router learned from this micro-batch
+        if num_items_in_batch is None and self.loss_is_a_sum(None):
+            # The mean of a micro-batch, where Trainer adds up what TRL's GRPOTrainer has divided itself.
+            extra = extra / self.current_gradient_accumulation_steps
         return self.add_part(result, "balance", extra, num_items_in_batch, return_outputs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
