@@ -93,9 +93,10 @@ class KeepCloseMixin(LossPartsMixin):
         # Below the wrappers of several processes and of `torch.compile`.
         adapted = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
         if adapted is None:
+            name = type(self.accelerator.unwrap_model(model)).__name__
             raise TypeError(
-                f"KeepCloseMixin needs a PEFT model, to switch its adapter off, not {type(self.model).__name__}. Make "
-                "one with `peft.get_peft_model`."
+                f"KeepCloseMixin needs a PEFT model, to switch its adapter off, not {name}. Make one with "
+                "`peft.get_peft_model`."
             )
         start = random.randrange(len(self.keep_ids) - self.keep_tokens)
         stretch = self.keep_ids[None, start : start + self.keep_tokens].to(adapted.device)
