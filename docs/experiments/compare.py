@@ -45,6 +45,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--train_on", choices=("forms", "facts"), default="forms", help="five forms, or lists of facts"
     )
+    parser.add_argument("--prompts", type=int, help="different prompts, over and over; else each step has a new one")
     parser.add_argument("--joined", type=int, default=1, help="prompts of the five forms in one chat")
     parser.add_argument("--objective", choices=OBJECTIVES, default="answers")
     parser.add_argument("--freeze_to_best", action="store_true", help="static gates: keep each head's greatest only")
@@ -90,6 +91,7 @@ def main(args: argparse.Namespace) -> None:
         "keep_weight": args.keep_weight,
         "train_on": args.train_on,
         "joined": args.joined,
+        "prompts": args.prompts,
         "warmup": args.warmup,
         "objective": args.objective,
         "frozen": args.freeze_to_best,
@@ -131,6 +133,8 @@ def train(model, tokenizer, args: argparse.Namespace) -> tuple[list[float], list
     for step in range(args.steps):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * schedule(step / args.steps, args.warmup)
+        if args.prompts:
+            draw.rng = random.Random(args.seed * args.prompts + step % args.prompts)
         with collect_balance_loss(model) if is_balanced else nullcontext() as balance:
             loss = OBJECTIVES[args.objective](model, tokenizer, draw)
         (loss + balance.loss() if is_balanced else loss).backward()
