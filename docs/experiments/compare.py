@@ -13,6 +13,7 @@ import math
 import random
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -21,6 +22,8 @@ from measure import TASKS, measure
 from methods import METHODS, UNTRAINED, freeze_to_best, halve, number_of_parameters, without_adapter
 from objectives import OBJECTIVES, Draw, divergence
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from peft_moice.training import collect_balance_loss
 
 LORA_BELOW = 0.1
 """Rate of LoRA below routers, times that of the routers."""
@@ -34,6 +37,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--method", required=True, choices=METHODS)
     parser.add_argument("--rate", type=float, default=0.0)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--warmup", type=float, default=0.0, help="share of the steps in which the rate rises")
     parser.add_argument("--keep_weight", type=float, default=2.0)
     parser.add_argument("--keep_tokens", type=int, default=192)
     parser.add_argument("--questions", type=int, default=4)
@@ -41,6 +45,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--train_on", choices=("forms", "facts"), default="forms", help="five forms, or lists of facts"
     )
+    parser.add_argument("--prompts", type=int, help="different prompts, over and over; else each step has a new one")
+    parser.add_argument("--joined", type=int, default=1, help="prompts of the five forms in one chat")
     parser.add_argument("--objective", choices=OBJECTIVES, default="answers")
     parser.add_argument("--freeze_to_best", action="store_true", help="static gates: keep each head's greatest only")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="what is measured")
@@ -80,10 +86,13 @@ def main(args: argparse.Namespace) -> None:
         "model": Path(args.model).resolve().name,
         "method": args.method,
         "rate": args.rate,
-        "steps": args.steps if losses else 0,
+        "steps": len(losses),
         "seed": args.seed,
         "keep_weight": args.keep_weight,
         "train_on": args.train_on,
+        "joined": args.joined,
+        "prompts": args.prompts,
+        "warmup": args.warmup,
         "objective": args.objective,
         "frozen": args.freeze_to_best,
         "float32": args.float32,
@@ -117,14 +126,18 @@ def train(model, tokenizer, args: argparse.Namespace) -> tuple[list[float], list
     rates = [args.rate * (LORA_BELOW if below_routers(args.method, name) else 1.0) for name in names]
     optimizer = torch.optim.AdamW([{"params": [p]} for p in parameters], lr=args.rate, weight_decay=0.0)
     rng = random.Random(args.seed)
-    draw = Draw(rng, text, text_ids, args.questions, facts=args.train_on == "facts")
+    draw = Draw(rng, text, text_ids, args.questions, facts=args.train_on == "facts", joined=args.joined)
     losses, distances = [], []
+    is_balanced = METHODS[args.method][1].get("balance", 0.0) > 0
     model.train()
     for step in range(args.steps):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / args.steps))
-        loss = OBJECTIVES[args.objective](model, tokenizer, draw)
-        loss.backward()
+            group["lr"] = rate * schedule(step / args.steps, args.warmup)
+        if args.prompts:
+            draw.rng = random.Random(args.seed * args.prompts + step % args.prompts)
+        with collect_balance_loss(model) if is_balanced else nullcontext() as balance:
+            loss = OBJECTIVES[args.objective](model, tokenizer, draw)
+        (loss + balance.loss() if is_balanced else loss).backward()
         distance = 0.0
         if args.keep_weight:
             start = rng.randrange(len(text_ids) - args.keep_tokens)
@@ -143,9 +156,16 @@ def train(model, tokenizer, args: argparse.Namespace) -> tuple[list[float], list
     return losses, distances
 
 
+def schedule(done: float, warmup: float) -> float:
+    """Factor of the rate after a share `done` of the steps: a line up over the share `warmup`, then half a cosine."""
+    if done < warmup:
+        return done / warmup
+    return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
+
+
 def below_routers(method: str, name: str) -> bool:
     """Whether a parameter belongs to LoRA that is trained together with routers."""
-    return method == "lora_below_routers" and "lora_" in name
+    return method.endswith("below_routers") and "lora_" in name
 
 
 if __name__ == "__main__":

@@ -50,9 +50,12 @@ def docstrings() -> str:
     return "\n\n".join(dict.fromkeys(doc for doc in docs if doc and len(doc) > 200))
 
 
-def draw(rng: random.Random, text: str, questions: int) -> list[dict[str, str]]:
-    """A chat about a prompt of a form drawn at random, with `questions` questions at places drawn uniformly."""
-    shown, pairs = rng.choice(FORMS)(rng, text)
+def draw(rng: random.Random, text: str, questions: int, joined: int = 1) -> list[dict[str, str]]:
+    """A chat about `joined` prompts one after the other, each of a form drawn at random, with `questions` questions at
+    places drawn uniformly."""
+    parts = [rng.choice(FORMS)(rng, text) for _ in range(joined)]
+    shown = "\n\n".join(part for part, _ in parts)
+    pairs = [pair for _, of_part in parts for pair in of_part]
     messages = []
     for turn, (question, answer) in enumerate(rng.sample(pairs, min(questions, len(pairs)))):
         messages.append({"role": "user", "content": question if turn else f"{shown}\n\n{question}"})

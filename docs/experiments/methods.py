@@ -22,6 +22,7 @@ ANGLES = [(1.0, 1.0), (0.25, 1.0), (0.5, 1.0), (2.0, 1.0), (4.0, 1.0)]
 
 EXPERTS = {
     "angles": ANGLES,
+    "released": [(angle, 1.0) for angle in (1.0, 1.75, 1.8, 1.9, 2.0, 2.25, 2.5)],
     "greater": [(1.0, 1.0), (1.5, 1.0), (2.0, 1.0), (3.0, 1.0), (4.0, 1.0)],
     "temperatures": [(1.0, 1.0), (1.0, 0.75), (1.0, 1.25), (1.0, 1.5), (1.0, 2.0)],
     "both": [(1.0, 1.0), (1.0, 1.25), (1.0, 1.6), (0.25, 1.0), (0.25, 1.4), (4.0, 1.0)],
@@ -82,8 +83,8 @@ def mixture(model: nn.Module, options: dict) -> nn.Module:
     # Equal angles are told apart by a millionth: the config takes an angle once, and the table is ours anyway.
     config = MoICEConfig(
         base_multipliers=[angle * (1 + 1e-6 * i) if i else 1.0 for i, (angle, _) in enumerate(experts)],
-        init_weights=True if options.get("equal") else "identity",
-        router_aux_loss_coef=0.0,
+        init_weights=True if options.get("equal") or options.get("from_equal") else "identity",
+        router_aux_loss_coef=options.get("balance", 0.0),
         router_scope=options.get("scope", "layer"),
         router_dim=options.get("router_dim"),
         top_k=options.get("top_k"),
@@ -201,6 +202,7 @@ METHODS: dict[str, tuple[Callable[[nn.Module, dict], nn.Module], dict]] = {
     "base": (lambda model, options: model.requires_grad_(False), {}),
     "routers": (mixture, {"experts": "angles"}),
     "routers_greater": (mixture, {"experts": "greater"}),
+    "routers_released": (mixture, {"experts": "released", "top_k": 4, "from_equal": True, "balance": 0.3}),
     "routers_k2": (mixture, {"experts": "angles", "top_k": 2}),
     "routers_temperatures": (mixture, {"experts": "temperatures"}),
     "routers_both": (mixture, {"experts": "both"}),
@@ -216,6 +218,10 @@ METHODS: dict[str, tuple[Callable[[nn.Module, dict], nn.Module], dict]] = {
     "lora_q_equal": (lora, {"r": 1, "equal_size": True}),
     "lora_r8": (lora, {"r": 8, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"]}),
     "lora_below_routers": (lora_below_routers, {"experts": "angles", "r": 1, "equal_size": True}),
+    "lora_r8_below_routers": (
+        lora_below_routers,
+        {"experts": "angles", "r": 8, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+    ),
     "routers_k1": (mixture, {"experts": "angles", "top_k": 1}),
     "score_mean": (mixture, {"experts": "angles", "scores": "mean"}),
     "equal": (mixture, {"experts": "angles", "static": True, "equal": True}),

@@ -29,6 +29,7 @@ class Draw:
         text_ids: its tokens.
         questions: questions a prompt.
         facts: lists of access codes in place of the five forms.
+        joined: prompts of these forms one after the other in a chat. Default: 1.
     """
 
     rng: random.Random
@@ -36,6 +37,7 @@ class Draw:
     text_ids: torch.Tensor
     questions: int
     facts: bool
+    joined: int = 1
 
 
 def answers(model: nn.Module, tokenizer, draw: Draw) -> torch.Tensor:
@@ -46,7 +48,7 @@ def answers(model: nn.Module, tokenizer, draw: Draw) -> torch.Tensor:
         ids = torch.tensor(chat.input_ids)
         labels = ids.masked_fill(~torch.tensor(chat.is_answer), -100)
     else:
-        ids, labels = encode(tokenizer, draw_form(draw.rng, draw.text, draw.questions))
+        ids, labels = encode(tokenizer, draw_form(draw.rng, draw.text, draw.questions, draw.joined))
     first = labels.ne(-100).nonzero()[0].item()
     logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=len(ids) - first + 1).logits[0, :-1]
     return nn.functional.cross_entropy(logits.float(), labels[first:])

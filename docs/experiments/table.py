@@ -15,6 +15,7 @@ NAMES = {
     "base": "base model",
     "routers": "routers: five angles",
     "routers_greater": "routers: five angles, none below the own",
+    "routers_released": "routers: the release's seven angles, K = 4, balance loss",
     "routers_k1": "routers: five angles, K = 1",
     "routers_k2": "routers: five angles, K = 2",
     "routers_heads": "routers per head, R = 16: five angles",
@@ -44,6 +45,7 @@ NAMES = {
     "lora_q": "LoRA r = 1 on q_proj",
     "lora_q_equal": "LoRA of equal size",
     "lora_r8": "LoRA r = 8 on attention",
+    "lora_r8_below_routers": "routers over LoRA r = 8 on attention",
 }
 COLUMNS = {
     "training loss": lambda run: run["loss_last_10"],
@@ -54,8 +56,16 @@ COLUMNS = {
     "60 codes": lambda run: run["codes60"]["right_mean"],
     "120 codes": lambda run: run["codes120"]["right_mean"],
 }
-KEEP_WEIGHT = 2.0
-"""Of the divergence from the base model, where a row does not say otherwise."""
+USUAL = {"steps": 40, "prompts": None, "joined": 1, "keep_weight": 2.0, "frozen": False}
+"""What a row does not say."""
+SAID = {
+    "steps": "{:,} steps",
+    "prompts": "{} prompts over and over",
+    "joined": "{} prompts in one",
+    "keep_weight": "KL weight {:g}",
+    "frozen": "each head's best alone",
+}
+"""What it says where a run differs."""
 WORST = 0.06
 """Runs that raise the perplexity by more are in the table and left out of the picture."""
 NOT_DRAWN = ("single_", "equal", "score_")
@@ -69,8 +79,7 @@ def key_of(run: dict) -> tuple:
         run.get("train_on", "forms"),
         run.get("objective", "answers"),
         run["method"],
-        run.get("frozen", False),
-        run.get("keep_weight", KEEP_WEIGHT),
+        tuple(run.get(name, usual) for name, usual in USUAL.items()) if run["rate"] else (),
         run["rate"],
     )
 
@@ -86,12 +95,13 @@ def main(runs_file: Path, picture: Path) -> None:
         print("|---" * (len(COLUMNS) + 5) + "|")
         base = base_of(runs, model)
         mine = [key for key in rows if key[:2] == (model, train_on) or (key[0] == model and key[3] == "base")]
-        for key in sorted(mine, key=lambda key: ([*NAMES].index(key[3]), key[2:])):
+        for key in sorted(mine, key=lambda key: ([*NAMES].index(key[3]), key[2], str(key[4]), key[5])):
             print("| " + " | ".join(cells(key, rows[key], base)) + " |")
     base = base_of(runs, "SmolLM2-135M-Instruct")
     curves: dict[str, list[tuple[float, float]]] = {}
     for key, of_key in sorted(rows.items(), key=lambda item: item[0][-1]):
         is_drawn = key[:3] == ("SmolLM2-135M-Instruct", "forms", "answers") and not key[3].startswith(NOT_DRAWN)
+        is_drawn &= key[4] in ((), tuple(USUAL.values()))
         if not is_drawn or key[3] == "base":
             continue
         change = mean([change_of(run, base) for run in of_key])
@@ -112,9 +122,10 @@ def base_of(runs: list[dict], model: str) -> dict:
 
 
 def name_of(key: tuple) -> str:
-    _, _, objective, method, frozen, keep_weight, _ = key
-    name = NAMES[method] + (", each head's best alone" if frozen else "")
-    name += f", KL weight {keep_weight:g}" if keep_weight != KEEP_WEIGHT else ""
+    _, _, objective, method, said, _ = key
+    name = NAMES[method]
+    for (field, usual), value in zip(USUAL.items(), said, strict=bool(said)):
+        name += f", {SAID[field].format(value)}" if value != usual else ""
     return name if objective == "answers" else f"{name}; {objective.replace('_', ' ')}"
 
 
