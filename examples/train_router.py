@@ -24,7 +24,7 @@ class Arguments:
 
     model: str = field(metadata={"help": "Folder or Hub id of the base model."})
     angles: list[float] = field(
-        default_factory=lambda: [1.0, 0.25, 0.5, 2.0, 4.0], metadata={"help": "Multiples of the model's own."}
+        default_factory=lambda: [1.0, 1.5, 2.0, 3.0, 4.0], metadata={"help": "Multiples of the model's own."}
     )
     keep_weight: float = field(default=2.0, metadata={"help": "Weight of the divergence from the base model."})
     keep_tokens: int = field(default=256, metadata={"help": "Tokens of text that it is taken on."})

@@ -112,7 +112,7 @@ class MoICEConfig(PeftConfig):
 
     A bare `MoICEConfig()` is the paper's official release, made for Llama-2-7B-chat; with it and its learning rate of
     1e-4, small models barely move. The presets `retrieval` and `chats` of `peft-moice train` use
-    `base_multipliers=[1, 0.25, 0.5, 2, 4]`, `init_weights="identity"`, `router_aux_loss_coef=0` and a learning rate of
+    `base_multipliers=[1, 1.5, 2, 3, 4]`, `init_weights="identity"`, `router_aux_loss_coef=0` and a learning rate of
     5e-2 in its place.
 
     Args:

@@ -174,7 +174,7 @@ class TestPresets:
         file, folder = write_data(tmp_path, data_format), tmp_path / "out"
         run([*arguments(model, folder, file, preset=preset, keep_tokens=32, max_steps=None), "--max_steps", "3"])
         config = PeftConfig.from_pretrained(folder)
-        assert config.rope_bases == [10_000, 2_500, 5_000, 20_000, 40_000]
+        assert config.rope_bases == [10_000, 15_000, 20_000, 30_000, 40_000]
         assert (config.init_weights, config.router_aux_loss_coef) == ("identity", 0.0)
         scales = [weight for name, weight in adapter(folder).items() if "identity_scale" in name]
         assert scales and all(scale.abs().min() > 0 for scale in scales)
@@ -182,7 +182,7 @@ class TestPresets:
         assert "No --preset" not in said
         assert "loss/divergence" in said
         (line,) = re.findall(r"training [\d,]+ of .*", said)
-        assert "routers in 3 layers: rope_theta 10000 times 1, 0.25, 0.5, 2, 4, K = 5 of 5; attention by " in line
+        assert "routers in 3 layers: rope_theta 10000 times 1, 1.5, 2, 3, 4, K = 5 of 5; attention by " in line
 
     def test_chats_are_read_once(self, model, tmp_path):
         file, folder = write_data(tmp_path, "alpaca"), tmp_path / "out"

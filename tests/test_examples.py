@@ -117,7 +117,7 @@ def test_train_router_trains_and_leaves_an_adapter_with_a_card(model, tmp_path, 
     assert "eval_loss" in capsys.readouterr().out
     assert (folder / "chat_template.jinja").read_text() == TEMPLATE
     assert "import peft_moice" in (folder / "README.md").read_text()
-    assert PeftConfig.from_pretrained(folder).rope_bases == [10_000, 2_500, 5_000, 20_000, 40_000]
+    assert PeftConfig.from_pretrained(folder).rope_bases == [10_000, 15_000, 20_000, 30_000, 40_000]
     trained = AutoPeftModelForCausalLM.from_pretrained(folder)
     scales = [weight for name, weight in trained.named_parameters() if "identity_scale" in name]
     assert scales and all(scale.abs().min() > 0 for scale in scales)
