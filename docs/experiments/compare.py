@@ -165,7 +165,7 @@ def schedule(done: float, warmup: float) -> float:
 
 def below_routers(method: str, name: str) -> bool:
     """Whether a parameter belongs to LoRA that is trained together with routers."""
-    return method.endswith("below_routers") and "lora_" in name
+    return method == "lora_below_routers" and "lora_" in name
 
 
 if __name__ == "__main__":

@@ -218,10 +218,6 @@ METHODS: dict[str, tuple[Callable[[nn.Module, dict], nn.Module], dict]] = {
     "lora_q_equal": (lora, {"r": 1, "equal_size": True}),
     "lora_r8": (lora, {"r": 8, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"]}),
     "lora_below_routers": (lora_below_routers, {"experts": "angles", "r": 1, "equal_size": True}),
-    "lora_r8_below_routers": (
-        lora_below_routers,
-        {"experts": "angles", "r": 8, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"]},
-    ),
     "routers_k1": (mixture, {"experts": "angles", "top_k": 1}),
     "score_mean": (mixture, {"experts": "angles", "scores": "mean"}),
     "equal": (mixture, {"experts": "angles", "static": True, "equal": True}),

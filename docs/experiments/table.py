@@ -45,7 +45,6 @@ NAMES = {
     "lora_q": "LoRA r = 1 on q_proj",
     "lora_q_equal": "LoRA of equal size",
     "lora_r8": "LoRA r = 8 on attention",
-    "lora_r8_below_routers": "routers over LoRA r = 8 on attention",
 }
 COLUMNS = {
     "training loss": lambda run: run["loss_last_10"],
