@@ -15,6 +15,7 @@ from per_head import HeadGeometry, ms_poe, per_head, single_base
 from torch import nn
 
 from peft_moice import MoICEConfig, MoICELayer
+from peft_moice.config import RELEASED_MULTIPLIERS
 from peft_moice.rope import RotationTable
 
 ANGLES = [(1.0, 1.0), (0.25, 1.0), (0.5, 1.0), (2.0, 1.0), (4.0, 1.0)]
@@ -22,7 +23,7 @@ ANGLES = [(1.0, 1.0), (0.25, 1.0), (0.5, 1.0), (2.0, 1.0), (4.0, 1.0)]
 
 EXPERTS = {
     "angles": ANGLES,
-    "released": [(angle, 1.0) for angle in (1.0, 1.75, 1.8, 1.9, 2.0, 2.25, 2.5)],
+    "released": [(multiplier, 1.0) for multiplier in RELEASED_MULTIPLIERS],
     "greater": [(1.0, 1.0), (1.5, 1.0), (2.0, 1.0), (3.0, 1.0), (4.0, 1.0)],
     "temperatures": [(1.0, 1.0), (1.0, 0.75), (1.0, 1.25), (1.0, 1.5), (1.0, 2.0)],
     "both": [(1.0, 1.0), (1.0, 1.25), (1.0, 1.6), (0.25, 1.0), (0.25, 1.4), (4.0, 1.0)],
