@@ -104,6 +104,11 @@ class AttentionCall:
         """Whether a query sees its own key and those before it, and no mask says what else."""
         return self.attention_mask is None and self.options.get("is_causal") is not False
 
+    def needs_gradients(self) -> bool:
+        """Whether there will be a backward pass through attention."""
+        tensors = (self.query, self.key, self.value, self.gates)
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
     def picks(self) -> torch.Tensor:
         """`[B, H, S, N]`, true where an expert is computed and its gate gets a gradient."""
         return self.gates != 0 if self.picked is None else self.picked
@@ -114,10 +119,10 @@ class AttentionCall:
         output, probs = self.attend(query, key, self.value, self.attention_mask, **self.options)
         return output, probs
 
-    def why_not_plain(self) -> str | None:
+    def why_not_plain(self, any_mask: bool = False) -> str | None:
         """Why an implementation of our own that knows plain attention only cannot compute this, or None.
 
-        Plain: causal or under a four-dimensional mask, positions in the order of the keys, nothing but the scores'
+        Plain: causal or under a four-dimensional mask (or `any_mask`), positions in the order of the keys, nothing but the scores'
         scaling between queries, keys and softmax.
         """
         options = self.options
@@ -132,7 +137,7 @@ class AttentionCall:
         if isinstance(self.query_start, torch.Tensor) and self.query_start.dim() > 0:
             return "it reads one position for the first query, and packed sequences have one for each"
         if self.attention_mask is not None:
-            return self._why_not_mask()
+            return None if any_mask else self._why_not_mask()
         window = options.get("sliding_window")
         if window is not None and self.key.shape[2] > window:
             return "it reads a sliding window from the mask, and there is none; load the model with 'sdpa' or 'eager'"

@@ -2,21 +2,28 @@
 
 import torch
 
+from ..rope.rotation import NEVER
+from . import by_distance
 from .call import AttentionCall
 from .rotating import rotated_pairs
 
 
 def why_not(call: AttentionCall) -> str | None:
     """See [`Implementation`]."""
-    return "it needs the model's own attention, `attend`" if call.attend is None else None
+    if call.attend is None:
+        return "it needs the model's own attention, `attend`"
+    return None if call.rotations.far is None else by_distance.why_not(call)
 
 
 def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See [`mixed_attention`]. Costs N attentions, whatever `top_k` is."""
-    gates = call.gates.to(call.query.dtype)
+    gates, far = call.gates.to(call.query.dtype), call.rotations.far
     mixed_output, mixed_probs = None, None
     for expert, (query, key) in enumerate(rotated_pairs(call)):
-        output, probs = call.run_attend(query, key)
+        if far is not None and far.starts[expert] < NEVER:
+            output, probs = by_distance.attend_by_distance(call, expert, query, key)
+        else:
+            output, probs = call.run_attend(query, key)
         gate = gates[..., expert, None]  # [B, H, S, 1]
         output = output * gate.transpose(1, 2)
         mixed_output = output if mixed_output is None else mixed_output + output

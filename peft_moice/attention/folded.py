@@ -15,6 +15,8 @@ def why_not(call: AttentionCall) -> str | None:
         return "it needs the model's own attention, `attend`"
     if call.attention_mask is not None and not isinstance(call.attention_mask, torch.Tensor):
         return f"it reads masks that are tensors, not a {type(call.attention_mask).__name__}"
+    if call.rotations.far is not None:
+        return "it knows no ropes by distance"
     if any(call.options.get(name) is not None for name in _PER_HEAD):
         return "it knows no attention sinks or position bias, which belong to heads"
     return None

@@ -117,7 +117,7 @@ def mixed_attention(
 
 def choose(call: AttentionCall) -> str:
     """The name of the fastest implementation that computes what the backend would, at least in the same precision."""
-    if call.num_experts == 1:
+    if call.num_experts == 1 and call.rotations.is_identity[0] and call.rotations.far is None:
         return "delegated"
     if call.query.device.type == "cuda":
         return "delegated" if torch.compiler.is_compiling() else _choose_on_gpu(call)

@@ -2,6 +2,8 @@
 
 import torch
 
+from ..rope.rotation import NEVER
+from .by_distance import far_pair, is_far
 from .call import AttentionCall
 from .masks import additive
 from .rotating import rotated_pairs
@@ -26,8 +28,13 @@ def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     softcap, s_aux = options.get("softcap"), options.get("s_aux")
     value = call.value.to(full).repeat_interleave(groups, dim=1)
     mixed_probs = torch.zeros((), dtype=full, device=call.query.device)
+    far = call.rotations.far
     for expert, (query, key) in enumerate(rotated_pairs(call)):
         scores = query.to(full) @ key.to(full).repeat_interleave(groups, dim=1).mT * call.scaling
+        if far is not None and far.starts[expert] < NEVER:
+            query, key = far_pair(call, expert)
+            far_scores = query.to(full) @ key.to(full).repeat_interleave(groups, dim=1).mT * call.scaling
+            scores = torch.where(is_far(call, expert), far_scores, scores)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         scores = scores + bias

@@ -9,37 +9,41 @@ from .call import AttentionCall
 
 
 def rotated_pairs(call: AttentionCall) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield queries `[B, H, S, D]` and keys `[B, G, T, D]` under each expert in turn; unchanged at the own angle."""
-    rotations = call.rotations
-    if all(rotations.is_identity):
-        for _ in rotations.is_identity:
+    """Yield queries `[B, H, S, D]` and keys `[B, G, T, D]` under each expert in turn; unchanged at the own angle.
+
+    Where experts rotate far keys otherwise, this is how they rotate near ones.
+    """
+    far = call.rotations.far
+    for expert, is_identity in enumerate(call.rotations.is_identity):
+        factor = 1.0 if far is None else far.factors[expert]
+        if is_identity and factor == 1.0:
             yield call.query, call.key
-        return
-    (query_cos, query_sin), (key_cos, key_sin) = _cos_sin(call)
-    for expert, is_identity in enumerate(rotations.is_identity):
-        if is_identity:
-            yield call.query, call.key
-        else:
-            yield (
-                rotate(call.query, query_cos[expert], query_sin[expert], rotations.layout),
-                rotate(call.key, key_cos[expert], key_sin[expert], rotations.layout),
-            )
+            continue
+        (query_cos, query_sin), (key_cos, key_sin) = cos_sin(call, expert)
+        if factor != 1.0:
+            query_cos, query_sin = query_cos * factor, query_sin * factor
+        yield (
+            rotate(call.query, query_cos, query_sin, call.rotations.layout),
+            rotate(call.key, key_cos, key_sin, call.rotations.layout),
+        )
 
 
 _Table = tuple[torch.Tensor, torch.Tensor]
 
 
-def _cos_sin(call: AttentionCall) -> tuple[_Table, _Table]:
-    """Cosines and sines of the queries' positions, and of the keys', each `[N, ..., S or T, P]`."""
+def cos_sin(call: AttentionCall, turn: int, start: int = 0) -> tuple[_Table, _Table]:
+    """Cosines and sines of one rotation of the table: of the queries, `start` before where they stand, and of the
+    keys, each `[..., S or T, P]`. A query before `start` gets any."""
     device, num_queries = call.query.device, call.query.shape[-2]
     if call.query_positions is not None and call.key_positions is not None:
         # One row of positions holds for all heads.
-        of_queries, of_keys = call.query_positions[:, None], call.key_positions[:, None]
-        return call.rotations.cos_sin_at(of_queries.to(device)), call.rotations.cos_sin_at(of_keys.to(device))
-    cos, sin = call.rotations.cos_sin(call.key.shape[-2], device)
+        of_queries, of_keys = call.query_positions[:, None].to(device) - start, call.key_positions[:, None].to(device)
+        return call.rotations.cos_sin_at(of_queries, turn), call.rotations.cos_sin_at(of_keys, turn)
+    all_cos, all_sin = call.rotations.cos_sin(call.key.shape[-2], device)
+    cos, sin = all_cos[turn], all_sin[turn]
     index: slice | torch.Tensor
-    if isinstance(call.query_start, int):
+    if isinstance(call.query_start, int) and start == 0:
         index = slice(call.query_start, call.query_start + num_queries)
     else:
-        index = call.query_start + torch.arange(num_queries, device=device)
-    return (cos[:, index], sin[:, index]), (cos, sin)
+        index = (call.query_start - start + torch.arange(num_queries, device=device)).clamp(min=0)
+    return (cos[index], sin[index]), (cos, sin)

@@ -48,20 +48,46 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layout: Rotary
     return torch.cat((before.expand(*leading, -1), rotated, after.expand(*leading, -1)), dim=-1)
 
 
+NEVER = 2**40
+"""A distance that no key has."""
+
+
+@dataclass(frozen=True, eq=False)
+class FarRopes:
+    """Under which angles experts rotate what is far from the query.
+
+    An expert's angle between a query and a key at the distance d is `θ_j d` below `start`, and goes on from there as
+    `θ_j start + φ_j (d - start)`: keys turned by `(φ_j - θ_0) n`, queries by `(φ_j - θ_0) (m - start)`, where keys
+    carry the model's own θ_0, and `θ_j` is `θ_0`.
+
+    Attributes:
+        deltas: `[N, P]` float64, inverse frequencies φ_j minus the model's own; any for experts without far keys.
+        starts: for each expert the distance from which keys are far, or [`NEVER`].
+        factors: by what each expert multiplies the rotated part of scores, `[2 N]`: of near keys, then of far ones.
+    """
+
+    deltas: torch.Tensor
+    starts: tuple[int, ...]
+    factors: tuple[float, ...]
+
+
 class RotationTable:
     """Cosines and sines of the further rotations of N experts, shared by all layers with the same angles.
 
     Args:
         deltas: `[N, P]` float64, inverse frequencies of each expert minus the model's own, in radians per position.
         layout: where the rotated coordinates lie.
+        far: how far keys are rotated. Default: None, as near ones.
 
-    Tables grow with the longest sequence seen and take N · T · P · 8 bytes per device. They are left out of copies
-    and pickles.
+    Tables grow with the longest sequence seen and take N · T · P · 8 bytes per device, with `far` twice as much. They
+    are left out of copies and pickles.
     """
 
-    def __init__(self, deltas: torch.Tensor, layout: RotaryLayout):
-        self.deltas = deltas
+    def __init__(self, deltas: torch.Tensor, layout: RotaryLayout, far: FarRopes | None = None):
+        self.near_deltas = deltas
+        self.deltas = deltas if far is None else torch.cat((deltas, far.deltas))
         self.layout = layout
+        self.far = far
         self.is_identity = (deltas == 0).all(dim=-1).tolist()
         self._tables: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -73,10 +99,13 @@ class RotationTable:
 
     @property
     def num_experts(self) -> int:
-        return self.deltas.shape[0]
+        return self.near_deltas.shape[0]
 
     def cos_sin(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines at positions 0 to `length` - 1, each `[N, length, P]` in float32 on `device`."""
+        """Cosines and sines at positions 0 to `length` - 1, each `[N, length, P]` in float32 on `device`.
+
+        With `far`, `[2 N, length, P]`: those for far keys come behind the others.
+        """
         cos, sin = self.at_least(length, device)
         return cos[:, :length], sin[:, :length]
 
@@ -98,9 +127,9 @@ class RotationTable:
                 table = self._tables[device] = (cos, sin)
         return table
 
-    def cos_sin_at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines at any `positions` `[..., S]`, each `[N, ..., S, P]` in float32."""
-        angles = positions.double()[..., None] * self.deltas.to(positions.device)[:, *(None,) * positions.dim()]
+    def cos_sin_at(self, positions: torch.Tensor, turn: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of one rotation of the table at any `positions` `[..., S]`, each `[..., S, P]` in float32."""
+        angles = positions.double()[..., None] * self.deltas[turn].to(positions.device)
         return angles.cos().float(), angles.sin().float()
 
 
@@ -116,7 +145,8 @@ class SwitchedTable(RotationTable):
     def __init__(self, short: RotationTable, long: RotationTable, is_long: torch.Tensor):
         # Not by the base class, which reads values, as compiled code could not.
         self.layout = short.layout
-        self.deltas = short.deltas
+        self.deltas = self.near_deltas = short.deltas
+        self.far = None
         self.is_identity = short.is_identity
         self.short = short
         self.long = long
@@ -126,8 +156,8 @@ class SwitchedTable(RotationTable):
         # Cut first: the two tables may have grown differently.
         return self._switch(self.short.cos_sin(length, device), self.long.cos_sin(length, device))
 
-    def cos_sin_at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._switch(self.short.cos_sin_at(positions), self.long.cos_sin_at(positions))
+    def cos_sin_at(self, positions: torch.Tensor, turn: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._switch(self.short.cos_sin_at(positions, turn), self.long.cos_sin_at(positions, turn))
 
     def _switch(
         self, short: tuple[torch.Tensor, torch.Tensor], long: tuple[torch.Tensor, torch.Tensor]

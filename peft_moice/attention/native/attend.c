@@ -37,10 +37,10 @@ static void attend_queries(const struct problem *p, const struct sizes *n, const
             prepare_panel(p, n, w->panels + i, b, g);
         int64_t keys = end_of_all(p, w, panels);
         for (int64_t start = 0; start < keys; start += BLOCK) {
-            int64_t count = smaller(BLOCK, p->keys - start), expert = -1;
+            int64_t count = smaller(BLOCK, p->keys - start), turn = -1;
             load_block(p, n, w, b, g, start, count);
             for (int64_t i = 0; i < panels; i++)
-                if (meet_block(p, n, w, w->panels + i, b, g, start, count, &expert))
+                if (meet_block(p, n, w, w->panels + i, b, g, start, count, &turn))
                     attend_block(p, n, w, w->panels + i, count);
         }
         for (int64_t i = 0; i < panels; i++)

@@ -29,7 +29,7 @@ struct work {
     struct row *rows; /* [G][group * N], of each key-value head in the order of their experts */
     int64_t *count;   /* [G], how many there are */
     float *queries;   /* [H][D], ordered by pairs, times the scaling */
-    float *cos, *sin; /* [N][P][LANES], of the places in a block */
+    float *cos, *sin; /* [N or 2 N][P][LANES], of the places in a block */
     float *scores;    /* [G][pieces][rows][PIECE], later their exponentials */
     float *top;       /* [G][pieces][rows][LANES], their maxima, later the factors of the exponentials */
     float *total;     /* [G][pieces][rows][LANES], the sums of the exponentials */
@@ -58,6 +58,9 @@ static int64_t most_rows(const struct problem *p) {
     return most;
 }
 
+/* How many rotations the table has. */
+static inline int64_t rotations(const struct problem *p) { return p->far_from ? 2 * p->experts : p->experts; }
+
 /* Lays the work out in `memory`, which may be NULL; returns its size in floats. */
 static int64_t lay_out(const struct problem *p, int64_t threads, struct work *w, float *memory) {
     const int64_t heads = p->kv_heads * p->group, first = (int64_t)memory;
@@ -67,8 +70,8 @@ static int64_t lay_out(const struct problem *p, int64_t threads, struct work *w,
     w->count = (int64_t *)take(&memory, 2 * p->kv_heads);
     w->rows = (struct row *)take(&memory, 3 * heads * p->experts);
     w->queries = take(&memory, heads * p->head_dim);
-    w->cos = take(&memory, p->experts * p->pairs * LANES);
-    w->sin = take(&memory, p->experts * p->pairs * LANES);
+    w->cos = take(&memory, rotations(p) * p->pairs * LANES);
+    w->sin = take(&memory, rotations(p) * p->pairs * LANES);
     w->scores = take(&memory, rows * PIECE);
     w->top = take(&memory, rows * LANES);
     w->total = take(&memory, rows * LANES);
@@ -127,7 +130,7 @@ static void transpose(const float *const *rows, int64_t size, float *restrict co
 
 /* The table's rows for the places in a block. */
 static void prepare_tables(const struct problem *p, const struct work *w) {
-    for (int64_t j = 0; j < p->experts; j++) {
+    for (int64_t j = 0; j < rotations(p); j++) {
         const float *cos[LANES], *sin[LANES];
         for (int u = 0; u < LANES; u++) {
             cos[u] = p->cos + j * p->table_stride + u * p->pairs;
@@ -158,21 +161,31 @@ static void prepare_token(const struct problem *p, const struct work *w, int64_t
     }
 }
 
-/* Rotate a query to an expert's angles at a distance, which may be negative; without what does not rotate. */
-static inline void rotate_query(const struct problem *p, int64_t expert, int64_t distance, const float *restrict query,
-                                float *restrict rotated) {
-    const int64_t pairs = p->pairs;
-    const int64_t at = expert * p->table_stride + (distance < 0 ? -distance : distance) * pairs;
+/* Rotate a query to an expert's angles at a distance from its key, which may be negative, and scale it; without what
+   does not rotate. */
+static inline void rotate_query(const struct problem *p, int64_t expert, int is_far, int64_t distance,
+                                const float *restrict query, float *restrict rotated) {
+    const int64_t pairs = p->pairs, turn = is_far ? p->experts + expert : expert;
+    distance -= is_far ? p->far_from[expert] : 0;
+    const int64_t at = turn * p->table_stride + (distance < 0 ? -distance : distance) * pairs;
     const float *restrict cos = p->cos + at, *restrict sin = p->sin + at, sign = distance < 0 ? -1.0f : 1.0f;
     for (int64_t i = 0; i < pairs; i++) {
         rotated[i] = query[i] * cos[i] - query[pairs + i] * (sign * sin[i]);
         rotated[pairs + i] = query[pairs + i] * cos[i] + query[i] * (sign * sin[i]);
     }
+    if (p->factors)
+        for (int64_t i = 0; i < 2 * pairs; i++)
+            rotated[i] *= factor_of(p, expert, is_far);
+}
+
+/* The side of the block of keys at `t` for a query at `position`. */
+static inline enum side side_at(const struct problem *p, int64_t expert, int64_t position, int64_t t) {
+    return side_of(p, expert, position, position + 1, t, t + LANES - 1);
 }
 
 /* Bring a rotated query from its distance to one block to that to the next. */
-static inline void rotate_on(const struct problem *p, int64_t expert, float *restrict rotated) {
-    const int64_t pairs = p->pairs, at = expert * p->table_stride + LANES * pairs;
+static inline void rotate_on(const struct problem *p, int64_t turn, float *restrict rotated) {
+    const int64_t pairs = p->pairs, at = turn * p->table_stride + LANES * pairs;
     const float *restrict cos = p->cos + at, *restrict sin = p->sin + at;
     float *restrict other = rotated + pairs;
     for (int64_t i = 0; i < pairs; i++) {
@@ -203,6 +216,34 @@ score_rows(int count, int64_t pairs, const float *restrict keys, const float *re
         *(vec *)(scores + r * PIECE) = low[r] + high[r];
 }
 
+/* The same for `count` rows of one rotation, `turn`. */
+static inline void score_group(const struct problem *p, const struct work *w, int64_t turn, int64_t count,
+                               const float *columns, const float *rotated, float *scores) {
+    const float *cos = w->cos + turn * p->pairs * LANES, *sin = w->sin + turn * p->pairs * LANES;
+    if (count == 1)
+        score_rows(1, p->pairs, columns, cos, sin, rotated, scores);
+    else if (count == 2)
+        score_rows(2, p->pairs, columns, cos, sin, rotated, scores);
+    else if (count == 3)
+        score_rows(3, p->pairs, columns, cos, sin, rotated, scores);
+    else
+        score_rows(4, p->pairs, columns, cos, sin, rotated, scores);
+}
+
+/* Where an expert's keys become far within the block at `t`: put the scores of far keys, of `count` rows, in place of
+   those that were made as for near ones. */
+static void score_border(const struct problem *p, const struct work *w, const struct row *rows, int64_t count,
+                         int64_t position, int64_t t, const float *columns, const float *queries, float *scores) {
+    const int64_t expert = rows->expert, far = position - p->far_from[expert] + 1 - t;
+    float rotated[MOST_ROWS * MAX_HEAD_DIM], found[MOST_ROWS * PIECE];
+    for (int64_t r = 0; r < count; r++)
+        rotate_query(p, expert, 1, position - t, queries + rows[r].head * p->head_dim, rotated + r * 2 * p->pairs);
+    score_group(p, w, p->experts + expert, count, columns, rotated, found);
+    for (int64_t r = 0; r < count; r++)
+        for (int64_t u = 0; u < far; u++)
+            scores[r * PIECE + u] = found[r * PIECE + u];
+}
+
 /* Scores [rows][PIECE] of a key-value head's rows for the keys `start` to `end - 1`. */
 static void score_piece(const struct problem *p, const struct work *w, int64_t b, int64_t g, int64_t position,
                         int64_t start, int64_t end, float *restrict rotated, float *restrict scores) {
@@ -216,27 +257,24 @@ static void score_piece(const struct problem *p, const struct work *w, int64_t b
             keys[u] = ordered_at(p, p->key, key_at(p, b, g, smaller(t + u, end - 1)), buffer[u]);
         transpose(keys, p->head_dim, columns);
         /* All before the first is read, because what was just written in vectors is slow to read as numbers. */
-        for (int64_t r = 0; r < count; r++)
-            if (t == start)
-                rotate_query(p, rows[r].expert, position - t, queries + rows[r].head * p->head_dim,
+        for (int64_t r = 0; r < count; r++) {
+            const int64_t expert = rows[r].expert;
+            const int is_far = side_at(p, expert, position, t) == FAR;
+            if (t == start || is_far != (side_at(p, expert, position, t - LANES) == FAR))
+                rotate_query(p, expert, is_far, position - t, queries + rows[r].head * p->head_dim,
                              rotated + r * 2 * pairs);
             else
-                rotate_on(p, rows[r].expert, rotated + r * 2 * pairs);
+                rotate_on(p, is_far ? p->experts + expert : expert, rotated + r * 2 * pairs);
+        }
         for (int64_t r = 0, next; r < count; r = next) {
             const int64_t expert = rows[r].expert;
             for (next = r + 1; next < count && next < r + MOST_ROWS && rows[next].expert == expert; next++)
                 ;
-            const float *cos = w->cos + expert * pairs * LANES, *sin = w->sin + expert * pairs * LANES;
-            const float *own = rotated + r * 2 * pairs;
-            float *score = scores + r * PIECE;
-            if (next - r == 1)
-                score_rows(1, pairs, columns, cos, sin, own, score);
-            else if (next - r == 2)
-                score_rows(2, pairs, columns, cos, sin, own, score);
-            else if (next - r == 3)
-                score_rows(3, pairs, columns, cos, sin, own, score);
-            else
-                score_rows(4, pairs, columns, cos, sin, own, score);
+            const enum side side = side_at(p, expert, position, t);
+            score_group(p, w, side == FAR ? p->experts + expert : expert, next - r, columns, rotated + r * 2 * pairs,
+                        scores + r * PIECE);
+            if (side == BORDER)
+                score_border(p, w, rows + r, next - r, position, t, columns, queries, scores + r * PIECE);
         }
         for (int64_t r = 0; 2 * pairs < p->head_dim && r < count; r++) {
             vec *score = (vec *)(scores + r * PIECE);

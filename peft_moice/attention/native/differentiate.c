@@ -127,17 +127,17 @@ static void rotate_back(const struct problem *p, const struct sizes *n, const st
 static void differentiate_keys(const struct problem *p, const struct sizes *n, const struct own *w, int64_t panels,
                                int64_t b, int64_t g, int64_t part, const float *weights, int64_t start,
                                int64_t count) {
-    int64_t expert = -1, at = ((part * p->batch + b) * p->kv_heads + g) * p->keys + start;
+    int64_t turn = -1, at = ((part * p->batch + b) * p->kv_heads + g) * p->keys + start;
     memset(w->grad_keys, 0, BLOCK * n->key_dim * sizeof(float));
     memset(w->grad_sums, 0, BLOCK * n->key_dim * sizeof(float));
     memset(w->grad_values, 0, BLOCK * n->value_dim * sizeof(float));
     load_block(p, n, w, b, g, start, count);
     for (int64_t i = 0; i < panels; i++) {
         const struct panel *x = w->panels + i;
-        if (meet_block(p, n, w, x, b, g, start, count, &expert))
+        if (meet_block(p, n, w, x, b, g, start, count, &turn))
             differentiate_block(p, n, w, x, weights + i * ROWS, count);
-        if (p->grad_key && expert == x->expert && (i + 1 == panels || x[1].expert != expert)) {
-            rotate_back(p, n, w, expert, start, count);
+        if (p->grad_key && turn == x->expert && (i + 1 == panels || x[1].expert != turn)) {
+            rotate_back(p, n, w, turn, start, count);
             memset(w->grad_keys, 0, BLOCK * n->key_dim * sizeof(float));
         }
     }
@@ -160,10 +160,10 @@ static void differentiate_queries(const struct problem *p, const struct sizes *n
             prepare_panel(p, n, w->panels + i, b, g);
         int64_t keys = end_of_all(p, w, panels);
         for (int64_t start = 0; start < keys; start += BLOCK) {
-            int64_t count = smaller(BLOCK, p->keys - start), expert = -1;
+            int64_t count = smaller(BLOCK, p->keys - start), turn = -1;
             load_block(p, n, w, b, g, start, count);
             for (int64_t i = 0; i < panels; i++)
-                if (meet_block(p, n, w, w->panels + i, b, g, start, count, &expert))
+                if (meet_block(p, n, w, w->panels + i, b, g, start, count, &turn))
                     measure_block(p, n, w, w->panels + i, count);
         }
         float weights[n->panels * ROWS];

@@ -1,6 +1,7 @@
 """Calls of the C functions: output of attention, and gradients."""
 
 import functools
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,7 +94,7 @@ class _Kernel:
         order = _order(layout, head_dim)
         self.threads = torch.get_num_threads()
         self.problem = Problem()
-        self._kept = [query, key, value, gates, cos, sin]
+        self._kept: list[Any] = [query, key, value, gates, cos, sin]
         self.problem.set(
             {
                 "batch": batch,
@@ -123,6 +124,10 @@ class _Kernel:
                 "scaling": scaling,
             }
         )
+        if rotations.far is not None:
+            starts, factors = array("q", rotations.far.starts), array("f", rotations.far.factors)
+            self._kept += [starts, factors]
+            self.problem.set({"far_from": starts.buffer_info()[0], "factors": factors.buffer_info()[0]})
         if mask is not None:
             mask = mask if mask.dtype == torch.bool else mask.float()
             mask = mask.expand(batch, heads, length, num_keys)

@@ -44,8 +44,10 @@ struct problem {
     const float *gates; /* [B, H, S, N], contiguous; an expert with gate 0 is not computed */
     const void *mask;   /* [B, H, S, T], floats that are added or, with `mask_is_boolean`, bytes; or NULL */
     int64_t mask_stride[4], mask_is_boolean;
-    const float *cos, *sin; /* [N, T, P] */
+    const float *cos, *sin; /* [N, T, P]; with `far_from`, [2 N, T, P], those for far keys behind the others */
     int64_t table_stride;
+    const int64_t *far_from; /* [N], the distance from which an expert's keys are far; or NULL, where none are */
+    const float *factors;    /* [2 N], of the scores' rotated part; given with `far_from` */
     const int32_t *order; /* [D], the dimensions: first of each pair, second of each pair, what does not rotate */
     float scaling;
     float *output; /* [B, S, H, Dv], contiguous */
@@ -59,6 +61,22 @@ struct problem {
     float *grad_value;        /* [parts, B, G, T, Dv] */
     float *grad_gates;        /* [B, H, S, N] */
 };
+
+/* Where a block of keys lies, seen from queries under one expert. */
+enum side { NEAR, FAR, BORDER };
+
+/* The side of the keys `start` to `last` for queries at the positions `first` to `end` - 1. */
+static inline enum side side_of(const struct problem *p, int64_t expert, int64_t first, int64_t end, int64_t start,
+                                int64_t last) {
+    if (!p->far_from || start > end - 1 - p->far_from[expert])
+        return NEAR;
+    return last <= first - p->far_from[expert] ? FAR : BORDER;
+}
+
+/* By what an expert multiplies the rotated part of its scores. */
+static inline float factor_of(const struct problem *p, int64_t expert, int is_far) {
+    return p->factors ? p->factors[is_far ? p->experts + expert : expert] : 1.0f;
+}
 
 static inline int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 

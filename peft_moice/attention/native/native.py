@@ -31,6 +31,8 @@ def why_not(call: AttentionCall) -> str | None:
             return f"it reads the memory of plain tensors, and the {name} are a {type(tensor).__name__}"
         if tensor.dtype not in TYPES:
             return f"it computes in float32, and the {name} are in {tensor.dtype}"
+    if call.rotations.far is not None and (in_graph or call.needs_gradients()):
+        return "it has no gradients, and no operator for torch.compile, of ropes by distance"
     return _why_not_loaded()
 
 
@@ -58,7 +60,7 @@ def run(call: AttentionCall) -> tuple[torch.Tensor, None]:
         return graphs.run(call, *tensors).to(call.query.dtype), None
     options = (call.rotations, first_position(call), call.scaling, call.is_causal)
     output: torch.Tensor
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if call.needs_gradients():
         inputs = (*tensors, call.picks(), call.attention_mask, *options)
         output = _NativeAttention.apply(*inputs)  # type: ignore[no-untyped-call]
     else:

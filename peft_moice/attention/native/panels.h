@@ -25,6 +25,7 @@ struct panel {
     int64_t expert, count;
     struct row *rows; /* [ROWS] */
     float *columns;   /* [D][ROWS], the rotated queries times the scaling */
+    float *far;       /* [D][ROWS], the same for far keys; only with `far_from` */
     float *top;       /* [ROWS], the largest score so far */
     float *total;     /* [ROWS], the sum of exponentials less that */
     float *sums;      /* [the larger of D and Dv, padded][ROWS]: of values; in the backward pass of keys */
@@ -43,6 +44,7 @@ struct own {
     float *values;      /* [BLOCK][padded Dv] */
     float *scores;      /* [BLOCK][ROWS], later their exponentials */
     float *bias;        /* [BLOCK][ROWS] */
+    float *far_scores;  /* [BLOCK][ROWS]; only with `far_from` */
     float *grad_probs;  /* [BLOCK][ROWS]; from here on, backward only */
     float *grad_keys;   /* [BLOCK][padded D], under one expert */
     float *grad_sums;   /* [BLOCK][padded D], of all experts, rotated back */
@@ -73,6 +75,10 @@ static inline struct sizes sizes_of(const struct problem *p, int64_t threads) {
     n.panels = rows / ROWS + p->experts;
     n.panel = ROWS * (2 + p->head_dim + 2 + n.sum_dim);
     n.own = BLOCK * (2 * n.key_dim + n.value_dim + 2 * ROWS);
+    if (p->far_from) {
+        n.panel += ROWS * p->head_dim;
+        n.own += BLOCK * ROWS;
+    }
     if (p->grad_output) {
         n.panel += ROWS * (n.key_dim + n.value_dim + p->value_dim + 1);
         n.own += BLOCK * (ROWS + 2 * n.key_dim + n.value_dim) + n.value_dim;
@@ -95,6 +101,8 @@ static inline struct own lay_out(const struct problem *p, const struct sizes *n,
     w.scores = take(&memory, BLOCK * ROWS);
     w.bias = take(&memory, BLOCK * ROWS);
     memset(w.original, 0, BLOCK * (2 * n->key_dim + n->value_dim) * sizeof(float));
+    if (p->far_from)
+        w.far_scores = take(&memory, BLOCK * ROWS);
     if (p->grad_output) {
         w.grad_probs = take(&memory, BLOCK * ROWS);
         w.grad_keys = take(&memory, BLOCK * n->key_dim);
@@ -107,6 +115,8 @@ static inline struct own lay_out(const struct problem *p, const struct sizes *n,
         struct panel *x = w.panels + i;
         x->rows = (struct row *)take(&memory, 2 * ROWS);
         x->columns = take(&memory, p->head_dim * ROWS);
+        if (p->far_from)
+            x->far = take(&memory, p->head_dim * ROWS);
         x->top = take(&memory, ROWS);
         x->total = take(&memory, ROWS);
         x->sums = take(&memory, n->sum_dim * ROWS);
@@ -197,9 +207,16 @@ static inline void rotate_block(const struct problem *p, const struct sizes *n, 
     }
 }
 
-/* Scores of a panel for a block of keys; returns 0 where the mask hides all of them. */
-static inline int score_block(const struct problem *p, const struct sizes *n, const struct own *w,
-                              const struct panel *x, int64_t b, int64_t g, int64_t start, int64_t count) {
+/* scores[count][ROWS] = products of a panel's columns with the keys as they are rotated now. */
+static inline void score_keys(const struct problem *p, const struct sizes *n, const struct own *w,
+                              const float *columns, float *scores, int64_t count) {
+    for (int64_t t = 0; t < count; t += STEP)
+        multiply(w->keys + t * n->key_dim, n->key_dim, 1, columns, ROWS, p->head_dim, scores + t * ROWS, ROWS, 0);
+}
+
+/* What the mask and causality leave of a panel's scores for a block of keys; returns 0 where the mask hides all. */
+static inline int mask_block(const struct problem *p, const struct own *w, const struct panel *x, int64_t b, int64_t g,
+                             int64_t start, int64_t count) {
     if (p->mask) {
         int is_seen = 0;
         for (int64_t r = 0; r < x->count; r++)
@@ -211,9 +228,6 @@ static inline int score_block(const struct problem *p, const struct sizes *n, co
             for (int64_t t = 0; t < count; t++)
                 w->bias[t * ROWS + r] = 0.0f;
     }
-    for (int64_t t = 0; t < count; t += STEP)
-        multiply(w->keys + t * n->key_dim, n->key_dim, 1, x->columns, ROWS, p->head_dim, w->scores + t * ROWS, ROWS,
-                 0);
     for (int64_t t = count; t < round_up(count, STEP); t++)
         for (int64_t r = 0; r < ROWS; r++)
             w->scores[t * ROWS + r] = -INFINITY;
@@ -265,17 +279,38 @@ static inline int64_t end_of_all(const struct problem *p, const struct own *w, i
     return end;
 }
 
-/* Scores of a panel for the block that was loaded, rotated to the panel's expert first unless `expert`, whose angle
-   the keys have, is that already; returns 0 where no row sees any of the keys. */
+/* Rotate the block that was loaded to the rotation `wanted` of the table, unless `turn`, which the keys have, is that
+   already. */
+static inline void turn_block(const struct problem *p, const struct sizes *n, const struct own *w, int64_t wanted,
+                              int64_t start, int64_t count, int64_t *turn) {
+    if (*turn != wanted)
+        rotate_block(p, n, w, wanted, start, count);
+    *turn = wanted;
+}
+
+/* Scores of a panel for the block that was loaded, which is rotated for it; returns 0 where no row sees any of the
+   keys. */
 static inline int meet_block(const struct problem *p, const struct sizes *n, const struct own *w,
                              const struct panel *x, int64_t b, int64_t g, int64_t start, int64_t count,
-                             int64_t *expert) {
+                             int64_t *turn) {
     if (start >= end_of_keys(p, x))
         return 0;
-    if (*expert != x->expert)
-        rotate_block(p, n, w, x->expert, start, count);
-    *expert = x->expert;
-    return score_block(p, n, w, x, b, g, start, count);
+    const int64_t first = p->query_start + x->rows[0].token, end = p->query_start + x->rows[x->count - 1].token + 1;
+    const enum side side = side_of(p, x->expert, first, end, start, start + count - 1);
+    if (side != FAR) {
+        turn_block(p, n, w, x->expert, start, count, turn);
+        score_keys(p, n, w, x->columns, w->scores, count);
+    }
+    if (side != NEAR) {
+        turn_block(p, n, w, p->experts + x->expert, start, count, turn);
+        score_keys(p, n, w, x->far, side == FAR ? w->scores : w->far_scores, count);
+    }
+    for (int64_t r = 0; side == BORDER && r < x->count; r++) {
+        int64_t last = p->query_start + x->rows[r].token - p->far_from[x->expert] - start;
+        for (int64_t t = 0; t <= last && t < count; t++)
+            w->scores[t * ROWS + r] = w->far_scores[t * ROWS + r];
+    }
+    return mask_block(p, w, x, b, g, start, count);
 }
 
 static inline int is_picked(const struct problem *p, int64_t at) {
@@ -320,10 +355,19 @@ static inline int64_t fill_panels(const struct problem *p, const struct sizes *n
     return token;
 }
 
+/* Multiply a rotated query by the scaling, and what of it rotates by the expert's factor. */
+static inline void scale_query(const struct problem *p, int64_t expert, int is_far, float *rotated) {
+    const float factor = factor_of(p, expert, is_far) * p->scaling;
+    for (int64_t d = 0; d < p->head_dim; d++)
+        rotated[d] *= d < 2 * p->pairs ? factor : p->scaling;
+}
+
 static inline void prepare_panel(const struct problem *p, const struct sizes *n, const struct panel *x, int64_t b,
                                  int64_t g) {
     float buffer[MAX_HEAD_DIM], rotated[MAX_HEAD_DIM];
     memset(x->columns, 0, p->head_dim * ROWS * sizeof(float));
+    if (p->far_from)
+        memset(x->far, 0, p->head_dim * ROWS * sizeof(float));
     memset(x->sums, 0, n->sum_dim * ROWS * sizeof(float));
     if (p->grad_output) {
         memset(x->queries, 0, ROWS * n->key_dim * sizeof(float));
@@ -337,10 +381,19 @@ static inline void prepare_panel(const struct problem *p, const struct sizes *n,
     }
     for (int64_t r = 0; r < x->count; r++) {
         int64_t head = g * p->group + x->rows[r].head, token = x->rows[r].token;
-        rotate(p, x->expert, p->query_start + token, 1.0f,
-               ordered_at(p, p->query, query_at(p, b, head, token), buffer), rotated);
+        const float *query = ordered_at(p, p->query, query_at(p, b, head, token), buffer);
+        const int64_t position = p->query_start + token;
+        /* A query before `far_from` meets no far key. */
+        if (p->far_from && position >= p->far_from[x->expert]) {
+            rotate(p, p->experts + x->expert, position - p->far_from[x->expert], 1.0f, query, rotated);
+            scale_query(p, x->expert, 1, rotated);
+            for (int64_t d = 0; d < p->head_dim; d++)
+                x->far[d * ROWS + r] = rotated[d];
+        }
+        rotate(p, x->expert, position, 1.0f, query, rotated);
+        scale_query(p, x->expert, 0, rotated);
         for (int64_t d = 0; d < p->head_dim; d++)
-            x->columns[d * ROWS + r] = rotated[d] *= p->scaling;
+            x->columns[d * ROWS + r] = rotated[d];
         if (!p->grad_output)
             continue;
         const float *grad = p->grad_output + output_at(p, b, head, token);

@@ -35,6 +35,8 @@ def why_not(call: AttentionCall) -> str | None:
         return f"it reads heads of up to {_MAX_HEAD_SIZE} dimensions, not {sizes[0]} (values {sizes[1]})"
     if call.attention_mask is None and not call.is_causal:
         return "it is causal"
+    if call.rotations.far is not None:
+        return "it knows no ropes by distance"
     return call.why_not_plain()
 
 

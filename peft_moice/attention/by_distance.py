@@ -1,0 +1,177 @@
+"""The model's own attention under a rope that changes with the distance of the key: one softmax over near and far.
+
+A head of twice the size holds both rotations of a query, `[near, far]`, and meets every key under one of them, `[k, 0]`
+or `[0, k]`. So each key is scored once, by whatever function the model has, and queries go block by block, which keeps
+masks small.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from ..rope import rotate
+from .call import AttentionCall
+from .rotating import cos_sin
+
+_BLOCK = 512
+"""Queries of a call. Up to so many keys, those around the border, are met under both rotations."""
+_READ_MASKS = ("eager", "sdpa")
+"""Backends whose functions take a mask of four dimensions."""
+
+
+class _Block(NamedTuple):
+    """Some queries, and the keys that may be near or far to them."""
+
+    queries: slice
+    near: slice
+    far: slice
+
+
+def why_not(call: AttentionCall) -> str | None:
+    """Why attention by distance cannot be computed for `call`, or None."""
+    if call.backend is not None and call.backend not in _READ_MASKS:
+        reason = call.why_not_plain(any_mask=True)
+        return None if reason is None else f"the backend {call.backend!r} takes no masks, and in its place {reason}"
+    mask = call.attention_mask
+    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 4):
+        return f"it reads masks of four dimensions, not a {type(mask).__name__}"
+    if call.query_positions is None and isinstance(call.query_start, torch.Tensor) and call.query_start.dim() > 0:
+        return "it reads one position for the first query, and packed sequences have one for each"
+    return None
+
+
+def attend_by_distance(
+    call: AttentionCall, expert: int, query: torch.Tensor, key: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of `call` under one expert.
+
+    Args:
+        call: the call; [`why_not`] has nothing against it.
+        expert: index of the expert.
+        query: `[B, H, S, D]` under the expert's rotation of near keys.
+        key: `[B, G, T, D]`, likewise.
+
+    Returns:
+        The output `[B, S, H, Dv]`, and the probabilities `[B, H, S, T]` where the model's attention gives them.
+    """
+    far_query, far_key = far_pair(call, expert)
+    queries = torch.cat((query, far_query), dim=-1)
+    near_keys, far_keys = (
+        torch.nn.functional.pad(key, (0, far_key.shape[-1])),
+        torch.nn.functional.pad(far_key, (key.shape[-1], 0)),
+    )
+    attend, mask_of = _attend_of(call), _mask_of(call, expert)
+    outputs, all_probs = [], []
+    for block in _blocks(call, expert):
+        keys = torch.cat((far_keys[:, :, block.far], near_keys[:, :, block.near]), dim=2)
+        values = torch.cat((call.value[:, :, block.far], call.value[:, :, block.near]), dim=2)
+        output, probs = attend(queries[:, :, block.queries], keys, values, mask_of(block))
+        outputs.append(output)
+        if probs is not None:
+            num_far = block.far.stop - block.far.start
+            of_keys = probs.new_zeros(*probs.shape[:-1], call.key.shape[2])
+            of_keys[..., block.far] += probs[..., :num_far]
+            of_keys[..., block.near] += probs[..., num_far:]
+            all_probs.append(of_keys)
+    return torch.cat(outputs, dim=1), torch.cat(all_probs, dim=2) if all_probs else None
+
+
+def far_pair(call: AttentionCall, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries `[B, H, S, D]` and keys `[B, G, T, D]` as an expert rotates them for far keys, with its factor."""
+    far, rotations = call.rotations.far, call.rotations
+    assert far is not None
+    turn = rotations.num_experts + expert
+    (query_cos, query_sin), (key_cos, key_sin) = cos_sin(call, turn, far.starts[expert])
+    factor = far.factors[turn]
+    query = rotate(call.query, query_cos * factor, query_sin * factor, rotations.layout)
+    return query, rotate(call.key, key_cos, key_sin, rotations.layout)
+
+
+def is_far(call: AttentionCall, expert: int, queries: slice = slice(None), keys: slice = slice(None)) -> torch.Tensor:
+    """Whether keys are far from queries, `[B or 1, 1, S, T]` of booleans; of some of them."""
+    assert call.rotations.far is not None
+    return _distances(call, queries, keys) >= call.rotations.far.starts[expert]
+
+
+def _distances(call: AttentionCall, queries: slice, keys: slice) -> torch.Tensor:
+    device = call.query.device
+    if call.query_positions is not None and call.key_positions is not None:
+        of_queries, of_keys = call.query_positions[:, None, queries], call.key_positions[:, None, keys]
+        return of_queries[..., None].to(device) - of_keys[:, :, None].to(device)
+    of_queries = call.query_start + torch.arange(call.query.shape[2], device=device)
+    of_keys = torch.arange(call.key.shape[2], device=device)
+    return (of_queries[queries, None] - of_keys[None, keys])[None, None]
+
+
+def _blocks(call: AttentionCall, expert: int) -> Iterator[_Block]:
+    """The queries in pieces, with the keys that may be near or far to some of each."""
+    assert call.rotations.far is not None
+    length, num_keys, start = call.query.shape[2], call.key.shape[2], call.query_start
+    for first in range(0, length, _BLOCK):
+        last = min(first + _BLOCK, length) - 1
+        near, far = slice(0, num_keys), slice(0, num_keys)
+        if call.query_positions is None and isinstance(start, int):
+            border = call.rotations.far.starts[expert]
+            end = start + last + 1 if call.is_causal else num_keys
+            far = slice(0, min(max(start + last - border + 1, 0), end))
+            near = slice(min(max(start + first - border + 1, 0), end), end)
+        yield _Block(slice(first, last + 1), near, far)
+
+
+def _mask_of(call: AttentionCall, expert: int) -> Callable[[_Block], torch.Tensor]:
+    """Makes the masks `[B or 1, 1 or H, S, far and near keys]` of blocks: what may be seen, and under which rotation."""
+    mask = call.attention_mask
+    adds = isinstance(mask, torch.Tensor) and mask.dtype != torch.bool
+
+    def seen(block: _Block, keys: slice) -> torch.Tensor | None:
+        if mask is None:
+            return _distances(call, block.queries, keys) >= 0 if call.is_causal else None
+        if not isinstance(mask, torch.Tensor):
+            return _dense(mask, call, block.queries, keys)
+        rows = mask if mask.shape[2] == 1 else mask[:, :, block.queries]
+        return rows[..., keys]
+
+    def part(block: _Block, keys: slice, wants_far: bool) -> torch.Tensor:
+        allowed, shown = is_far(call, expert, block.queries, keys) == wants_far, seen(block, keys)
+        if shown is None:
+            return allowed
+        return shown.masked_fill(~allowed, -torch.inf) if adds else allowed & shown
+
+    def made(block: _Block) -> torch.Tensor:
+        far, near = part(block, block.far, True), part(block, block.near, False)
+        leading = torch.broadcast_shapes(far.shape[:-1], near.shape[:-1])
+        return torch.cat([x.expand(*leading, -1) for x in (far, near)], dim=-1)
+
+    return made
+
+
+def _dense(mask: Any, call: AttentionCall, queries: slice, keys: slice) -> torch.Tensor:
+    """Some rows and columns of a `BlockMask` of flex attention, as booleans."""
+    from torch.nn.attention.flex_attention import create_mask
+
+    first, length = queries.start, queries.stop - queries.start
+
+    def shifted(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        seen: torch.Tensor = mask.mask_mod(b, h, q + first, kv)
+        return seen
+
+    batch, device = call.query.shape[0], str(call.query.device)
+    return create_mask(shifted, batch, 1, length, call.key.shape[2], device=device)[..., keys]
+
+
+def _attend_of(call: AttentionCall) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+    """The model's own attention, or PyTorch's where that takes no mask of four dimensions."""
+    scaling, group = call.scaling, call.query.shape[1] // call.key.shape[1]
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> Any:
+        if call.backend is None or call.backend in _READ_MASKS:
+            assert call.attend is not None
+            # The default is that of heads of the size that these have.
+            return call.attend(q, k, v, mask, **{**call.options, "scaling": scaling})
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+        mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
+        output = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+        return output.transpose(1, 2), None
+
+    return attend

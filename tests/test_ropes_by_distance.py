@@ -1,0 +1,189 @@
+"""Experts whose rope changes with the distance of the key, against scores computed pair by pair in float64."""
+
+import pytest
+import torch
+
+from peft_moice.attention import mixed_attention
+from peft_moice.rope import RotaryLayout, RotationTable, rotate
+from peft_moice.rope.rotation import NEVER, FarRopes
+
+IMPLEMENTATIONS = ("reference", "delegated", "native")
+LAYOUTS = {
+    "half": RotaryLayout(0, 16, False),
+    "interleaved": RotaryLayout(0, 16, True),
+    "partial": RotaryLayout(4, 8, False),
+}
+OWN, OTHER = 10.0, 40.0
+
+
+def frequencies(base: float, layout: RotaryLayout) -> torch.Tensor:
+    return base ** (-torch.arange(0, layout.size, 2, dtype=torch.float64) / layout.size)
+
+
+def table(layout: RotaryLayout, starts: tuple[int, ...], slower: float = 8.0, factors=None) -> RotationTable:
+    """Experts at the own angle that turn far keys `slower`; those that never do at another angle."""
+    own = frequencies(OWN, layout)
+    near = [own * 0 if start < NEVER else frequencies(OTHER, layout) - own for start in starts]
+    far = FarRopes(torch.stack([own / slower - own] * len(starts)), starts, factors or (1.0,) * 2 * len(starts))
+    return RotationTable(torch.stack(near), layout, far)
+
+
+def turned(x: torch.Tensor, positions: torch.Tensor, layout: RotaryLayout) -> torch.Tensor:
+    angles = positions.double()[..., None] * frequencies(OWN, layout)
+    return rotate(x.double(), angles.cos(), angles.sin(), layout).float()
+
+
+def oracle(query, key, value, gates, m, n, layout, starts, slower=8.0, factors=None, seen=None):
+    """From unrotated vectors: the angle of every pair of a query at `m` and a key at `n`, then a plain softmax."""
+    groups = query.shape[1] // key.shape[1]
+    query, key, value = query.double(), key.repeat_interleave(groups, 1).double(), value.repeat_interleave(groups, 1)
+    distance = (m[..., :, None] - n[..., None, :]).double()  # [B or 1, S, T]
+    distance = distance[:, None]
+    seen = distance >= 0 if seen is None else seen
+    rotated = range(layout.start, layout.start + layout.size)
+    rest = [d for d in range(query.shape[-1]) if d not in rotated]
+    pairs = rotated[0::2], rotated[1::2]
+    if not layout.interleaved:
+        pairs = rotated[: layout.size // 2], rotated[layout.size // 2 :]
+    mixed = 0.0
+    for j, start in enumerate(starts):
+        factor = torch.ones(()) if factors is None else torch.where(
+            distance >= start, factors[len(starts) + j], factors[j]
+        )
+        scores = 0.0
+        for i, (a, b) in enumerate(zip(*pairs, strict=True)):
+            theta = frequencies(OWN, layout)[i]
+            near = theta if start < NEVER else frequencies(OTHER, layout)[i]
+            angle = torch.where(distance < start, near * distance, near * start + theta / slower * (distance - start))
+            qa, qb, ka, kb = query[..., a], query[..., b], key[..., a], key[..., b]
+            same = qa[..., :, None] * ka[..., None, :] + qb[..., :, None] * kb[..., None, :]
+            cross = qa[..., :, None] * kb[..., None, :] - qb[..., :, None] * ka[..., None, :]
+            scores = scores + same * angle.cos() + cross * angle.sin()
+        scores = scores * factor + query[..., rest] @ key[..., rest].mT
+        scores = (scores * query.shape[-1] ** -0.5).masked_fill(~seen, -torch.inf)
+        mixed = mixed + gates[..., j, None] * (scores.softmax(dim=-1) @ value.double())
+    return mixed.transpose(1, 2)
+
+
+def attend(query, key, value, mask, scaling=None, **options):
+    groups = query.shape[1] // key.shape[1]
+    scores = query @ key.repeat_interleave(groups, 1).mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(key.shape[-2] - query.shape[-2])
+    probs = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    probs = probs.softmax(dim=-1)
+    return (probs @ value.repeat_interleave(groups, 1)).transpose(1, 2), probs
+
+
+def draw(queries: int, keys: int, experts: int, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(2, 4, queries, 20, generator=generator)
+    key, value = torch.randn(2, 2, keys, 20, generator=generator), torch.randn(2, 2, keys, 6, generator=generator)
+    return query, key, value, torch.rand(2, 4, queries, experts, generator=generator).softmax(dim=-1)
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request) -> str:
+    return request.param
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("factors", [None, (1.0, 1.2, 0.7, 1.0)], ids=["plain", "factors"])
+@pytest.mark.parametrize(("queries", "keys"), [(700, 700), (150, 300), (1, 300), (5, 130), (1, 7)])
+def test_equals_pairwise_scores(implementation, layout, factors, queries, keys):
+    starts = (37, NEVER)
+    query, key, value, gates = draw(queries, keys, 2)
+    n = torch.arange(keys)[None]
+    m = n[:, keys - queries :]
+    output, probs = mixed_attention(
+        turned(query, m[:, None], layout),
+        turned(key, n[:, None], layout),
+        value,
+        gates,
+        rotations=table(layout, starts, factors=factors),
+        query_start=keys - queries,
+        attend=attend,
+        implementation=implementation,
+    )
+    expected = oracle(query, key, value, gates, m, n, layout, starts, factors=factors)
+    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=2e-5)
+    if probs is not None:
+        groups = probs.float() @ value.repeat_interleave(2, 1)
+        torch.testing.assert_close(groups.transpose(1, 2), output, rtol=1e-5, atol=1e-5)
+
+
+def test_a_start_at_zero_is_the_far_rope_alone_and_one_beyond_all_keys_the_near_one(implementation):
+    layout = LAYOUTS["half"]
+    query, key, value, gates = draw(40, 40, 1)
+    n = torch.arange(40)[None]
+    vectors = turned(query, n[:, None], layout), turned(key, n[:, None], layout), value, torch.ones_like(gates)
+    for start, slower in ((0, 8.0), (41, 1.0)):
+        own = frequencies(OWN, layout)
+        plain = RotationTable((own / slower - own)[None], layout)
+        outputs = [
+            mixed_attention(*vectors, rotations=rotations, attend=attend, implementation=implementation)[0]
+            for rotations in (plain, table(layout, (start,)))
+        ]
+        torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("additive", [False, True])
+def test_masks_hide_far_keys_as_well_as_near_ones(implementation, additive):
+    layout, starts = LAYOUTS["half"], (20,)
+    query, key, value, gates = draw(90, 90, 1)
+    n = torch.arange(90)[None]
+    seen = torch.ones(2, 1, 90, 90, dtype=torch.bool).tril()
+    seen[1, :, :, :25] = False
+    seen[1, :, torch.arange(25), torch.arange(25)] = True
+    mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf) if additive else seen
+    output, _ = mixed_attention(
+        turned(query, n[:, None], layout),
+        turned(key, n[:, None], layout),
+        value,
+        torch.ones_like(gates),
+        rotations=table(layout, starts),
+        attention_mask=mask,
+        attend=attend,
+        implementation=implementation,
+    )
+    expected = oracle(query, key, value, torch.ones_like(gates), n, n, layout, starts, seen=seen)
+    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "delegated"])
+def test_any_positions(implementation):
+    layout, starts = LAYOUTS["interleaved"], (9,)
+    query, key, value, gates = draw(30, 30, 1)
+    positions = torch.stack((torch.arange(30), torch.arange(30) * 3 - 4)).clamp(min=0)
+    positions[1].sort()
+    seen = torch.ones(30, 30, dtype=torch.bool).tril()[None, None]
+    output, _ = mixed_attention(
+        turned(query, positions[:, None], layout),
+        turned(key, positions[:, None], layout),
+        value,
+        torch.ones_like(gates),
+        rotations=table(layout, starts),
+        query_positions=positions,
+        key_positions=positions,
+        attention_mask=seen,
+        attend=attend,
+        implementation=implementation,
+    )
+    expected = oracle(query, key, value, torch.ones_like(gates), positions, positions, layout, starts, seen=seen)
+    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=2e-5)
+
+
+def test_gradients_equal_those_of_the_reference():
+    layout, starts = LAYOUTS["half"], (15, NEVER)
+    n = torch.arange(60)[None]
+    query, key, value, gates = draw(60, 60, 2)
+    vectors = turned(query, n[:, None], layout), turned(key, n[:, None], layout), value, gates
+    grads = []
+    for implementation in ("reference", "delegated", "auto"):
+        own = [x.clone().requires_grad_() for x in vectors]
+        options = {"rotations": table(layout, starts), "attend": attend, "backend": "sdpa"}
+        output, _ = mixed_attention(*own, implementation=implementation, **options)
+        (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+        grads.append([x.grad for x in own])
+    for other in grads[1:]:
+        torch.testing.assert_close(other, grads[0], rtol=1e-4, atol=1e-5)
