@@ -47,8 +47,8 @@ def oracle(query, key, value, gates, m, n, layout, starts, slower=8.0, factors=N
         pairs = rotated[: layout.size // 2], rotated[layout.size // 2 :]
     mixed = 0.0
     for j, start in enumerate(starts):
-        factor = torch.ones(()) if factors is None else torch.where(
-            distance >= start, factors[len(starts) + j], factors[j]
+        factor = (
+            torch.ones(()) if factors is None else torch.where(distance >= start, factors[len(starts) + j], factors[j])
         )
         scores = 0.0
         for i, (a, b) in enumerate(zip(*pairs, strict=True)):

@@ -8,7 +8,7 @@ of one forward pass travels to it as a keyword argument: no forward is copied an
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
 
@@ -103,16 +103,17 @@ class MixtureCall:
     records: list[Any]
     top_k: int | None = None
     implementation: str = "auto"
+    was_asked: bool = field(default=False, init=False)
+    """Whether an attention function has computed it."""
 
     def as_keyword(self) -> dict[str, "MixtureCall"]:
         """The keyword argument under which an attention module passes the mixture on."""
         return {_KEYWORD: self}
 
     @staticmethod
-    def among(kwargs: dict[str, Any]) -> "MixtureCall":
-        """The call among the keyword arguments of an attention module."""
-        call: MixtureCall = kwargs[_KEYWORD]
-        return call
+    def among(kwargs: dict[str, Any]) -> "MixtureCall | None":
+        """The call among the keyword arguments of an attention module; None where its own attention is meant."""
+        return kwargs.get(_KEYWORD)
 
     def attend(
         self,
@@ -125,6 +126,7 @@ class MixtureCall:
         **options: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compute the mixture in place of `attend`, the model's own attention, which `backend` names."""
+        self.was_asked = True
         implementation = self.implementation
         query_start: int | torch.Tensor
         query_positions = key_positions = None

@@ -1,6 +1,7 @@
-"""The inverse frequencies of a rope type under a base angle, computed by the model's own rotary embedding class."""
+"""The inverse frequencies of a layer under other rope parameters, computed by the model's own rotary embedding class."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,6 +26,57 @@ def original_length(config: Any, layer_type: str | None) -> int | None:
     return int(config.max_position_embeddings) if "dynamic" in rope_type else None
 
 
+_OF_ANY_TYPE = ("rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
+"""Rope parameters that a rope of another type keeps."""
+
+
+def merged_parameters(config: Any, layer_type: str | None, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's own rope parameters with others in their place.
+
+    Another `rope_type` takes nothing of the own one's but its base angle. Where a type needs the length that the model
+    was trained for, it is the own one's, else `max_position_embeddings`.
+    """
+    own = rope_parameters(config, layer_type)
+    length = own.get("original_max_position_embeddings") or config.max_position_embeddings
+    is_other = parameters.get("rope_type", own.get("rope_type")) != own.get("rope_type")
+    kept = {name: value for name, value in own.items() if not is_other or name in _OF_ANY_TYPE}
+    merged = {**kept, **{name: list(v) if isinstance(v, tuple) else v for name, v in parameters.items()}}
+    if merged.get("rope_type") in ("yarn", "llama3", "longrope"):
+        merged.setdefault("original_max_position_embeddings", length)
+    return merged
+
+
+@torch.no_grad()
+def frequencies_under(
+    rotary: type[nn.Module], config: Any, layer_type: str | None, parameters: Mapping[str, Any]
+) -> tuple[torch.Tensor, float]:
+    """Inverse frequencies `[P]` in float64 and the attention scaling with `parameters` in place of the model's own.
+
+    Raises:
+        ValueError: transformers cannot make a rope of them.
+    """
+    config = copy.deepcopy(config)
+    merged = merged_parameters(config, layer_type, parameters)
+    own = rope_parameters(config, layer_type)
+    own.clear()
+    own.update(merged)
+    try:
+        with torch.device("cpu"):
+            module = rotary(config)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"transformers cannot make a rope of {merged}: {type(error).__name__} {error}. Name what the rope type "
+            f"{merged.get('rope_type')!r} needs in `ropes`."
+        ) from None
+    return _read(module, layer_type)
+
+
+def _read(module: nn.Module, layer_type: str | None) -> tuple[torch.Tensor, float]:
+    prefix = "" if layer_type is None else f"{layer_type}_"
+    scaling = getattr(module, f"{prefix}attention_scaling", 1.0)
+    return getattr(module, f"{prefix}inv_freq").double(), float(scaling)
+
+
 def rotary_with_theta(rotary: type[nn.Module], config: Any, layer_type: str | None, rope_theta: float) -> nn.Module:
     """A rotary embedding of the same kind, built on the CPU with another `rope_theta` and nothing else changed."""
     config = copy.deepcopy(config)
@@ -46,6 +98,4 @@ def inverse_frequencies(
         options = {} if layer_type is None else {"layer_type": layer_type}
         with torch.device("cpu"):
             module(torch.zeros(1, 1, 1), torch.tensor([[original_length(config, layer_type)]]), **options)
-    prefix = "" if layer_type is None else f"{layer_type}_"
-    scaling = getattr(module, f"{prefix}attention_scaling", 1.0)
-    return getattr(module, f"{prefix}inv_freq").double(), float(scaling)
+    return _read(module, layer_type)

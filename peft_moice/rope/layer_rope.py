@@ -1,4 +1,4 @@
-"""A layer's rotary position embedding, and those that it would have under other base angles."""
+"""A layer's rotary position embedding, and those that it would have under other rope parameters."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -6,17 +6,21 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from .frequencies import inverse_frequencies, rope_parameters
+from .frequencies import frequencies_under, inverse_frequencies, rope_parameters
 from .own_rotary import OwnRotary
-from .rotation import RotaryLayout, RotationTable, SwitchedTable
+from .rotation import NEVER, FarRopes, RotaryLayout, RotationTable, SwitchedTable
+from .rules import RopeExpert
+
+Experts = tuple[float | RopeExpert, ...]
+"""What the experts of a layer are: base angles, or ropes by position and distance."""
 
 _MAX_UNUSED = 4
-"""Tables kept for sets of base angles that no adapter has on its own."""
+"""Tables kept for sets of experts that no adapter has on its own."""
 
 
 @dataclass
 class LayerRope:
-    """The rotary embedding of a layer, and those it would have under other base angles.
+    """The rotary embedding of a layer, and those it would have under other rope parameters.
 
     Attributes:
         rotary: class of the model's rotary embedding module.
@@ -28,7 +32,7 @@ class LayerRope:
         is_long: whether the long factors hold, a bool or a scalar tensor; see [`longrope.rope_of_pass`].
         own: the model's rotary embedding, watched for changes, or None.
 
-    Tables of rotations are kept for the sets of base angles that an adapter of some layer has (see [`prepare`]), and
+    Tables of rotations are kept for the sets of experts that an adapter of some layer has (see [`prepare`]), and
     for the last few others that passes asked for, as combinations of adapters do.
     """
 
@@ -40,16 +44,16 @@ class LayerRope:
     original_length: int | None = None
     is_long: bool | torch.Tensor = False
     own: OwnRotary | None = field(default=None, repr=False)
-    _tables: dict[tuple[tuple[float, ...], bool], RotationTable] = field(default_factory=dict, repr=False)
-    _num_users: Counter[tuple[float, ...]] = field(default_factory=Counter, repr=False)
+    _tables: dict[tuple[Experts, bool], RotationTable] = field(default_factory=dict, repr=False)
+    _num_users: Counter[Experts] = field(default_factory=Counter, repr=False)
 
     @property
     def rope_theta(self) -> float:
         """The model's own base angle in this layer."""
         return float(rope_parameters(self.config, self.layer_type)["rope_theta"])
 
-    def table(self, rope_bases: tuple[float, ...]) -> RotationTable:
-        """The rotations that bring the model's own angle into each of `rope_bases`.
+    def table(self, experts: Experts) -> RotationTable:
+        """The rotations that bring the model's own rope into that of each expert.
 
         Raises:
             ValueError: the model's rotary embedding is no longer the one that they start from.
@@ -57,8 +61,8 @@ class LayerRope:
         if self.own is not None:
             self.own.check(self.layer_type)
         if isinstance(self.is_long, torch.Tensor):
-            return SwitchedTable(self._table(rope_bases, False), self._table(rope_bases, True), self.is_long)
-        return self._table(rope_bases, self.is_long)
+            return SwitchedTable(self._table(experts, False), self._table(experts, True), self.is_long)
+        return self._table(experts, self.is_long)
 
     def check_config(self) -> None:
         """Raise a ValueError if the config no longer gives the frequencies that the layer rotates by."""
@@ -70,18 +74,18 @@ class LayerRope:
                     "Put its rope parameters back as they were, and add the adapter again."
                 )
 
-    def prepare(self, rope_bases: tuple[float, ...]) -> None:
-        """Keep the tables for `rope_bases` until [`release`], and build them now: compiled passes could not."""
-        self._num_users[rope_bases] += 1
-        self._table(rope_bases, False)
+    def prepare(self, experts: Experts) -> None:
+        """Keep the tables for `experts` until [`release`], and build them now: compiled passes could not."""
+        self._num_users[experts] += 1
+        self._table(experts, False)
         if self.original_length is not None:
-            self._table(rope_bases, True)
+            self._table(experts, True)
 
-    def release(self, rope_bases: tuple[float, ...]) -> None:
+    def release(self, experts: Experts) -> None:
         """Undo one [`prepare`]. Tables that nobody else keeps are freed, with those of past combinations."""
-        self._num_users[rope_bases] -= 1
-        if self._num_users[rope_bases] <= 0:
-            del self._num_users[rope_bases]
+        self._num_users[experts] -= 1
+        if self._num_users[experts] <= 0:
+            del self._num_users[experts]
             for key in self._unused():
                 del self._tables[key]
 
@@ -100,19 +104,36 @@ class LayerRope:
             self._num_users,
         )
 
-    def _table(self, rope_bases: tuple[float, ...], is_long: bool) -> RotationTable:
-        key = (rope_bases, is_long)
+    def _table(self, experts: Experts, is_long: bool) -> RotationTable:
+        key = (experts, is_long)
         if key not in self._tables:
-            own, *others = (
-                inverse_frequencies(self.rotary, self.config, self.layer_type, base, is_long)[0]
-                for base in (self.rope_theta, *rope_bases)
-            )
-            deltas = torch.stack([other - own for other in others])
             for oldest in self._unused()[: -_MAX_UNUSED + 1]:
                 del self._tables[oldest]
-            self._tables[key] = RotationTable(self.direction * deltas, self.layout)
+            self._tables[key] = self._make_table(experts, is_long)
         return self._tables[key]
 
-    def _unused(self) -> list[tuple[tuple[float, ...], bool]]:
+    def _make_table(self, experts: Experts, is_long: bool) -> RotationTable:
+        build = (self.rotary, self.config, self.layer_type)
+        own, own_scaling = inverse_frequencies(*build, self.rope_theta, is_long)
+        near, far, factors = [], [], []
+        for expert in experts:
+            if isinstance(expert, RopeExpert):
+                found = [frequencies_under(*build, dict(rope)) for rope in (expert.near, expert.far or expert.near)]
+                near.append(found[0][0] - own)
+                far.append(found[1][0] - own)
+                # Cosines and sines carry a rope's attention scaling, so that scores have its square.
+                factors.append([(scaling / own_scaling) ** 2 for _, scaling in found])
+            else:
+                near.append(inverse_frequencies(*build, expert, is_long)[0] - own)
+                far.append(torch.zeros_like(own))
+                factors.append([1.0, 1.0])
+        deltas, of_near, of_far = self.direction * torch.stack(near), *zip(*factors, strict=True)
+        if not any(isinstance(expert, RopeExpert) for expert in experts):
+            return RotationTable(deltas, self.layout)
+        starts = tuple(expert.start if isinstance(expert, RopeExpert) else NEVER for expert in experts)
+        far_ropes = FarRopes(self.direction * torch.stack(far), starts, (*of_near, *of_far))
+        return RotationTable(deltas, self.layout, far_ropes)
+
+    def _unused(self) -> list[tuple[Experts, bool]]:
         """Keys of the tables that no adapter keeps, the oldest first."""
         return [key for key in self._tables if key[0] not in self._num_users]

@@ -106,6 +106,33 @@ class Positions:
         self.told.orders.append((mask, place, order))
         return order
 
+    def span(self) -> tuple[int, int] | None:
+        """The smallest and the greatest position of a query of this pass; None in compiled code.
+
+        Waits for the device once per pass.
+        """
+        if torch.compiler.is_compiling() or self.ids is None or self.told is None:
+            return None
+        if self.told.span is None:
+            smallest, greatest = self.ids.aminmax()
+            self.told.span = (int(smallest), int(greatest))
+        return self.told.span
+
+    def of_queries(self, query: torch.Tensor) -> torch.Tensor:
+        """Positions `[B or 1, S]` of queries `[B, H, S, D]`: those that were told, else the order of the keys.
+
+        Raises:
+            ValueError: neither is known.
+        """
+        if self.ids is not None:
+            return self.ids.to(query.device)
+        if self.cache is not None and self.query_start is None:
+            raise ValueError(
+                "The positions of this pass did not reach the attention layer, so the ropes of its queries cannot be "
+                "told. Give the model `position_ids`, or run without compilation."
+            )
+        return (self.query_start or 0) + torch.arange(query.shape[-2], device=query.device)[None]
+
     def refuse_several_dimensions(self) -> None:
         """Raise a ValueError if the positions of a token differ from dimension to dimension (mRoPE)."""
         told = self.told

@@ -24,12 +24,14 @@ class ToldPositions:
         token: an object that no other pass has; None where that is not known.
         orders: what was found out for all layers of the pass, by mask and place of the queries.
         is_text: likewise, whether all dimensions agree.
+        span: likewise, the smallest and the greatest of them.
     """
 
     ids: torch.Tensor
     token: object | None = field(default_factory=object)
     orders: list[tuple[Any, tuple[int, int | None], Order]] = field(default_factory=list)
     is_text: bool = False
+    span: tuple[int, int] | None = None
 
     def of_tokens(self, batch: int, num_tokens: int) -> torch.Tensor | None:
         """`ids` as `[B or 1, S]`, of the first of several dimensions; None if of other tokens."""

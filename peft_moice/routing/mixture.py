@@ -1,5 +1,7 @@
 """A layer's mixture: several routers over the layer's distinct angles, and the forward pass that applies it."""
 
+import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -10,10 +12,13 @@ from torch import nn
 from ..attention import MixtureCall, bypassed
 from ..rope import LayerRope, RotationTable
 from ..rope.longrope import rope_of_pass
-from ..rope.positions import positions_of_pass
+from ..rope.positions import Positions, positions_of_pass
 from ..rope.rotary_hooks import attach_rotary_hooks
+from ..rope.rules import RopeExpert, active, longest
 from .router import MoICERouter
 from .spec import RouterSpec
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -77,11 +82,14 @@ class LayerMixture:
         shares: the routers that take part.
         rope: the layer's rotary embedding.
         own_weight: share of the model's own angle, a number or one per row of the batch `[B]`. Default: 0.
+        by_position: the ropes of queries by their positions. Where it gives the model's own, the routers decide.
+            Default: none, the routers decide everywhere.
     """
 
     shares: list[RouterShare]
     rope: LayerRope
     own_weight: float | torch.Tensor = 0.0
+    by_position: tuple[RopeExpert, ...] = ()
     _rope_bases: tuple[float, ...] | None = field(default=None, init=False, repr=False, compare=False)
 
     def rope_bases(self) -> tuple[float, ...]:
@@ -147,11 +155,51 @@ class LayerMixture:
             args: positional arguments of the attention module.
             kwargs: its keyword arguments.
         """
-        mixes = len(self.shares) > 0  # torch 2.11 cannot trace the truth of a list
+        has_routers = len(self.shares) > 0  # torch 2.11 cannot trace the truth of a list
+        mixes = has_routers or len(self.by_position) > 0
         positions = positions_of_pass(layer_idx, args, kwargs, mixes)
         rope = rope_of_pass(self.rope, positions, mixes)
-        if not mixes:
-            return None
+        chosen = self._ropes_of(positions)
+        if not all(expert.is_own for expert in chosen):
+            return self._call_by_position(chosen, rope, positions)
+        return self._call_of_routers(rope, positions) if has_routers else None
+
+    def _ropes_of(self, positions: Positions) -> tuple[RopeExpert, ...]:
+        """The ropes by position that some query of the pass has."""
+        span = positions.span() if self.by_position else None
+        if span is None:
+            return self.by_position
+        end = longest(self.by_position)
+        if end is not None and span[1] >= end:
+            _warn_once_of_end(end)
+        return tuple(self.by_position[index] for index in active(self.by_position, *span))
+
+    def _call_by_position(self, chosen: tuple[RopeExpert, ...], rope: LayerRope, positions: Positions) -> MixtureCall:
+        """The call of a pass in which queries have the ropes `chosen` by their positions."""
+        inner = self.rope_bases() if self.shares and any(expert.is_own for expert in chosen) else ()
+        others = tuple(expert for expert in chosen if not (inner and expert.is_own))
+        records: list[RouterRecord] = []
+
+        def gate(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+            ids = positions.of_queries(query)[..., None]  # [B or 1, S, 1]
+            starts = torch.tensor([expert.first for expert in chosen], device=ids.device)
+            last = (ids >= starts).sum(dim=-1, keepdim=True) - 1
+            holds = (last.clamp(min=0) == torch.arange(len(chosen), device=ids.device)).float()[:, None]
+            holds = holds.expand(query.shape[0], query.shape[1], -1, -1)  # [B, H, S, chosen]
+            if not inner:
+                return holds, None
+            gating = self.gate(query, inner)
+            records.extend(gating.records)
+            is_own = torch.tensor([expert.is_own for expert in chosen], device=ids.device)
+            own, rest = holds[..., is_own].sum(dim=-1, keepdim=True), holds[..., ~is_own]
+            picked = None if gating.picked is None else torch.cat((gating.picked & (own > 0), rest > 0), dim=-1)
+            return torch.cat((gating.gates * own, rest), dim=-1), picked
+
+        top_k = self._top_k() if inner else 1
+        rotations = rope.table((*inner, *others))
+        return MixtureCall(gate, rotations, positions, records, top_k, self.implementation())
+
+    def _call_of_routers(self, rope: LayerRope, positions: Positions) -> MixtureCall:
         rope_bases = self.rope_bases()
         rotations: RotationTable = rope.table(rope_bases)
         records: list[RouterRecord] = []
@@ -161,10 +209,14 @@ class LayerMixture:
             records.extend(gating.records)
             return gating.gates, gating.picked
 
+        return MixtureCall(gate, rotations, positions, records, self._top_k(), self.implementation())
+
+    def _top_k(self) -> int:
+        """The most angles that a query picks."""
         # An identity scale adds the model's own angle to what its router picks.
         top_k = sum(share.spec.top_k + share.spec.identity for share in self.shares)
         top_k += isinstance(self.own_weight, torch.Tensor)
-        return MixtureCall(gate, rotations, positions, records, min(top_k, len(rope_bases)), self.implementation())
+        return min(top_k, len(self.rope_bases()))
 
 
 class MixesAngles(nn.Module):
@@ -187,14 +239,19 @@ class MixesAngles(nn.Module):
         """The routers that take part in a forward pass."""
         raise NotImplementedError
 
+    def by_position(self) -> tuple[RopeExpert, ...]:
+        """The ropes by position that take part, see [`LayerMixture`]."""
+        raise NotImplementedError
+
     def mixture(self) -> "LayerMixture":
         """The mixture of [`shares`], in which what follows from them is worked out once until they change."""
-        shares = self.shares()
+        shares, by_position = self.shares(), self.by_position()
         if torch.compiler.is_compiling():
-            return LayerMixture(shares, self.rope)
-        if self._mixture is None or self._mixture.rope is not self.rope or self._mixture.shares != shares:
-            self._mixture = LayerMixture(shares, self.rope)
-        return self._mixture
+            return LayerMixture(shares, self.rope, by_position=by_position)
+        known = self._mixture
+        if known is None or known.rope is not self.rope or (known.shares, known.by_position) != (shares, by_position):
+            self._mixture = known = LayerMixture(shares, self.rope, by_position=by_position)
+        return known
 
     def mix(
         self,
@@ -218,9 +275,9 @@ class MixesAngles(nn.Module):
 
     def finish(self, call: MixtureCall, layer_idx: int | None) -> None:
         """Make sure that `call` was computed, and hand its records over."""
-        if not call.records:
+        if not call.was_asked:
             raise bypassed(f"The attention module of layer {layer_idx} did not ask for its mixture")
-        if self.recorder is not None:
+        if self.recorder is not None and call.records:
             self.recorder.take(self, call.records)
 
 
@@ -234,13 +291,24 @@ def _in_columns(values: torch.Tensor, columns: list[int] | None, size: int) -> t
 
 def mixes_angles(model: nn.Module) -> bool:
     """Whether some layer of `model` mixes angles in its next pass."""
-    return any(isinstance(module, MixesAngles) and module.shares() for module in model.modules())
+    return any(
+        isinstance(module, MixesAngles) and (module.shares() or module.by_position()) for module in model.modules()
+    )
 
 
 def watch_positions(model: nn.Module) -> None:
     """Let the layers of `model` that mix angles learn what its rotary embeddings are given. May be called again."""
     ropes = [module.rope for module in model.modules() if isinstance(module, MixesAngles)]
     attach_rotary_hooks(model, ropes, mixes_angles)
+
+
+@functools.cache
+def _warn_once_of_end(end: int) -> None:
+    logger.warning(
+        "A sequence has reached position %d, the last that its ropes by position are made for. The last of them goes "
+        "on to hold; text may become worse. Extend the model by a greater factor.",
+        end,
+    )
 
 
 def _weighted(gates: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:

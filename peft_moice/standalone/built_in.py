@@ -8,6 +8,7 @@ from torch import nn
 
 from ..attention import MixtureCall, intercept
 from ..rope import LayerRope
+from ..rope.rules import RopeExpert
 from ..routing.mixture import LayerMixture, MixesAngles, RouterShare
 from ..routing.router import MoICERouter
 from ..routing.spec import RouterSpec
@@ -27,14 +28,29 @@ class BuiltInRouters(MixesAngles, nn.ModuleList):
         specs: what each of them is; `weight` is its share in this layer.
         rope: the module's rotary embedding.
         num_heads: H, its number of query heads.
+        by_position: ropes by position, see [`LayerMixture`]. Default: none.
     """
 
-    def __init__(self, routers: list[MoICERouter], specs: list[RouterSpec], rope: LayerRope, num_heads: int):
+    def __init__(
+        self,
+        routers: list[MoICERouter],
+        specs: list[RouterSpec],
+        rope: LayerRope,
+        num_heads: int,
+        by_position: tuple[RopeExpert, ...] = (),
+    ):
         super().__init__(routers)
         self.rope = rope
         self.num_heads = num_heads
         self.router_specs = specs
-        rope.prepare(LayerMixture(self.shares(), rope).rope_bases())
+        self.ropes_by_position = by_position
+        if routers:
+            rope.prepare(LayerMixture(self.shares(), rope).rope_bases())
+        if by_position:
+            rope.prepare(by_position)
+
+    def by_position(self) -> tuple[RopeExpert, ...]:
+        return self.ropes_by_position
 
     def shares(self) -> list[RouterShare]:
         routers: Any = self  # a ModuleList's type does not say what it holds
@@ -62,7 +78,9 @@ class BuiltInRouters(MixesAngles, nn.ModuleList):
         return args, kwargs if call is None else {**kwargs, **call.as_keyword()}
 
     def _finish(self, attention: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        self.finish(MixtureCall.among(kwargs), _index(attention))
+        call = MixtureCall.among(kwargs)
+        if call is not None:
+            self.finish(call, _index(attention))
 
 
 def _index(attention: nn.Module) -> int | None:
@@ -70,8 +88,17 @@ def _index(attention: nn.Module) -> int | None:
     return getattr(attention, "layer_idx", None)
 
 
-def build_in(attention: nn.Module, rope: LayerRope, num_heads: int, shares: list[RouterShare]) -> None:
-    """Build copies of the shares' routers into an attention module, in place. Undone by [`take_out`]."""
+def build_in(
+    attention: nn.Module,
+    rope: LayerRope,
+    num_heads: int,
+    shares: list[RouterShare],
+    by_position: tuple[RopeExpert, ...] = (),
+) -> None:
+    """Build copies of the shares' routers, and ropes by position, into an attention module, in place.
+
+    Undone by [`take_out`].
+    """
     # Built-in routers are frozen, so training has no balance loss for them.
     specs = [dataclasses.replace(s.spec, weight=float(s.weight), router_aux_loss_coef=0.0) for s in shares]
     routers = []
@@ -81,7 +108,7 @@ def build_in(attention: nn.Module, rope: LayerRope, num_heads: int, shares: list
         router = MoICERouter.from_spec(share.spec, rope.layer_type, num_heads, share.router.head_dim)
         router.to(share.router.gate_proj.device, torch.float32).load_state_dict(share.router.state_dict())
         routers.append(router.requires_grad_(False))
-    BuiltInRouters(routers, specs, rope, num_heads).install(attention)
+    BuiltInRouters(routers, specs, rope, num_heads, by_position).install(attention)
 
 
 def take_out(attention: nn.Module) -> None:

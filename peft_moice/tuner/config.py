@@ -13,6 +13,7 @@ from peft.utils import PeftType, TaskType
 from ..files.atomic import staged
 from ..files.weights import check_readable
 from ..hub.card import adapter_part, put_card, shared_name
+from ..rope.rules import RopeExpert, experts_of
 from ..routing.spec import (
     PEFT_TYPE_NAME,
     Bases,
@@ -26,6 +27,10 @@ from ..routing.spec import (
 
 RELEASED_MULTIPLIERS = (1.0, 1.75, 1.8, 1.9, 2.0, 2.25, 2.5)
 """Base angles of the official release for Llama-2-7B-chat, as multiples of the model's own `rope_theta`."""
+
+
+_OF_ROUTERS = ("rope_bases", "base_multipliers", "members")
+"""Fields that only adapters with routers have."""
 
 
 @dataclass
@@ -68,6 +73,12 @@ class MoICEConfig(PeftConfig):
         modules_to_save: further modules to train and save with the adapter. Names may reach into adapted attention
             modules, as "norm" reaches `q_norm`.
         trainable_token_indices: token indices whose embeddings are trained, see PEFT's `LoraConfig`.
+        ropes: ropes by the position of the query and by the distance of the key, in place of routers: a list of dicts
+            in the form of transformers' `rope_parameters`, over the model's own, each with the ranges
+            `query_positions` and `distances` `[first, end]` in which it holds (default: all; an end may be None). The
+            ranges of query positions follow each other from 0 on; for one of them, distances may be cut once, into
+            near keys, under the model's own rope, and far ones, whose angles go on from the border where they were.
+            [`extend`] writes the usual ones. Such an adapter has no parameters. Default: None.
         implementation: "auto" (default), or the name of the attention implementation to force, see
             [`attention.mixed_attention`]. On a GPU, "auto" first compares and times what can run.
         members: routers of an adapter that is a mean of others, written by
@@ -95,6 +106,7 @@ class MoICEConfig(PeftConfig):
     modules_to_save: list[str] | None = field(default=None)
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(default=None)
     implementation: str = field(default="auto")
+    ropes: list[dict[str, Any]] | None = field(default=None)
     members: list[dict[str, Any]] | None = field(default=None)
 
     awaits_weights = False
@@ -107,6 +119,9 @@ class MoICEConfig(PeftConfig):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
         self._check_targets()
+        if self.ropes is not None:
+            self._check_ropes()
+            return
         self._check_angles()
         self._check_router()
         if self.members is not None:
@@ -160,6 +175,8 @@ class MoICEConfig(PeftConfig):
     @property
     def is_resolved(self) -> bool:
         """Whether it says all about its routers, as it does once it was injected."""
+        if self.ropes is not None:
+            return True
         needed = (self.rope_bases, self.top_k, self.router_dim, self.router_scope, self.hidden_act)
         return self.members is not None or None not in (*needed, self.router_aux_loss_coef)
 
@@ -175,6 +192,8 @@ class MoICEConfig(PeftConfig):
         Raises:
             ValueError: fields are open that injecting the adapter resolves.
         """
+        if self.ropes is not None:
+            return []
         if self.members is not None:
             return [RouterSpec.from_saved(member, f"members[{i}]") for i, member in enumerate(self.members)]
         if (
@@ -211,6 +230,8 @@ class MoICEConfig(PeftConfig):
         Raises:
             ValueError: the first angle is not the model's own, or the layer types differ from the model's.
         """
+        if self.ropes is not None:
+            return
         if self.rope_bases is None:
             multipliers = self.base_multipliers or RELEASED_MULTIPLIERS
             bases = {kind: [multiplier * own for multiplier in multipliers] for kind, own in own_thetas.items()}
@@ -262,6 +283,21 @@ class MoICEConfig(PeftConfig):
             )
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("`layers_pattern` has no effect without `layers_to_transform`; set both or neither.")
+
+    def _check_ropes(self) -> None:
+        experts_of(self.ropes)
+        given = [name for name in _OF_ROUTERS if getattr(self, name)]
+        if given:
+            raise ValueError(
+                f"`ropes` are ropes without routers, and {given} say what routers do. Make two adapters: that with "
+                "routers then decides where `ropes` give the model's own rope."
+            )
+        # Versions that know no `ropes` refuse an empty list.
+        self.rope_bases, self.top_k, self.router_dim = [], 1, 1
+
+    def ropes_by_position(self) -> tuple[RopeExpert, ...]:
+        """The experts that `ropes` stand for; none where the adapter has routers."""
+        return () if self.ropes is None else experts_of(self.ropes)
 
     def _check_angles(self) -> None:
         if self.rope_bases is not None and self.base_multipliers is not None:

@@ -8,6 +8,8 @@ from torch import nn
 
 from ..attention import intercept, own_config, restore
 from ..rope import LayerRope
+from ..rope.layer_rope import Experts
+from ..rope.rules import RopeExpert
 from ..routing.mixture import LayerMixture, MixesAngles, RouterShare
 from ..routing.router import MoICERouter, check_size
 from ..routing.spec import RouterSpec
@@ -31,10 +33,11 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
     Attributes:
         moice_router: the router of each adapter, or a list of routers for an adapter that is a mean of others.
         router_specs: what each adapter's routers are.
+        ropes_by_position: the ropes of each adapter that has these in place of routers.
     """
 
     adapter_layer_names = ("moice_router",)
-    other_param_names = ("router_specs",)
+    other_param_names = ("router_specs", "ropes_by_position")
 
     def __init__(self, base_layer: nn.Module, rope: LayerRope, num_heads: int, head_dim: int):
         super().__init__()
@@ -45,6 +48,7 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
         self.in_features = self.out_features = own_config(base_layer).hidden_size
         self.moice_router = nn.ModuleDict()
         self.router_specs: dict[str, list[RouterSpec]] = {}
+        self.ropes_by_position: dict[str, tuple[RopeExpert, ...]] = {}
         self._disable_adapters = False
         self._active_adapter = []
         self.merged_adapters = []
@@ -69,8 +73,10 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
         routers = [MoICERouter.from_spec(spec, self.rope.layer_type, self.num_heads, self.head_dim) for spec in specs]
         self._release_rotations(adapter_name)
         self.router_specs[adapter_name] = specs
-        self.moice_router[adapter_name] = nn.ModuleList(routers) if config.members is not None else routers[0]
-        self.rope.prepare(self._rope_bases_of(adapter_name))
+        self.ropes_by_position[adapter_name] = config.ropes_by_position()
+        is_list = config.members is not None or not routers
+        self.moice_router[adapter_name] = nn.ModuleList(routers) if is_list else routers[0]
+        self.rope.prepare(self._experts_of(adapter_name))
         self.reset_moice_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -82,9 +88,11 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
 
     def _release_rotations(self, adapter_name: str) -> None:
         if adapter_name in self.moice_router:
-            self.rope.release(self._rope_bases_of(adapter_name))
+            self.rope.release(self._experts_of(adapter_name))
 
-    def _rope_bases_of(self, adapter_name: str) -> tuple[float, ...]:
+    def _experts_of(self, adapter_name: str) -> Experts:
+        if self.ropes_by_position[adapter_name]:
+            return self.ropes_by_position[adapter_name]
         return LayerMixture(self._shares_of([adapter_name]), self.rope).rope_bases()
 
     def reset_moice_parameters(self, adapter_name: str, init_weights: bool | str = True) -> None:
@@ -104,6 +112,24 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
             return []
         return self._shares_of(self.active_adapters)
 
+    def by_position(self) -> tuple[RopeExpert, ...]:
+        if self.disable_adapters or self.merged:
+            return ()
+        return self._by_position_of(self.active_adapters)
+
+    def _by_position_of(self, adapter_names: list[str]) -> tuple[RopeExpert, ...]:
+        """The ropes by position of those adapters.
+
+        Raises:
+            ValueError: several of them have some.
+        """
+        found = [name for name in adapter_names if self.ropes_by_position.get(name)]
+        if len(found) > 1:
+            raise ValueError(
+                f"The adapters {found} give queries ropes by their positions, and only one can. Activate one of them."
+            )
+        return self.ropes_by_position[found[0]] if found else ()
+
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -113,6 +139,12 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
                 raise ValueError(
                     "Length of `adapter_names` should be the same as the number of inputs, but got "
                     f"{len(adapter_names)} and {hidden_states.shape[0]}. Give one name per row of the batch."
+                )
+            by_position = [name for name in set(adapter_names) if self.ropes_by_position.get(name)]
+            if by_position:
+                raise ValueError(
+                    f"`adapter_names` gives rows of a batch the adapter {by_position[0]!r}, whose ropes go by position "
+                    "and hold for all rows. Activate it with `set_adapter`, and leave `adapter_names` out."
                 )
             shares, own_weight = self._shares_of_rows(adapter_names)
             mixture = LayerMixture(shares, self.rope, own_weight)
@@ -126,7 +158,7 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
     def _shares_of(self, adapter_names: list[str]) -> list[RouterShare]:
         """The routers of those adapters that this layer has, in equal shares per adapter."""
         routers = self.moice_router
-        names = [name for name in adapter_names if name in routers]
+        names = [name for name in adapter_names if name in routers and not self.ropes_by_position[name]]
         shares = []
         for name in names:
             specs = self.router_specs[name]
@@ -171,7 +203,8 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
         if self.merged:
             take_out(self.base_layer)
         self.merged_adapters.extend(names)
-        build_in(self.base_layer, self.rope, self.num_heads, self._shares_of(self.merged_adapters))
+        shares, by_position = self._shares_of(self.merged_adapters), self._by_position_of(self.merged_adapters)
+        build_in(self.base_layer, self.rope, self.num_heads, shares, by_position)
 
     def unmerge(self) -> None:
         """Take merged routers out of the attention module, which is then what it was before."""

@@ -37,7 +37,17 @@ _FIELDS = {
     **dict.fromkeys(_SIZES.split(), "q"),
     **{"query": "P", "query_stride": "3q", "key": "P", "key_stride": "3q", "value": "P", "value_stride": "3q"},
     **{"gates": "P", "mask": "P", "mask_stride": "4q", "mask_is_boolean": "q"},
-    **{"cos": "P", "sin": "P", "table_stride": "q", "far_from": "P", "factors": "P", "order": "P", "scaling": "f", "output": "P", "scratch": "P"},
+    **{
+        "cos": "P",
+        "sin": "P",
+        "table_stride": "q",
+        "far_from": "P",
+        "factors": "P",
+        "order": "P",
+        "scaling": "f",
+        "output": "P",
+        "scratch": "P",
+    },
     **{"grad_output": "P", "picked": "P", "parts": "q"},
     **{"grad_query": "P", "grad_key": "P", "grad_value": "P", "grad_gates": "P"},
 }
