@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from .attention import MixtureCall, bypassed
+from .attention import MixtureCall, bypassed, known_implementation
 from .config import RouterSpec
 from .rope import LayerRope, RotationTable
 from .rope.longrope import rope_of_pass
@@ -129,7 +129,7 @@ class LayerMixture:
 
     def implementation(self) -> str:
         """The implementation that the routers' configs force, or "auto"."""
-        forced = {share.spec.implementation for share in self.shares} - {"auto"}
+        forced = {known_implementation(share.spec.implementation) for share in self.shares} - {"auto"}
         if len(forced) > 1:
             raise ValueError(
                 f"The routers {[share.name for share in self.shares]} force different implementations "

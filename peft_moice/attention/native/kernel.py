@@ -69,6 +69,18 @@ def differentiate(
     return [*(None if grad is None else grad.to(query.dtype) for grad in (grad_query, *summed)), grad_gates]
 
 
+def first_position(query_start: int | torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> int:
+    """The index of the first query among the keys.
+
+    Raises:
+        ValueError: queries that start there do not fit the keys.
+    """
+    start, length, num_keys = int(query_start), query.shape[-2], key.shape[-2]
+    if not 0 <= start <= num_keys - length:
+        raise ValueError(f"{length} queries starting at position {start} do not fit {num_keys} keys.")
+    return start
+
+
 class _Kernel:
     """A `Problem` with the tensors that its pointers lead to."""
 

@@ -16,8 +16,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..cache_folder import cache_folder
-
 logger = logging.getLogger(__name__)
 
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("attend.c", "differentiate.c", "decode.c"))
@@ -140,6 +138,19 @@ def _target(compiler: list[str]) -> Path | None:
         logger.info("MoICE's kernels are compiled in every process: others can write %s, or this user cannot", folder)
         return None
     return folder / name
+
+
+def cache_folder() -> Path:
+    """`peft_moice` in the user's cache folder (`XDG_CACHE_HOME`, or `~/.cache`), made so that only the user can write.
+
+    Raises:
+        OSError: it cannot be made.
+        RuntimeError: there is no home folder.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft_moice"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
 
 
 def _is_private(path: Path) -> bool:

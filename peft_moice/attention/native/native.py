@@ -7,9 +7,8 @@ from torch.autograd.function import once_differentiable
 
 from ...rope import RotationTable
 from ..call import AttentionCall
-from ..cpu_limits import first_position, why_not_on_cpu
 from . import graphs
-from .kernel import TYPES, differentiate, forward
+from .kernel import TYPES, differentiate, first_position, forward
 from .library import load
 
 _MAX_HEAD_DIM = 256
@@ -19,7 +18,11 @@ def why_not(call: AttentionCall) -> str | None:
     """See [`Implementation`]."""
     # Not while `torch.export` traces: who runs its programs may have nothing but PyTorch.
     in_graph = torch.compiler.is_dynamo_compiling()
-    reason = why_not_on_cpu(call, in_graph)
+    if call.query.device.type != "cpu":
+        return f"it is for the CPU, and the queries are on {call.query.device.type!r}"
+    if 0 in (*call.query.shape, *call.value.shape):
+        return "there is nothing to attend to"
+    reason = call.why_not_plain() or (None if in_graph else _why_not_now())
     if reason is not None:
         return reason
     if max(call.query.shape[-1], call.value.shape[-1]) > _MAX_HEAD_DIM:
@@ -32,6 +35,18 @@ def why_not(call: AttentionCall) -> str | None:
         if tensor.dtype not in TYPES:
             return f"it computes in float32, and the {name} are in {tensor.dtype}"
     return _why_not_loaded()
+
+
+def _why_not_now() -> str | None:
+    """The reason why nothing but PyTorch's own operations may run here, or None."""
+    if torch.compiler.is_compiling():
+        return "it cannot be traced by torch.compile"
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return "it cannot be traced by torch.jit.trace"
+    # The transforms of torch.func (grad, vmap, jvp, ...) are active where there is a level of them.
+    if torch._C._functorch.maybe_current_level() is not None:
+        return "torch.func cannot transform it"
+    return None
 
 
 def _why_not_loaded() -> str | None:
@@ -56,7 +71,8 @@ def run(call: AttentionCall) -> tuple[torch.Tensor, None]:
     tensors = (query, key, value, call.gates.float())
     if torch.compiler.is_compiling():
         return graphs.run(call, *tensors).to(call.query.dtype), None
-    options = (call.rotations, first_position(call), call.scaling, call.is_causal)
+    start = first_position(call.query_start, query, key)
+    options = (call.rotations, start, call.scaling, call.is_causal)
     output: torch.Tensor
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         inputs = (*tensors, call.picks(), call.attention_mask, *options)
