@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_operator import LAYOUTS, attend, inputs, table
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils import checkpoint
 
 from peft_moice.attention import mixed_attention, operator
@@ -127,14 +128,58 @@ def test_tensors_without_memory_of_their_own_are_left_to_others():
         assert choose(AttentionCall(*tensors, rotations, backend="sdpa", attend=attend))[0] != "native"
 
 
-def test_second_derivatives_are_refused():
-    query, key, value, gates = inputs()
-    query.requires_grad_()
-    options = {"rotations": table(LAYOUTS["half"]), "query_start": 0, "attend": attend}
-    output, _ = mixed_attention(query, key, value, gates, implementation="native", **options)
-    (grad,) = torch.autograd.grad(output.square().sum(), query, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+def second(attention) -> dict[str, object]:
+    """Ways to second derivatives and forward mode, each a function of two tensors."""
+
+    def twice(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        (grad,) = torch.autograd.grad(attention(query, key), query, create_graph=True)
+        return torch.autograd.grad(grad.sum(), key)[0]
+
+    def backward(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        (grad,) = torch.autograd.grad(attention(query, key), query, create_graph=True)
         grad.sum().backward()
+        return key.grad
+
+    def forward_mode(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(query.detach(), torch.ones_like(query))
+            return forward_ad.unpack_dual(attention(dual, key.detach())).tangent
+
+    functional = torch.autograd.functional
+    return {
+        "twice": twice,
+        "backward": backward,
+        "forward mode": forward_mode,
+        "hessian": lambda query, key: functional.hessian(lambda x: attention(x, key.detach()), query.detach()),
+        "jvp": lambda query, key: functional.jvp(
+            lambda x: attention(x, key.detach()), query.detach(), torch.ones_like(query)
+        )[1],
+        "func.jvp": lambda query, key: torch.func.jvp(
+            lambda x: attention(x, key.detach()), (query.detach(),), (torch.ones_like(query),)
+        )[1],
+    }
+
+
+@pytest.mark.parametrize("way", second(None))
+def test_further_derivatives_are_right_or_refused(way):
+    """Under "auto" they may be left to the model's own attention; what the kernels lack must not read as zero."""
+    query, key, value, gates = inputs(3, 3)
+    options = {"rotations": table(LAYOUTS["half"]), "attend": attend, "backend": "sdpa"}
+
+    def found(implementation: str) -> torch.Tensor:
+        def attention(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            arguments = (query.tanh(), key, value, gates)
+            return mixed_attention(*arguments, implementation=implementation, **options)[0].square().sum()
+
+        return second(attention)[way](query.clone().requires_grad_(), key.clone().requires_grad_())
+
+    expected = found("reference")
+    with pytest.raises((NotImplementedError, ValueError), match=r"no second derivatives|forward mode|torch\.func"):
+        found("native")
+    try:
+        torch.testing.assert_close(found("auto"), expected, rtol=1e-4, atol=1e-4)
+    except NotImplementedError as error:
+        assert "implementation='reference'" in str(error)
 
 
 def outcome(implementation: str, queries: int = 9, keys: int = 9) -> list[torch.Tensor]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from torch.autograd import forward_ad
 
 from ..rope import RotationTable
 
@@ -125,6 +126,8 @@ class AttentionCall:
             options.get(name) is not None for name in ("softcap", "s_aux", "position_bias")
         ):
             return "it knows no dropout, softcap, attention sinks or position bias"
+        if forward_ad._current_level >= 0:
+            return "it has no derivatives in forward mode"
         if options.get("output_attentions"):
             return "it does not give attention probabilities"
         if self.query_positions is not None:

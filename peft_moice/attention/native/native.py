@@ -1,12 +1,13 @@
 """The operator by kernels in C: cost follows K, and decoding reads keys and values once."""
 
+import functools
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ...rope import RotationTable
 from ..call import AttentionCall
+from ..first_order import FirstOrder
 from . import graphs
 from .kernel import TYPES, differentiate, first_position, forward
 from .library import load
@@ -90,9 +91,9 @@ class _NativeAttention(torch.autograd.Function):
         return forward(query, key, value, gates, mask, *ctx.options)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, gates, picked, mask = ctx.saved_tensors
-        options, wanted = ctx.options, ctx.needs_input_grad[:4]
-        grads = differentiate(grad_output, query, key, value, gates, picked, mask, options, wanted)
+        *tensors, picked, mask = ctx.saved_tensors
+        known = {"picked": picked, "mask": mask, "options": ctx.options, "wanted": ctx.needs_input_grad[:4]}
+        gradients = functools.partial(differentiate, **known)
+        grads = FirstOrder.apply(gradients, grad_output, *tensors)  # type: ignore[no-untyped-call]
         return *grads, *(None,) * 6
