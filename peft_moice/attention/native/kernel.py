@@ -13,6 +13,8 @@ _MOST_DECODED = 8
 """Up to so many queries `decode.c` is faster than `attend.c`."""
 _FEWEST_ROTATIONS = 17
 """So many rows of the table of rotations are read, however few keys there are: one more than vectors have lanes."""
+_NO_MASK = (0, 0, 0, 0, 0, 0)
+"""Where there is none: its pointer, four strides, and whether it is boolean."""
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The dtypes of queries, keys and values, as `kernels.h` numbers them."""
 
@@ -98,42 +100,21 @@ class _Kernel:
     ):
         batch, heads, length, head_dim = query.shape
         _, kv_heads, num_keys, value_dim = value.shape
-        layout = rotations.layout
-        query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+        query, key, value = _in_rows(query), _in_rows(key), _in_rows(value)
         gates = gates.contiguous()
+        layout, num_experts = rotations.layout, gates.shape[-1]
         cos, sin = rotations.at_least(max(num_keys, _FEWEST_ROTATIONS), query.device)
         order = _order(layout, head_dim)
         self.threads = torch.get_num_threads()
-        self.problem = Problem()
         self._kept = [query, key, value, gates, cos, sin]
-        self.problem.set(
-            {
-                "batch": batch,
-                "kv_heads": kv_heads,
-                "group": heads // kv_heads,
-                "queries": length,
-                "keys": num_keys,
-                "head_dim": head_dim,
-                "value_dim": value_dim,
-                "experts": gates.shape[-1],
-                "pairs": cos.shape[-1],
-                "query_start": query_start,
-                "is_causal": is_causal,
-                "is_ordered": layout.start == 0 and not layout.interleaved,
-                "type": TYPES[query.dtype],
-                "query": query.data_ptr(),
-                "query_stride": query.stride()[:3],
-                "key": key.data_ptr(),
-                "key_stride": key.stride()[:3],
-                "value": value.data_ptr(),
-                "value_stride": value.stride()[:3],
-                "gates": gates.data_ptr(),
-                "cos": cos.data_ptr(),
-                "sin": sin.data_ptr(),
-                "table_stride": cos.stride(0),
-                "order": order.data_ptr(),
-                "scaling": scaling,
-            }
+        is_ordered = layout.start == 0 and not layout.interleaved
+        # In the order of the fields, up to the last one that every call has.
+        self.problem = Problem(
+            *(batch, kv_heads, heads // kv_heads, length, num_keys, head_dim, value_dim, num_experts, cos.shape[-1]),
+            *(query_start, is_causal, is_ordered, TYPES[query.dtype]),
+            *(query.data_ptr(), *query.stride()[:3], key.data_ptr(), *key.stride()[:3]),
+            *(value.data_ptr(), *value.stride()[:3], gates.data_ptr(), *_NO_MASK),
+            *(cos.data_ptr(), sin.data_ptr(), cos.stride(0), order.data_ptr(), scaling),
         )
         if mask is not None:
             mask = mask if mask.dtype == torch.bool else mask.float()
@@ -143,9 +124,10 @@ class _Kernel:
 
     def point(self, **tensors: torch.Tensor | None) -> None:
         """Set further pointers by the names of the problem's fields."""
-        found = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        self.problem.set({name: tensor.data_ptr() for name, tensor in found.items()})
-        self._kept.extend(found.values())
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                self.problem.set({name: tensor.data_ptr()})
+                self._kept.append(tensor)
 
     def count_parts(self) -> int:
         """In how many parts the backward pass leaves the gradients of keys and values."""
@@ -159,6 +141,11 @@ class _Kernel:
         scratch = _empty(getattr(library, f"{name}_floats")(self.problem.packed(), self.threads))
         self.point(scratch=scratch)
         getattr(library, name)(self.problem.packed(), self.threads)
+
+
+def _in_rows(x: torch.Tensor) -> torch.Tensor:
+    """`x` with its last dimension in one piece."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _library() -> Any:

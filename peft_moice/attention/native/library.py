@@ -44,14 +44,18 @@ _STRUCTURE = struct.Struct("@" + "".join(_FIELDS.values()))
 _COUNTS = [int(code[:-1] or 1) for code in _FIELDS.values()]
 _PLACES = dict(zip(_FIELDS, itertools.accumulate(_COUNTS, initial=0), strict=False))
 _LENGTHS = dict(zip(_FIELDS, _COUNTS, strict=True))
-_NOTHING: list[float] = [0] * sum(_COUNTS)
+_SIZE = sum(_COUNTS)
 
 
 class Problem:
-    """The values of the C structure of the same name, all 0 at first; faster to fill than a structure of ctypes."""
+    """The values of the C structure of the same name; faster to fill than a structure of ctypes.
 
-    def __init__(self) -> None:
-        self._values: list[float] = _NOTHING.copy()
+    Args:
+        values: of the first fields, in their order. The others are 0.
+    """
+
+    def __init__(self, *values: float):
+        self._values: list[float] = [*values, *(0,) * (_SIZE - len(values))]
 
     def set(self, fields: dict[str, Any]) -> None:
         """Set fields by their names: numbers, or as many as the field has places."""

@@ -13,6 +13,7 @@ from .kernel import TYPES, differentiate, first_position, forward
 from .library import load
 
 _MAX_HEAD_DIM = 256
+_NAMES = ("queries", "keys", "values", "gates")
 
 
 def why_not(call: AttentionCall) -> str | None:
@@ -30,7 +31,7 @@ def why_not(call: AttentionCall) -> str | None:
         return f"it knows head sizes up to {_MAX_HEAD_DIM}"
     if in_graph and type(call.rotations) is not RotationTable:
         return "a graph of torch.compile cannot hand it rotations that change with the sequence"
-    for name, tensor in {"queries": call.query, "keys": call.key, "values": call.value, "gates": call.gates}.items():
+    for name, tensor in zip(_NAMES, (call.query, call.key, call.value, call.gates), strict=True):
         if type(tensor) is not torch.Tensor and not in_graph:
             return f"it reads the memory of plain tensors, and the {name} are a {type(tensor).__name__}"
         if tensor.dtype not in TYPES:
