@@ -123,7 +123,7 @@ def known_implementation(name: Any) -> str:
 
 def choose(call: AttentionCall) -> tuple[str, str]:
     """The implementation that "auto" takes for `call`, at least as precise as the model's own attention; and why."""
-    if call.rotations.num_experts == 1:
+    if call.gates.shape[-1] == 1:
         return "delegated", "there is a single angle"
     if call.query.device.type == "cuda":
         # Training would keep N copies of keys and values for each layer.

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ...rope import RotaryLayout, RotationTable
+from ...rope import RotationTable
 from .library import Problem, load
 
 _MOST_DECODED = 8
@@ -104,7 +104,7 @@ class _Kernel:
         gates = gates.contiguous()
         layout, num_experts = rotations.layout, gates.shape[-1]
         cos, sin = rotations.at_least(max(num_keys, _FEWEST_ROTATIONS), query.device)
-        order = _order(layout, head_dim)
+        order = _order(layout.start, layout.size, layout.interleaved, head_dim)
         self.threads = torch.get_num_threads()
         self._kept = [query, key, value, gates, cos, sin]
         is_ordered = layout.start == 0 and not layout.interleaved
@@ -160,11 +160,11 @@ def _empty(*shape: int) -> torch.Tensor:
 
 
 @functools.cache
-def _order(layout: RotaryLayout, head_dim: int) -> torch.Tensor:
+def _order(start: int, size: int, interleaved: bool, head_dim: int) -> torch.Tensor:
     """The dimensions `[D]` as the kernels sort them: first of each pair, second of each pair, what does not rotate."""
     dims = list(range(head_dim))
-    rotated = dims[layout.start : layout.start + layout.size]
-    half = layout.size // 2
-    first, second = (rotated[0::2], rotated[1::2]) if layout.interleaved else (rotated[:half], rotated[half:])
-    rest = dims[: layout.start] + dims[layout.start + layout.size :]
+    rotated = dims[start : start + size]
+    half = size // 2
+    first, second = (rotated[0::2], rotated[1::2]) if interleaved else (rotated[:half], rotated[half:])
+    rest = dims[:start] + dims[start + size :]
     return torch.tensor(first + second + rest, dtype=torch.int32, device="cpu")

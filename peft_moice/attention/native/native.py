@@ -73,7 +73,9 @@ def run(call: AttentionCall) -> tuple[torch.Tensor, None]:
     tensors = (query, key, value, call.gates.float())
     if torch.compiler.is_compiling():
         return graphs.run(call, *tensors).to(call.query.dtype), None
-    start = first_position(call.query_start, query, key)
+    start = call.query_start
+    if not isinstance(start, int):
+        start = first_position(start, query, key)
     options = (call.rotations, start, call.scaling, call.is_causal)
     output: torch.Tensor
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
