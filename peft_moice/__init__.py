@@ -12,6 +12,7 @@ from .moved import find_moved_modules
 from .training import BalanceLossMixin, KeepCloseMixin, collect_balance_loss
 from .tuner.check import check
 from .tuner.config import MoICEConfig
+from .tuner.extending import extend
 from .tuner.layer import MoICELayer
 from .tuner.model import MoICEModel
 from .tuner.official import load_official_checkpoint
@@ -44,6 +45,7 @@ __all__ = [
     "collect_balance_loss",
     "evaluation",
     "explain",
+    "extend",
     "load_official_checkpoint",
     "plotting",
     "pretraining",

@@ -1,8 +1,8 @@
 """The model's own attention under a rope that changes with the distance of the key: one softmax over near and far.
 
-A head of twice the size holds both rotations of a query, `[near, far]`, and meets every key under one of them, `[k, 0]`
-or `[0, k]`. So each key is scored once, by whatever function the model has, and queries go block by block, which keeps
-masks small.
+A head of twice the size holds both rotations of a query, `[near, far]`, and meets every key under one of them,
+`[k, 0]` or `[0, k]`. So each key is scored once, by whatever function the model has, and queries go block by block,
+which keeps masks small.
 """
 
 from collections.abc import Callable, Iterator
@@ -120,7 +120,7 @@ def _blocks(call: AttentionCall, expert: int) -> Iterator[_Block]:
 
 
 def _mask_of(call: AttentionCall, expert: int) -> Callable[[_Block], torch.Tensor]:
-    """Makes the masks `[B or 1, 1 or H, S, far and near keys]` of blocks: what may be seen, and under which rotation."""
+    """Makes masks `[B or 1, 1 or H, S, far and near keys]` of blocks: what may be seen, and under which rotation."""
     mask = call.attention_mask
     adds = isinstance(mask, torch.Tensor) and mask.dtype != torch.bool
 

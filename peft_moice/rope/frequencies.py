@@ -1,4 +1,4 @@
-"""The inverse frequencies of a layer under other rope parameters, computed by the model's own rotary embedding class."""
+"""The inverse frequencies of a layer under other rope parameters, by the model's own rotary embedding class."""
 
 import copy
 from collections.abc import Mapping

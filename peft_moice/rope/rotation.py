@@ -128,7 +128,7 @@ class RotationTable:
         return table
 
     def cos_sin_at(self, positions: torch.Tensor, turn: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines of one rotation of the table at any `positions` `[..., S]`, each `[..., S, P]` in float32."""
+        """Cosines and sines of one rotation of the table at `positions` `[..., S]`, each `[..., S, P]` in float32."""
         angles = positions.double()[..., None] * self.deltas[turn].to(positions.device)
         return angles.cos().float(), angles.sin().float()
 

@@ -101,8 +101,8 @@ def _expert(queries: tuple[int, int | None], parts: list[tuple[int, int | None, 
     if starts[0] != 0 or ends[-1] is not None or ends[:-1] != starts[1:]:
         raise ValueError(
             f"The `distances` of `ropes` for the query positions {list(queries)} are "
-            f"{[list(part[:2]) for part in parts]}. They have to begin at 0, follow each other without gaps, and go on "
-            "without end (null). Ropes that overlap would need routers to choose, which rules have not."
+            f"{[list(part[:2]) for part in parts]}. They have to begin at 0, follow each other without gaps, and go "
+            "on without end (null). Ropes that overlap would need routers to choose, which rules have not."
         )
     if len(parts) > 2:
         raise ValueError(
@@ -127,8 +127,8 @@ def _range_of(rule: dict[str, Any], name: str, where: str) -> tuple[int, int | N
     is_pair = isinstance(value, (list, tuple)) and len(value) == 2
     if not is_pair or type(value[0]) is not int or not (value[1] is None or type(value[1]) is int):
         raise TypeError(
-            f"`{name}` of `{where}` has to be a list of two integers, first and end, of which the end may be null, not "
-            f"{shortened(value)}."
+            f"`{name}` of `{where}` has to be a list of two integers, first and end, of which the end may be null, "
+            f"not {shortened(value)}."
         )
     first, end = value
     if first < 0 or (end is not None and end <= first) or max(first, end or 0) >= NEVER:

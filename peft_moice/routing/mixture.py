@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from ..attention import MixtureCall, bypassed
+from ..attention import MixtureCall, bypassed, known_implementation
 from ..rope import LayerRope, RotationTable
 from ..rope.longrope import rope_of_pass
 from ..rope.positions import Positions, positions_of_pass
@@ -37,6 +37,19 @@ class RouterShare:
     router: MoICERouter
     spec: RouterSpec
     weight: float | torch.Tensor = 1.0
+
+
+@dataclass(frozen=True)
+class RopesByPosition:
+    """The ropes that queries have by their positions, in place of routers or around them.
+
+    Attributes:
+        experts: them, by their query positions from 0 on. Where one is the model's own, routers decide if there are.
+        implementation: attention implementation to force, or "auto".
+    """
+
+    experts: tuple[RopeExpert, ...]
+    implementation: str = "auto"
 
 
 @dataclass
@@ -82,15 +95,15 @@ class LayerMixture:
         shares: the routers that take part.
         rope: the layer's rotary embedding.
         own_weight: share of the model's own angle, a number or one per row of the batch `[B]`. Default: 0.
-        by_position: the ropes of queries by their positions. Where it gives the model's own, the routers decide.
-            Default: none, the routers decide everywhere.
+        by_position: the ropes of queries by their positions. Default: None, the routers decide everywhere.
     """
 
     shares: list[RouterShare]
     rope: LayerRope
     own_weight: float | torch.Tensor = 0.0
-    by_position: tuple[RopeExpert, ...] = ()
+    by_position: RopesByPosition | None = None
     _rope_bases: tuple[float, ...] | None = field(default=None, init=False, repr=False, compare=False)
+    _fixed: tuple[int, str] | None = field(default=None, init=False, repr=False, compare=False)
 
     def rope_bases(self) -> tuple[float, ...]:
         """The distinct base angles `[N]`: in the order of a single router, else the smallest first.
@@ -136,12 +149,15 @@ class LayerMixture:
         return Gating(mixed, None if picked is None else picked | (mixed != 0), records)
 
     def implementation(self) -> str:
-        """The implementation that the routers' configs force, or "auto"."""
-        forced = {share.spec.implementation for share in self.shares} - {"auto"}
+        """The implementation that the adapters' configs force, or "auto"."""
+        forced = {share.spec.implementation for share in self.shares}
+        forced |= set() if self.by_position is None else {self.by_position.implementation}
+        forced = {known_implementation(name) for name in forced} - {"auto"}
         if len(forced) > 1:
             raise ValueError(
-                f"The routers {[share.name for share in self.shares]} force different implementations "
-                f"{sorted(forced)}. Set `implementation` to the same value, or to 'auto', in their configs."
+                f"The active adapters (routers: {[share.name for share in self.shares]}) force different "
+                f"implementations {sorted(forced)}. Set `implementation` to the same value, or to 'auto', in their "
+                "configs."
             )
         return forced.pop() if forced else "auto"
 
@@ -156,7 +172,7 @@ class LayerMixture:
             kwargs: its keyword arguments.
         """
         has_routers = len(self.shares) > 0  # torch 2.11 cannot trace the truth of a list
-        mixes = has_routers or len(self.by_position) > 0
+        mixes = has_routers or self.by_position is not None
         positions = positions_of_pass(layer_idx, args, kwargs, mixes)
         rope = rope_of_pass(self.rope, positions, mixes)
         chosen = self._ropes_of(positions)
@@ -166,50 +182,45 @@ class LayerMixture:
 
     def _ropes_of(self, positions: Positions) -> tuple[RopeExpert, ...]:
         """The ropes by position that some query of the pass has."""
-        span = positions.span() if self.by_position else None
+        if self.by_position is None:
+            return ()
+        experts, span = self.by_position.experts, positions.span()
         if span is None:
-            return self.by_position
-        end = longest(self.by_position)
+            return experts
+        end = longest(experts)
         if end is not None and span[1] >= end:
             _warn_once_of_end(end)
-        return tuple(self.by_position[index] for index in active(self.by_position, *span))
+        return tuple(experts[index] for index in active(experts, *span))
 
     def _call_by_position(self, chosen: tuple[RopeExpert, ...], rope: LayerRope, positions: Positions) -> MixtureCall:
         """The call of a pass in which queries have the ropes `chosen` by their positions."""
         inner = self.rope_bases() if self.shares and any(expert.is_own for expert in chosen) else ()
         others = tuple(expert for expert in chosen if not (inner and expert.is_own))
-        records: list[RouterRecord] = []
 
-        def gate(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        def gate(query: torch.Tensor) -> Gating:
             ids = positions.of_queries(query)[..., None]  # [B or 1, S, 1]
             starts = torch.tensor([expert.first for expert in chosen], device=ids.device)
-            last = (ids >= starts).sum(dim=-1, keepdim=True) - 1
-            holds = (last.clamp(min=0) == torch.arange(len(chosen), device=ids.device)).float()[:, None]
+            last = ((ids >= starts).sum(dim=-1, keepdim=True) - 1).clamp(min=0)
+            holds = (last == torch.arange(len(chosen), device=ids.device)).float()[:, None]
             holds = holds.expand(query.shape[0], query.shape[1], -1, -1)  # [B, H, S, chosen]
             if not inner:
-                return holds, None
+                return Gating(holds, None, [])
             gating = self.gate(query, inner)
-            records.extend(gating.records)
             is_own = torch.tensor([expert.is_own for expert in chosen], device=ids.device)
             own, rest = holds[..., is_own].sum(dim=-1, keepdim=True), holds[..., ~is_own]
             picked = None if gating.picked is None else torch.cat((gating.picked & (own > 0), rest > 0), dim=-1)
-            return torch.cat((gating.gates * own, rest), dim=-1), picked
+            return Gating(torch.cat((gating.gates * own, rest), dim=-1), picked, gating.records)
 
         top_k = self._top_k() if inner else 1
         rotations = rope.table((*inner, *others))
-        return MixtureCall(gate, rotations, positions, records, top_k, self.implementation())
+        return MixtureCall(gate, rotations, positions, top_k, self.implementation())
 
     def _call_of_routers(self, rope: LayerRope, positions: Positions) -> MixtureCall:
         rope_bases = self.rope_bases()
         rotations: RotationTable = rope.table(rope_bases)
-        records: list[RouterRecord] = []
-
-        def gate(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-            gating = self.gate(query, rope_bases)
-            records.extend(gating.records)
-            return gating.gates, gating.picked
-
-        return MixtureCall(gate, rotations, positions, records, self._top_k(), self.implementation())
+        if self._fixed is None:
+            self._fixed = self._top_k(), self.implementation()
+        return MixtureCall(lambda query: self.gate(query, rope_bases), rotations, positions, *self._fixed)
 
     def _top_k(self) -> int:
         """The most angles that a query picks."""
@@ -239,8 +250,8 @@ class MixesAngles(nn.Module):
         """The routers that take part in a forward pass."""
         raise NotImplementedError
 
-    def by_position(self) -> tuple[RopeExpert, ...]:
-        """The ropes by position that take part, see [`LayerMixture`]."""
+    def by_position(self) -> RopesByPosition | None:
+        """The ropes by position that take part."""
         raise NotImplementedError
 
     def mixture(self) -> "LayerMixture":
@@ -275,7 +286,7 @@ class MixesAngles(nn.Module):
 
     def finish(self, call: MixtureCall, layer_idx: int | None) -> None:
         """Make sure that `call` was computed, and hand its records over."""
-        if not call.was_asked:
+        if call.records is None:
             raise bypassed(f"The attention module of layer {layer_idx} did not ask for its mixture")
         if self.recorder is not None and call.records:
             self.recorder.take(self, call.records)
@@ -292,7 +303,7 @@ def _in_columns(values: torch.Tensor, columns: list[int] | None, size: int) -> t
 def mixes_angles(model: nn.Module) -> bool:
     """Whether some layer of `model` mixes angles in its next pass."""
     return any(
-        isinstance(module, MixesAngles) and (module.shares() or module.by_position()) for module in model.modules()
+        isinstance(module, MixesAngles) and bool(module.shares() or module.by_position()) for module in model.modules()
     )
 
 

@@ -8,8 +8,7 @@ from torch import nn
 
 from ..attention import MixtureCall, intercept
 from ..rope import LayerRope
-from ..rope.rules import RopeExpert
-from ..routing.mixture import LayerMixture, MixesAngles, RouterShare
+from ..routing.mixture import LayerMixture, MixesAngles, RopesByPosition, RouterShare
 from ..routing.router import MoICERouter
 from ..routing.spec import RouterSpec
 
@@ -28,7 +27,7 @@ class BuiltInRouters(MixesAngles, nn.ModuleList):
         specs: what each of them is; `weight` is its share in this layer.
         rope: the module's rotary embedding.
         num_heads: H, its number of query heads.
-        by_position: ropes by position, see [`LayerMixture`]. Default: none.
+        by_position: the ropes of queries by their positions. Default: None.
     """
 
     def __init__(
@@ -37,7 +36,7 @@ class BuiltInRouters(MixesAngles, nn.ModuleList):
         specs: list[RouterSpec],
         rope: LayerRope,
         num_heads: int,
-        by_position: tuple[RopeExpert, ...] = (),
+        by_position: RopesByPosition | None = None,
     ):
         super().__init__(routers)
         self.rope = rope
@@ -46,10 +45,10 @@ class BuiltInRouters(MixesAngles, nn.ModuleList):
         self.ropes_by_position = by_position
         if routers:
             rope.prepare(LayerMixture(self.shares(), rope).rope_bases())
-        if by_position:
-            rope.prepare(by_position)
+        if by_position is not None:
+            rope.prepare(by_position.experts)
 
-    def by_position(self) -> tuple[RopeExpert, ...]:
+    def by_position(self) -> RopesByPosition | None:
         return self.ropes_by_position
 
     def shares(self) -> list[RouterShare]:
@@ -93,7 +92,7 @@ def build_in(
     rope: LayerRope,
     num_heads: int,
     shares: list[RouterShare],
-    by_position: tuple[RopeExpert, ...] = (),
+    by_position: RopesByPosition | None = None,
 ) -> None:
     """Build copies of the shares' routers, and ropes by position, into an attention module, in place.
 

@@ -9,8 +9,7 @@ from torch import nn
 from ..attention import intercept, own_config, restore
 from ..rope import LayerRope
 from ..rope.layer_rope import Experts
-from ..rope.rules import RopeExpert
-from ..routing.mixture import LayerMixture, MixesAngles, RouterShare
+from ..routing.mixture import LayerMixture, MixesAngles, RopesByPosition, RouterShare
 from ..routing.router import MoICERouter, check_size
 from ..routing.spec import RouterSpec
 from ..standalone.built_in import build_in, take_out
@@ -48,7 +47,7 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
         self.in_features = self.out_features = own_config(base_layer).hidden_size
         self.moice_router = nn.ModuleDict()
         self.router_specs: dict[str, list[RouterSpec]] = {}
-        self.ropes_by_position: dict[str, tuple[RopeExpert, ...]] = {}
+        self.ropes_by_position: dict[str, RopesByPosition | None] = {}
         self._disable_adapters = False
         self._active_adapter = []
         self.merged_adapters = []
@@ -73,7 +72,8 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
         routers = [MoICERouter.from_spec(spec, self.rope.layer_type, self.num_heads, self.head_dim) for spec in specs]
         self._release_rotations(adapter_name)
         self.router_specs[adapter_name] = specs
-        self.ropes_by_position[adapter_name] = config.ropes_by_position()
+        experts = config.ropes_by_position()
+        self.ropes_by_position[adapter_name] = RopesByPosition(experts, config.implementation) if experts else None
         is_list = config.members is not None or not routers
         self.moice_router[adapter_name] = nn.ModuleList(routers) if is_list else routers[0]
         self.rope.prepare(self._experts_of(adapter_name))
@@ -91,8 +91,9 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
             self.rope.release(self._experts_of(adapter_name))
 
     def _experts_of(self, adapter_name: str) -> Experts:
-        if self.ropes_by_position[adapter_name]:
-            return self.ropes_by_position[adapter_name]
+        by_position = self.ropes_by_position[adapter_name]
+        if by_position is not None:
+            return by_position.experts
         return LayerMixture(self._shares_of([adapter_name]), self.rope).rope_bases()
 
     def reset_moice_parameters(self, adapter_name: str, init_weights: bool | str = True) -> None:
@@ -112,13 +113,13 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
             return []
         return self._shares_of(self.active_adapters)
 
-    def by_position(self) -> tuple[RopeExpert, ...]:
+    def by_position(self) -> RopesByPosition | None:
         if self.disable_adapters or self.merged:
-            return ()
+            return None
         return self._by_position_of(self.active_adapters)
 
-    def _by_position_of(self, adapter_names: list[str]) -> tuple[RopeExpert, ...]:
-        """The ropes by position of those adapters.
+    def _by_position_of(self, adapter_names: list[str]) -> RopesByPosition | None:
+        """The ropes by position among those adapters.
 
         Raises:
             ValueError: several of them have some.
@@ -128,7 +129,7 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
             raise ValueError(
                 f"The adapters {found} give queries ropes by their positions, and only one can. Activate one of them."
             )
-        return self.ropes_by_position[found[0]] if found else ()
+        return self.ropes_by_position[found[0]] if found else None
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         if self.disable_adapters and self.merged:
@@ -143,8 +144,8 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
             by_position = [name for name in set(adapter_names) if self.ropes_by_position.get(name)]
             if by_position:
                 raise ValueError(
-                    f"`adapter_names` gives rows of a batch the adapter {by_position[0]!r}, whose ropes go by position "
-                    "and hold for all rows. Activate it with `set_adapter`, and leave `adapter_names` out."
+                    f"`adapter_names` gives rows of a batch the adapter {by_position[0]!r}, whose ropes go by "
+                    "position and hold for all rows. Activate it with `set_adapter`, and leave `adapter_names` out."
                 )
             shares, own_weight = self._shares_of_rows(adapter_names)
             mixture = LayerMixture(shares, self.rope, own_weight)

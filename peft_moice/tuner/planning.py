@@ -2,10 +2,13 @@
 
 import copy
 import logging
+from typing import Any
 
 from torch import nn
 
 from ..probing import LayerPlan, LayerProbe, attention_module_names, explain_no_targets
+from ..rope import LayerRope
+from ..rope.frequencies import frequencies_under, original_length, rope_parameters
 from .config import MoICEConfig
 from .layer import MoICELayer
 from .targets import is_target
@@ -73,6 +76,8 @@ def plan_layers(config: MoICEConfig, model: nn.Module) -> LayerPlans:
             )
     if thetas:
         config.resolve_bases(thetas)
+    if config.ropes is not None:
+        _check_ropes(config, [plans.of(name).rope for name in names])
     for entry in config.modules_to_save or ():
         for name in names:
             if name.endswith(entry):
@@ -98,6 +103,8 @@ def _choose_targets(config: MoICEConfig, plans: LayerPlans) -> None:
             f"The config leaves out all of the model's attention modules ({every[0]!r} and so on): {given}. "
             "Indices of layers start at 0; leave out what excludes the modules that you want to adapt."
         )
+    if config.ropes is not None:
+        names = [name for name in names if not _slides(plans.model.get_submodule(name))]
     lacks = {plans.of(name).lacks for name in names}
     names = [name for name in names if plans.of(name).rope is not None]
     if not names:
@@ -105,6 +112,38 @@ def _choose_targets(config: MoICEConfig, plans: LayerPlans) -> None:
     everywhere.target_modules = {name.rpartition(".")[2] for name in names}
     suffices = _targeted(everywhere, plans.model) == names
     config.target_modules = everywhere.target_modules if suffices else set(names)
+
+
+def _slides(attention: nn.Module) -> bool:
+    """Whether an attention module sees a sliding window of keys, which no longer text makes longer."""
+    config: Any = attention.config
+    kinds, index = getattr(config, "layer_types", None), getattr(attention, "layer_idx", None)
+    if kinds is not None and isinstance(index, int) and index < len(kinds):
+        return bool(kinds[index] == "sliding_attention")
+    return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+
+
+def _check_ropes(config: MoICEConfig, ropes: list[LayerRope | None]) -> None:
+    """Raise a ValueError if the layers' rotary embeddings cannot have the config's ropes."""
+    for rope in {id(rope): rope for rope in ropes}.values():
+        if rope is None:
+            continue
+        own: Any = rope.config
+        if original_length(own, rope.layer_type) is not None:
+            kind = rope_parameters(own, rope.layer_type)["rope_type"]
+            raise ValueError(
+                f"The model's own rope type {kind!r} changes its angles with the length of the text, while keys in a "
+                "cache keep the old ones, so `ropes` have nothing to start from. Load the model with a rope type with "
+                "fixed angles, such as 'yarn' or 'linear'."
+            )
+        for expert in config.ropes_by_position():
+            if expert.far is not None and expert.start > own.max_position_embeddings:
+                raise ValueError(
+                    f"`ropes` keep the model's own angles for keys up to {expert.start} tokens away, but the model "
+                    f"was trained for {own.max_position_embeddings}. Let `distances` be cut below that."
+                )
+            for parameters in (expert.near, expert.far or ()):
+                frequencies_under(rope.rotary, own, rope.layer_type, dict(parameters))
 
 
 def _targeted(config: MoICEConfig, model: nn.Module) -> list[str]:

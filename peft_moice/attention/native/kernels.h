@@ -46,10 +46,10 @@ struct problem {
     int64_t mask_stride[4], mask_is_boolean;
     const float *cos, *sin; /* [N, T, P]; with `far_from`, [2 N, T, P], those for far keys behind the others */
     int64_t table_stride;
-    const int64_t *far_from; /* [N], the distance from which an expert's keys are far; or NULL, where none are */
-    const float *factors;    /* [2 N], of the scores' rotated part; given with `far_from` */
     const int32_t *order; /* [D], the dimensions: first of each pair, second of each pair, what does not rotate */
     float scaling;
+    const int64_t *far_from; /* [N], the distance from which an expert's keys are far; or NULL, where none are */
+    const float *factors;    /* [2 N], of the scores' rotated part; given with `far_from` */
     float *output; /* [B, S, H, Dv], contiguous */
     float *scratch;
     /* The backward pass; all contiguous, NULL where not wanted. */

@@ -1,0 +1,98 @@
+"""Longer windows: ropes by position and distance for models whose window is too short, without training."""
+
+from typing import Any
+
+from peft import PeftModel, TaskType, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from .config import MoICEConfig
+
+NEAR = 0.75
+"""Share of the window within which keys keep the model's own angles."""
+
+
+def extend(
+    model: nn.Module, factor: float = 4.0, *, near: int | None = None, adapter_name: str = "extension"
+) -> PeftModel:
+    """Let a model read texts of `factor` times its window, without training and without a change within the window.
+
+    Queries within the window compute what they did, bit for bit. Those beyond see keys nearer than `near` under the
+    model's own angles; for keys farther away, angles go on more slowly from there (Self-Extend, Jin et al., ICML 2024,
+    without its floors), so that no angle leaves what the model was trained on.
+
+    Args:
+        model: a model, or a `PeftModel` with MoICE adapters, next to which the extension becomes active: their routers
+            then decide within the window.
+        factor: the new length as a multiple of the window, above 1. It costs nothing within.
+        near: distance in tokens. Default: three quarters of the window.
+        adapter_name: name of the adapter.
+
+    Returns:
+        The `PeftModel`.
+
+    Raises:
+        ValueError: `factor` or `near` out of range; a model that has no window of its own, or that cannot be adapted.
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    config = extension_config(base.config, factor, near=near)
+    if not isinstance(model, PeftModel):
+        config.task_type = TaskType.CAUSAL_LM if isinstance(model, PreTrainedModel) and model.can_generate() else None
+        return get_peft_model(base, config, adapter_name=adapter_name)
+    active = model.active_adapters
+    model.add_adapter(adapter_name, config)
+    tuner: Any = model.base_model
+    tuner.set_adapter([*active, adapter_name])
+    return model
+
+
+def extension_config(config: Any, factor: float, *, near: int | None = None) -> MoICEConfig:
+    """The adapter that [`extend`] adds, from a model's config alone.
+
+    Args:
+        config: the model's config.
+        factor, near: see [`extend`].
+
+    Raises:
+        ValueError: see [`extend`].
+    """
+    window = window_of(config)
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 1 < factor <= 1024:
+        raise ValueError(f"`factor` is {factor!r}, but has to be a number above 1, such as 4, and at most 1024.")
+    near = int(NEAR * window) if near is None else near
+    if isinstance(near, bool) or not isinstance(near, int) or not 0 < near < window:
+        raise ValueError(
+            f"`near` is {near!r}, but has to be an integer from 1 to {window - 1}: the model's window is {window} "
+            "tokens, and keys farther away than that need other angles."
+        )
+    length = int(factor * window)
+    far = {"rope_type": "linear", "factor": (length - near) / (window - near)}
+    beyond = {"query_positions": [window, length]}
+    ropes: list[dict[str, Any]] = [
+        {"query_positions": [0, window]},
+        {**beyond, "distances": [0, near]},
+        {**beyond, "distances": [near, None], **far},
+    ]
+    return MoICEConfig(ropes=ropes, task_type=TaskType.CAUSAL_LM)
+
+
+def window_of(config: Any) -> int:
+    """The number of tokens that a model was trained for.
+
+    Raises:
+        ValueError: its config does not say, or its rope has been changed for longer texts already.
+    """
+    text: Any = config.get_text_config(decoder=True)
+    parameters = getattr(text, "rope_parameters", None) or {}
+    by_type = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+    types = sorted({kind.get("rope_type", "default") for kind in by_type} - {"default"})
+    if types and types != ["llama3"]:
+        raise ValueError(
+            f"The model's own rope is {types}, which serves longer texts already. Write the rules that you want "
+            "yourself, as `MoICEConfig(ropes=...)`: docs/window.md has those that give such a model its short texts "
+            "back."
+        )
+    window = getattr(text, "max_position_embeddings", None)
+    if not isinstance(window, int) or window < 2:
+        raise ValueError(f"The config of the model has `max_position_embeddings` {window!r}, which is no window.")
+    return window
