@@ -1,0 +1,197 @@
+"""What happens beyond a model's window, under ropes exchanged as a whole and under ropes by position and distance?
+
+    python examples/research/window.py --data FOLDER --out FILE
+    python examples/research/window.py --data FOLDER --out FILE --methods base cut "near 0.75, linear, 4" --texts 1
+
+Loss of running text by position, and the loss and share of exactly right codes asked for at the end of the text, from
+some distances back. `--data` holds `leval-sci_fi.jsonl.gz`; facts are written into the text, and their tokens do not
+count for its loss. One line of JSON for each text and method; those that the file has are not run again.
+"""
+
+import argparse
+import gzip
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+from peft import get_peft_model
+from transformers import DynamicCache
+
+from peft_moice import MoICEConfig
+from peft_moice.evaluation import sample_facts
+from peft_moice.tuner.extending import extension_config
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from loading import load_model
+
+ENDS = (0.25, 0.5, 1.0, 1.5, 2.0)
+"""Where spans of the text end, in windows; from 1 on, losses are of what lies beyond."""
+DISTANCES = (0.25, 0.75, 1.25, 1.75)
+"""How far back facts lie, in windows."""
+METHODS = {
+    "base": {},
+    "cut": {},
+    "near 0.75, linear, 4": {"near": 0.75, "factor": 4},
+    "yarn 2": {"rope_type": "yarn", "factor": 2.0},
+    "yarn 4": {"rope_type": "yarn", "factor": 4.0},
+    "by position, yarn 2": {"ropes": {"rope_type": "yarn", "factor": 2.0}},
+    "near 0.5, linear, 4": {"near": 0.5, "factor": 4},
+    "near 0.75, linear, 2": {"near": 0.75, "factor": 2},
+    "near 0.75, yarn 8": {"near": 0.75, "far": {"rope_type": "yarn", "factor": 8.0, "attention_factor": 1.0}},
+    "near 0.5, yarn 4": {"near": 0.5, "far": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.0}},
+    "near 0.25, linear, 4": {"near": 0.25, "factor": 4},
+    "dynamic 2": {"rope_type": "dynamic", "factor": 2.0},
+    "rope_theta times 4": {"theta": 4.0},
+}
+
+
+def main(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    done = set()
+    if args.out.exists():
+        done = {(row["text"], row["method"]) for row in map(json.loads, args.out.read_text().splitlines())}
+    for text in args.texts:
+        for method in args.methods:
+            if (text, method) not in done:
+                row = run(args, text, method)
+                print(json.dumps(row), flush=True)
+                with args.out.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+
+
+@torch.no_grad()
+def run(args: argparse.Namespace, text: int, method: str) -> dict:
+    model, tokenizer = load_model(args.model)
+    model.eval()
+    window = args.window or model.config.max_position_embeddings
+    ids, counts, facts = text_with_facts(tokenizer, args.data, text, window, args.questions)
+    started = time.perf_counter()
+    if method == "cut":
+        losses, cache = losses_when_cut(model, ids, window)
+        start = ids.shape[1] - cache.get_seq_length()
+    else:
+        model = under(model, window, METHODS[method])
+        losses, cache = losses_of(model, ids)
+        start = 0
+    seconds = time.perf_counter() - started
+    edges = [0, *(int(end * window) for end in ENDS)]
+    spans = {}
+    for first, end in zip(edges, edges[1:], strict=False):
+        kept = losses[max(first - 1, 0) : end - 1][counts[max(first, 1) : end]]
+        spans[f"{first} to {end}"] = kept.mean().item() if first >= start or method != "cut" else None
+    asked = {
+        str(distance): ask(model, tokenizer, cache, of_distance)
+        for distance, of_distance in facts.items()
+    }
+    return {
+        "text": text,
+        "method": method,
+        "window": window,
+        "losses": spans,
+        "facts": asked,
+        "seconds": round(seconds),
+        "command": f"python examples/research/window.py --data FOLDER --out FILE --texts {text} --methods {method!r}",
+    }
+
+
+def under(model, window: int, options: dict):
+    """The model under a method's ropes."""
+    own = dict(model.config.rope_parameters)
+    if "theta" in options:
+        own["rope_theta"] *= options["theta"]
+    if "rope_type" in options:
+        own |= {**options, "original_max_position_embeddings": window}
+    if own != model.config.rope_parameters:
+        model.config.rope_parameters = own
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+        return model
+    within, beyond = {"query_positions": [0, window]}, {"query_positions": [window, None]}
+    if "ropes" in options:
+        config = MoICEConfig(ropes=[within, {**beyond, **options["ropes"]}])
+    elif "far" in options:
+        near = int(options["near"] * window)
+        rules = [{**beyond, "distances": [0, near]}, {**beyond, "distances": [near, None], **options["far"]}]
+        config = MoICEConfig(ropes=[within, *rules])
+    elif "near" in options:
+        config = extension_config(model.config, options["factor"], near=int(options["near"] * window))
+    else:
+        return model
+    return get_peft_model(model, config).get_base_model()
+
+
+def text_with_facts(tokenizer, data: Path, number: int, window: int, questions: int):
+    """Token ids `[1, S]` of a text of twice the window, which of them count for its loss, and facts by distance."""
+    with gzip.open(data / "leval-sci_fi.jsonl.gz", "rt", encoding="utf-8") as lines:
+        texts = list(dict.fromkeys(json.loads(line)["input"] for line in lines))
+    tokens = tokenizer(texts[number]).input_ids
+    rng, length = random.Random(number), 2 * window
+    drawn = sample_facts(questions * len(DISTANCES), rng, split="eval")
+    facts, places = {}, {}
+    for index, distance in enumerate(DISTANCES):
+        facts[distance] = list(zip(drawn.names, drawn.codes, strict=True))[index * questions : (index + 1) * questions]
+        for i, fact in enumerate(facts[distance]):
+            # Spread over an eighth of a window around the distance.
+            places[length - int((distance + (i / questions - 0.5) / 8) * window)] = fact
+    ids, counts = [], []
+    source = iter(tokens)
+    while len(ids) < length:
+        reached = [place for place in places if place <= len(ids)]
+        if reached:
+            name, code = places.pop(min(reached))
+            sentence = tokenizer(f" The access code of {name} is {code}.", add_special_tokens=False).input_ids
+            ids += sentence
+            counts += [False] * len(sentence)
+        ids.append(next(source))
+        counts.append(True)
+    return torch.tensor([ids[:length]]), torch.tensor(counts[:length]), facts
+
+
+def losses_of(model, ids: torch.Tensor):
+    """The loss of every token but the first, `[S - 1]`, and the cache."""
+    output = model.model(ids, use_cache=True)
+    losses = []
+    for first in range(0, ids.shape[1] - 1, 512):
+        logits = model.lm_head(output.last_hidden_state[0, first : min(first + 512, ids.shape[1] - 1)])
+        targets = ids[0, first + 1 : first + 1 + logits.shape[0]]
+        losses.append(torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none"))
+    return torch.cat(losses), output.past_key_values
+
+
+def losses_when_cut(model, ids: torch.Tensor, window: int):
+    """As [`losses_of`], with at least half a window and at most a whole one before each token beyond the window."""
+    losses, half = torch.full((ids.shape[1] - 1,), torch.nan), window // 2
+    for first in range(window, ids.shape[1], half):
+        found, cache = losses_of(model, ids[:, first - half : first + half])
+        losses[first - 1 : first + half - 1] = found[half - 1 :]
+    return losses, cache
+
+
+def ask(model, tokenizer, cache: DynamicCache, facts) -> dict:
+    """Mean loss of a code's tokens, and the share of codes that are right in all, behind the text in `cache`."""
+    losses, right = [], []
+    for name, code in facts:
+        prompt = tokenizer(f"\n\nThe access code of {name} is", add_special_tokens=False).input_ids
+        answer = tokenizer(f" {code}", add_special_tokens=False).input_ids
+        ids = torch.tensor([[*prompt, *answer]])
+        logits = model(ids, past_key_values=cache).logits[0, len(prompt) - 1 : -1].float()
+        cache.crop(-ids.shape[1])
+        targets = torch.tensor(answer)
+        losses.append(torch.nn.functional.cross_entropy(logits, targets).item())
+        right.append(bool((logits.argmax(dim=-1) == targets).all()))
+    return {"losses": losses, "right": right}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder or Hub id; default: SmolLM2-135M-Instruct")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--texts", nargs="+", type=int, default=[1, 3, 5])
+    parser.add_argument("--questions", type=int, default=10, help="at each distance")
+    parser.add_argument("--window", type=int, help="default: the model's own")
+    parser.add_argument("--threads", type=int, default=2)
+    main(parser.parse_args())
