@@ -11,7 +11,7 @@ from position_models import FACTOR, Waits, additive, assert_close, mixture, one_
 from transformers import DynamicCache, StaticCache
 
 from peft_moice import MoICEConfig
-from peft_moice.rope.cache_note import CacheNote
+from peft_moice.rope.noted_keys import NotedKeys
 
 
 def span(*values: int) -> torch.Tensor:
@@ -272,7 +272,7 @@ class TestKeysThatNobodyToldAbout:
     def cache(self, base, place: torch.Tensor, mask: torch.Tensor | None = None):
         cache = dynamic_cache(base)
         run(base, cache, tokens(length=6), place, mask)
-        assert CacheNote.of(cache) is None
+        assert NotedKeys.of(cache) is None
         return cache
 
     @torch.no_grad()
