@@ -354,29 +354,24 @@ class TestKeysThatOthersMoved:
         with pytest.raises(ValueError, match="do not count up from the keys in the cache"):
             run(model, cache, tokens(length=1, seed=1), span(12))
 
-    @pytest.mark.parametrize(
-        "name", ["copied", "in half precision and back", "in place of itself", "cropped by others"]
-    )
+    @pytest.mark.parametrize("name", ["copied", "cropped", "in half precision"])
     @torch.no_grad()
     def test_others_may_write_keys_that_stay_in_order(self, name):
         changes = {
             "copied": lambda x: x.transpose(1, 2).clone().transpose(1, 2),
-            "in half precision and back": lambda x: x.bfloat16(),
-            "in place of itself": lambda x: x,
-            "cropped by others": lambda x: x[:, :, :8],
+            "cropped": lambda x: x[:, :, :8],
+            "in half precision": lambda x: x.half(),
         }
 
         def logits(model) -> torch.Tensor:
             cache = dynamic_cache(model)
-            if name == "in half precision and back":
-                model = model.bfloat16()
             fill(model, cache, [span(*range(6), *range(20, 26))])
             exchange(cache, changes[name])
-            return run(model, cache, tokens(length=2, seed=1), span(40, 41)).float()
+            return run(model, cache, tokens(length=2, seed=1), span(40, 41))
 
         actual, expected = logits(one_angle()), logits(rotated())
-        if name == "in half precision and back":
-            assert (actual - expected).abs().max() < 0.03 * expected.abs().max()
+        if name == "in half precision":
+            torch.testing.assert_close(actual, expected, rtol=0, atol=1e-3 * expected.abs().max().item())
         else:
             assert_close(actual, expected)
 

@@ -159,7 +159,7 @@ def _unknown_keys(ids: torch.Tensor) -> ValueError:
         f"The position_ids {ids[:4, :32].tolist()} do not count up from the keys in the cache, and MoICE cannot "
         "tell where those stand: it did not see them come, they were taken out, moved or written by others, or the "
         "rows of the batch have changed since. Run the whole sequence through the adapted model with a cache of its "
-        "own, or leave `position_ids` out."
+        "own, or leave `position_ids` out if its keys count up from 0."
     )
 
 
