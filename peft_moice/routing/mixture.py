@@ -184,13 +184,13 @@ class LayerMixture:
         """The ropes by position that some query of the pass has."""
         if self.by_position is None:
             return ()
-        experts, span = self.by_position.experts, positions.span()
-        if span is None:
+        experts, extent = self.by_position.experts, positions.extent()
+        if extent is None:
             return experts
         end = longest(experts)
-        if end is not None and span[1] >= end:
+        if end is not None and extent[1] >= end:
             _warn_once_of_end(end)
-        return tuple(experts[index] for index in active(experts, *span))
+        return tuple(experts[index] for index in active(experts, *extent))
 
     def _call_by_position(self, chosen: tuple[RopeExpert, ...], rope: LayerRope, positions: Positions) -> MixtureCall:
         """The call of a pass in which queries have the ropes `chosen` by their positions."""
@@ -288,6 +288,7 @@ class MixesAngles(nn.Module):
         """Make sure that `call` was computed, and hand its records over."""
         if call.records is None:
             raise bypassed(f"The attention module of layer {layer_idx} did not ask for its mixture")
+        call.positions.leave()
         if self.recorder is not None and call.records:
             self.recorder.take(self, call.records)
 
