@@ -1,6 +1,6 @@
 """Makes sure that the built pages fetch nothing from elsewhere.
 
-    python docs/check_site.py outputs/site
+    python .ci/check_site.py outputs/site
 
 Prints what a browser would load from another host (scripts, styles, fonts, pictures, frames), and fails if there is
 anything. Links that a reader clicks on may lead anywhere.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds sdist and wheel, and makes sure that they are whole.
 #
-#     docs/check_wheel.sh .venv/bin/python     # an environment with peft_moice[dev]
+#     .ci/check_wheel.sh .venv/bin/python     # an environment with peft_moice[dev]
 #
 # - twine finds nothing to complain of, the README's rendering on PyPI included.
 # - The unpacked sdist has what its tests need: they are all collected, and those that read the repository's files pass.
@@ -42,6 +42,6 @@ missing = [name for name in ('py.typed', 'attention/native/kernels.h') if not (h
 assert not missing, missing
 print('peft_moice', peft_moice.__version__, 'runs from its wheel')
 "
-../venv/bin/python "$root/docs/run_snippets.py" "$root/README.md"
-../venv/bin/python "$root/docs/run_snippets.py" --commands "$root/README.md"
+../venv/bin/python "$root/.ci/run_snippets.py" "$root/README.md"
+../venv/bin/python "$root/.ci/run_snippets.py" --commands "$root/README.md"
 ../venv/bin/peft-moice --version

@@ -1,9 +1,9 @@
 """Runs tests and writes what they show: docs/support.md, families by features, and docs/features.md.
 
-    python docs/make_support_matrix.py
+    python .ci/make_support_matrix.py
 
 The first holds `tests/test_families.py --all-families`, on tiny random models of every decoder family that the
-installed transformers knows; the second the tests that docs/features.toml names. No network is needed. It takes about
+installed transformers knows; the second the tests that .ci/features.toml names. No network is needed. It takes about
 20 minutes on one core; `--families` and `--features` take results (JUnit XML, xunit1) of runs already made.
 """
 
@@ -66,7 +66,7 @@ def support_page(families: dict[str, dict[str, dict[str, str]]]) -> str:
     lines = [
         "# Families of models",
         "",
-        f"{versions()} Written by `python docs/make_support_matrix.py` from the results of",
+        f"{versions()} Written by `python .ci/make_support_matrix.py` from the results of",
         "`pytest tests/test_families.py --all-families`; do not edit.",
         "",
         f"Of {len(families)} model types, {len(adapted)} are adapted, {len(by_status['refused'])} refused at "
@@ -128,8 +128,8 @@ def feature_page(sections: list[dict], results: list[ElementTree.Element]) -> st
     lines = [
         "# Features",
         "",
-        f"{versions()} Written by `python docs/make_support_matrix.py` from the results of the tests that",
-        "[features.toml](features.toml) names; do not edit. In brackets: how many cases.",
+        f"{versions()} Written by `python .ci/make_support_matrix.py` from the results of the tests that",
+        "[features.toml](../.ci/features.toml) names; do not edit. In brackets: how many cases.",
     ]
     cases = [case for result in results for case in result.iter("testcase")]
     for section in sections:
@@ -142,7 +142,7 @@ def feature_page(sections: list[dict], results: list[ElementTree.Element]) -> st
 
 
 def names(test: str, case: ElementTree.Element) -> bool:
-    """Whether `test` of docs/features.toml means this case: a test or class, or `*`, perhaps with a parameter."""
+    """Whether `test` of .ci/features.toml means this case: a test or class, or `*`, perhaps with a parameter."""
     file, _, rest = test.partition("::")
     wanted, _, parameter = rest.removesuffix("]").partition("[")
     _, module, *owner = case.get("classname").split(".")
@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("--families", type=Path, nargs="+", help="results of test_families.py --all-families")
     parser.add_argument("--features", type=Path, nargs="+", help="results of the tests that features.toml names")
     options = parser.parse_args()
-    sections = tomllib.loads((ROOT / "docs" / "features.toml").read_text())["section"]
+    sections = tomllib.loads((ROOT / ".ci" / "features.toml").read_text())["section"]
     files = sorted(
         {test.partition("::")[0] for section in sections for row in section["row"] for test in row["tests"]}
     )

@@ -1,7 +1,7 @@
 """Runs the Python blocks of Markdown files, as a reader would, on a tiny random model.
 
-    python docs/run_snippets.py README.md docs/index.md
-    python docs/run_snippets.py --commands README.md
+    python .ci/run_snippets.py README.md docs/index.md
+    python .ci/run_snippets.py --commands README.md
 
 The blocks of a file that are fenced as `python` run one after the other, in one namespace and an empty folder. With
 `--commands`, lines of `peft-moice` in blocks of the shell run instead, on little data. The models that are named by

@@ -1,7 +1,7 @@
 """Families of decoders with rotary embeddings: found by themselves, exact, with and without a cache.
 
 `--all-families` checks every feature on every family that the installed transformers knows. A test that passes is
-exact; one that is skipped says who refuses, the library or the base model, and why. docs/make_support_matrix.py
+exact; one that is skipped says who refuses, the library or the base model, and why. .ci/make_support_matrix.py
 renders the results.
 """
 

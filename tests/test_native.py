@@ -42,7 +42,7 @@ def test_they_are_chosen_where_they_compute_what_sdpa_would():
 
 
 def test_without_a_compiler_what_follows_k_is_chosen_where_it_is_faster(monkeypatch):
-    """By `PEFT_MOICE_NATIVE=0 python docs/measure_attention.py --compare`."""
+    """By `PEFT_MOICE_NATIVE=0 python examples/benchmarks/measure_attention.py --compare`."""
     monkeypatch.setenv(library.SWITCH, "0")
     library.load.cache_clear()
     try:

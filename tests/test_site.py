@@ -18,7 +18,7 @@ from peft_moice.cli.main import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-sys.path.insert(0, str(DOCS))
+sys.path.insert(0, str(ROOT / ".ci"))
 
 import run_snippets  # noqa: E402
 
@@ -29,7 +29,7 @@ GENERATED = {
     "SECURITY.md": "security.md",
     "examples/measure_train_picture.ipynb": "guide/notebook.md",
 }
-"""Pages that docs/site_hooks.py makes of files outside of docs/."""
+"""Pages that .ci/site_hooks.py makes of files outside of docs/."""
 TROUBLESHOOTING = DOCS / "guide" / "troubleshooting.md"
 FOREIGN = {
     "Must flatten tensors with uniform dtype but got …": "torch/distributed/fsdp/_flat_param.py",

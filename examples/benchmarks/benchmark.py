@@ -3,8 +3,9 @@
 Prints a table of ratios to the base model with its own attention, each the ratio of medians of interleaved
 repetitions, row by row as they are measured; writes it as JSON, and draws the time of prefill against the length.
 
-    python examples/benchmark.py
-    python examples/benchmark.py --prefill 0 --decode 0 --train 0 --identity 0 --memory 2048 32768 --layers 4
+    python examples/benchmarks/benchmark.py
+    python examples/benchmarks/benchmark.py --prefill 0 --decode 0 --train 0 --identity 0 --memory 2048 32768 \\
+        --layers 4
 
 Columns: N = 7 rope bases (the released ones) of which every head and token mixes K. Rows: a training step is compared
 to one with LoRA (r = 8 on the query and value projections), also from the identity start; memory is the peak above the
@@ -22,6 +23,7 @@ import json
 import multiprocessing
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -30,7 +32,6 @@ from pathlib import Path
 import peft
 import torch
 import transformers
-from loading import load_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from tqdm.auto import tqdm
@@ -39,6 +40,10 @@ from transformers import DynamicCache, HfArgumentParser
 from peft_moice import MoICEConfig
 from peft_moice.config import RELEASED_MULTIPLIERS
 from peft_moice.evaluation.reader import cache_keyword
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from loading import load_model
 
 BASE, COPIES, BUCKETS = "base", "N copies", "Buckets"
 NUM_EXPERTS = len(RELEASED_MULTIPLIERS)

@@ -1,6 +1,6 @@
 """Counts the operations and bytes of MoICE at sizes that were not run: the tables of scale.md.
 
-python docs/estimate_scale.py
+python examples/benchmarks/estimate_scale.py
 """
 
 from dataclasses import dataclass

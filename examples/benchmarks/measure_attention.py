@@ -1,8 +1,8 @@
 """What attention alone costs on a CPU: our implementations against PyTorch's own attention, in one run.
 
-    python docs/measure_attention.py
-    python docs/measure_attention.py --backward --lengths 1024 4096
-    python docs/measure_attention.py --compare --lengths 256 1024 4096 16384
+    python examples/benchmarks/measure_attention.py
+    python examples/benchmarks/measure_attention.py --backward --lengths 1024 4096
+    python examples/benchmarks/measure_attention.py --compare --lengths 256 1024 4096 16384
 
 The shape is that of a layer of SmolLM2-135M: 9 heads, 3 key-value heads, head size 64; N = 7 angles, the released
 ones. Prints a table in Markdown of ratios of the smallest processor time of interleaved repetitions on one thread,

@@ -1,6 +1,6 @@
 """What `MoICECallback` costs: steps that it measures and logs against steps that it does not, in one run.
 
-    python docs/measure_callback.py
+    python examples/benchmarks/measure_callback.py
 
 The model has the shape of SmolLM2-135M and random weights; the steps alternate.
 """

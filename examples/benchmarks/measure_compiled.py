@@ -1,6 +1,6 @@
 """What a step of decoding costs with a static cache, compiled and not: K = N = 7 against the base model.
 
-    python docs/measure_compiled.py
+    python examples/benchmarks/measure_compiled.py
 
 The model has two layers in the shape of SmolLM2-135M's, and random weights. Prints a table in Markdown of the shortest
 of some steps. *delegated* is what "auto" takes in a graph where the kernels in C cannot be had.

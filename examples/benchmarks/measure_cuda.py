@@ -2,7 +2,7 @@
 
 It has not been run on one yet: none was at hand.
 
-    python docs/measure_cuda.py
+    python examples/benchmarks/measure_cuda.py
 
 1. the tests of the Triton kernels, on the device;
 2. `certify()`: the kernels against `reference`, by dtype, head size and layout;
@@ -49,7 +49,7 @@ NUM_EXPERTS = len(RELEASED_MULTIPLIERS)
 IMPLEMENTATIONS = ("triton", "folded", "delegated")
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "L40S": 362.0, "4090": 165.0}
 """Dense bfloat16 rates by a part of the device's name, from NVIDIA's data sheets."""
-TESTS = Path(__file__).parent.parent / "tests"
+TESTS = Path(__file__).parents[2] / "tests"
 Figure = dict[str, Any]
 
 

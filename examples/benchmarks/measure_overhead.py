@@ -1,6 +1,6 @@
 """What a layer of MoICE adds to a step of decoding besides attention itself: microseconds a layer, on one thread.
 
-    python docs/measure_overhead.py
+    python examples/benchmarks/measure_overhead.py
 
 Decodes after a short prompt, where attention costs least, in the attention shape of SmolLM2-135M (9 heads, 3
 key-value heads, head size 64; random weights), with N = 7 rope bases. *Router* is its matrix products, softmax and

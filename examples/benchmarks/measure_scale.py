@@ -1,6 +1,6 @@
 """Times a small model's prefill on the CPU beside what estimate_scale.py counts for it.
 
-python docs/measure_scale.py
+python examples/benchmarks/measure_scale.py
 """
 
 import statistics

@@ -1,7 +1,7 @@
 """What serving a merged model costs: requests at once, in vLLM and in transformers' continuous batching.
 
-    python docs/measure_serving.py make outputs/serving
-    python docs/measure_serving.py run outputs/serving
+    python examples/benchmarks/measure_serving.py make outputs/serving
+    python examples/benchmarks/measure_serving.py run outputs/serving
 
 `make` writes SmolLM2-135M-Instruct and the same with routers over five base angles (K = N). Their weights are random,
 because what they decide changes no cost. `run` sends eight prompts of 256 tokens that begin differently, asks for 32
@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ANGLES = [1.0, 0.25, 0.5, 2.0, 4.0]
 REQUESTS, PROMPT_TOKENS, NEW_TOKENS = 8, 256, 32
 CACHE_GIB = 1

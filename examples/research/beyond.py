@@ -1,7 +1,7 @@
 """What happens to running text beyond the window that a model was trained on? Loss by position in long documents.
 
-    python docs/experiments/beyond.py --model FOLDER --data FOLDER --out FILE
-    python docs/experiments/beyond.py --model FOLDER --data FOLDER --out FILE --method routers --load FILE
+    python examples/research/beyond.py --model FOLDER --data FOLDER --out FILE
+    python examples/research/beyond.py --model FOLDER --data FOLDER --out FILE --method routers --load FILE
 
 `--data` holds `leval-sci_fi.jsonl.gz`; `--load` is what `compare.py --method routers --save FILE` wrote. One line of
 JSON a run. Frozen linear layers multiply in bfloat16, everything else is float32; `--float32` for all of it.
@@ -40,7 +40,7 @@ def main(args: argparse.Namespace) -> None:
         "documents": len(chunks),
         "float32": args.float32,
         "losses": by_position,
-        "command": " ".join(["python docs/experiments/beyond.py", *command(sys.argv[1:])]),
+        "command": " ".join(["python examples/research/beyond.py", *command(sys.argv[1:])]),
     }
     print(f"{record['model']}: {by_position}", flush=True)
     with args.out.open("a") as file:

@@ -1,6 +1,6 @@
 """Train one method on prompts of five forms and measure it on forms that it never saw. One line of JSON a run.
 
-    python docs/experiments/compare.py --model FOLDER --data FOLDER --out runs.jsonl --method routers --rate 5e-2
+    python examples/research/compare.py --model FOLDER --data FOLDER --out runs.jsonl --method routers --rate 5e-2
 
 `--model` is a folder with SmolLM2-135M-Instruct (or another Llama without norms on queries), `--data` holds
 `nq-open-oracle.jsonl.gz` and `leval-coursera.jsonl.gz`. All methods see the same prompts and the same text in the same
@@ -102,7 +102,7 @@ def main(args: argparse.Namespace) -> None:
         **results,
         "losses": [round(loss, 4) for loss in losses],
         "seconds": {name: round(value) for name, value in seconds.items()},
-        "command": " ".join(["python docs/experiments/compare.py", *command(sys.argv[1:])]),
+        "command": " ".join(["python examples/research/compare.py", *command(sys.argv[1:])]),
     }
     with args.out.open("a") as file:
         file.write(json.dumps(record) + "\n")

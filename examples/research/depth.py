@@ -1,8 +1,8 @@
 """Where does a model lose a number that is hidden in a long text? Accuracy over depth and length, as a picture.
 
-    python docs/experiments/depth.py --model FOLDER --out docs/images/depth
-    python docs/experiments/depth.py --model FOLDER --out FILE --kind single --adapter FOLDER
-    python docs/experiments/depth.py --model FOLDER --out FILE --method routers --load FILE
+    python examples/research/depth.py --model FOLDER --out docs/images/depth
+    python examples/research/depth.py --model FOLDER --out FILE --kind single --adapter FOLDER
+    python examples/research/depth.py --model FOLDER --out FILE --method routers --load FILE
 
 The text is the documentation of Python's standard library. Writes `OUT.json` and `OUT.png` after every length.
 `--load` is what `compare.py --method routers --save FILE` wrote. Frozen linear layers multiply in bfloat16, everything

@@ -1,6 +1,6 @@
 """Does it matter that tokens choose? Trained routers, and their gates frozen to each head's mean, measured alike.
 
-    python docs/experiments/frozen.py --model FOLDER --data FOLDER --load FILE --out frozen.jsonl
+    python examples/research/frozen.py --model FOLDER --data FOLDER --load FILE --out frozen.jsonl
 
 `--load` is what `compare.py --method routers --save` wrote. Means are taken over six prompts like those of training.
 """
@@ -43,7 +43,7 @@ def main() -> None:
         "frozen": True,
         "codes60": columns(score(model, codes(tokenizer, 6, 60, 4321))),
         "perplexity": perplexity(model, tokenizer, str(args.data / "leval-coursera.jsonl.gz"), 1024, 5),
-        "command": "python docs/experiments/frozen.py --model FOLDER --data FOLDER --load FILE --out FILE",
+        "command": "python examples/research/frozen.py --model FOLDER --data FOLDER --load FILE --out FILE",
     }
     with args.out.open("a") as file:
         file.write(json.dumps(record) + "\n")

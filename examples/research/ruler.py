@@ -1,9 +1,9 @@
 """The tasks of RULER (Hsieh et al., COLM 2024) that need no download, by EleutherAI's lm-evaluation-harness.
 
     pip install lm_eval wonderwords nltk scipy
-    python docs/experiments/ruler.py --model FOLDER --lengths 2048 4096 --limit 20 --out ruler.json
-    python docs/experiments/ruler.py --model FOLDER --adapter FOLDER --out ruler.json
-    python docs/experiments/ruler.py --model FOLDER --method routers --load FILE --out ruler.json
+    python examples/research/ruler.py --model FOLDER --lengths 2048 4096 --limit 20 --out ruler.json
+    python examples/research/ruler.py --model FOLDER --adapter FOLDER --out ruler.json
+    python examples/research/ruler.py --model FOLDER --method routers --load FILE --out ruler.json
 
 `--load` is what `compare.py --method routers --save FILE` wrote. Every task and length draws its questions from the
 same seed, whatever else is asked, so models can be compared question by question. Prompts are in the tokenizer's chat
@@ -42,7 +42,7 @@ def main(args: argparse.Namespace) -> None:
         "model": trained.named(args),
         "limit": args.limit,
         "float32": args.float32,
-        "command": " ".join(["python docs/experiments/ruler.py", *command(sys.argv[1:])]),
+        "command": " ".join(["python examples/research/ruler.py", *command(sys.argv[1:])]),
         "tasks": {},
     }
     options = {"batch_size": args.batch_size, "half": not args.float32}

@@ -1,8 +1,8 @@
 """Is short-context ability unchanged? Questions of L-Eval without their documents, and the exams over short documents.
 
-    python docs/experiments/short_context.py --model FOLDER --data FOLDER --out FILE
-    python docs/experiments/short_context.py --model FOLDER --data FOLDER --out FILE --adapter FOLDER
-    python docs/experiments/short_context.py --model FOLDER --data FOLDER --out FILE --method routers --load FILE
+    python examples/research/short_context.py --model FOLDER --data FOLDER --out FILE
+    python examples/research/short_context.py --model FOLDER --data FOLDER --out FILE --adapter FOLDER
+    python examples/research/short_context.py --model FOLDER --data FOLDER --out FILE --method routers --load FILE
 
 `--data` holds `leval-coursera.jsonl.gz`, `leval-tpo.jsonl.gz` and `leval-sci_fi.jsonl.gz`; `--load` is what
 `compare.py --method routers --save FILE` wrote. One line of JSON a run. All models get the same questions. Frozen
@@ -38,7 +38,7 @@ def main(args: argparse.Namespace) -> None:
         result = evaluate(model, tokenizer, exam, lengths=[args.length], num_groups=args.documents, seed=args.seed)
         record[name] = {"question_loss": alone, "question_tokens": tokens, **exam_scores(result)}
         print(f"{record['model']}: {name} {record[name]}", flush=True)
-    record["command"] = " ".join(["python docs/experiments/short_context.py", *command(sys.argv[1:])])
+    record["command"] = " ".join(["python examples/research/short_context.py", *command(sys.argv[1:])])
     with args.out.open("a") as file:
         file.write(json.dumps(record) + "\n")
 

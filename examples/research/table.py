@@ -1,6 +1,6 @@
 """The tables and the picture of docs/experiments.md from the lines that compare.py wrote.
 
-    python docs/experiments/table.py docs/experiments/runs.jsonl docs/images/tradeoff.png
+    python examples/research/table.py examples/research/runs.jsonl docs/images/tradeoff.png
 
 Runs that differ in the seed alone share a row: the mean, and beneath the smallest and the greatest.
 """

@@ -125,7 +125,7 @@ def choose(call: AttentionCall) -> str:
         return "delegated"
     if native.why_not(call) is None:
         return "native"
-    # Without a compiler. Measured by docs/measure_attention.py; where every expert is picked, it is no faster.
+    # Without a compiler. By examples/benchmarks/measure_attention.py; where every expert is picked, it is no faster.
     is_long = call.query.shape[-2] > 1 or call.key.shape[-2] >= _FEWEST_KEYS_TO_GROUP
     picks_some = call.top_k is not None and call.top_k < call.num_experts
     in_float32 = call.query.dtype == call.value.dtype == torch.float32

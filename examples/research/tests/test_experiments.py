@@ -8,30 +8,26 @@ import random
 import sys
 from pathlib import Path
 
+import beyond
+import compare
+import controls
+import depth
+import forms
+import frozen
+import measure
+import methods
+import objectives
+import per_head
 import pytest
+import short_context
 import torch
+import trained
 from byte_models import byte_tokenizer, tiny_llama
 from peft import LoraConfig, get_peft_model
 from tiny_models import load, logits_of, save_tiny_model, token_ids
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from peft_moice.evaluation import Exam, Result, gates_along, perplexity
-
-EXPERIMENTS = Path(__file__).parent.parent / "docs" / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))
-
-import beyond  # noqa: E402
-import compare  # noqa: E402
-import controls  # noqa: E402
-import depth  # noqa: E402
-import forms  # noqa: E402
-import frozen  # noqa: E402
-import measure  # noqa: E402
-import methods  # noqa: E402
-import objectives  # noqa: E402
-import per_head  # noqa: E402
-import short_context  # noqa: E402
-import trained  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,6 @@
 """RULER's tasks of EleutherAI's harness run on adapted models."""
 
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +11,6 @@ from peft_moice import MoICEConfig
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("wonderwords")
-sys.path.insert(0, str(Path(__file__).parent.parent / "docs" / "experiments"))
 
 import ruler
 
