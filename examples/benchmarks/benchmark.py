@@ -38,8 +38,8 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, HfArgumentParser
 
 from peft_moice import MoICEConfig
-from peft_moice.config import RELEASED_MULTIPLIERS
 from peft_moice.evaluation.reader import cache_keyword
+from peft_moice.tuner.config import RELEASED_MULTIPLIERS
 
 sys.path.append(str(Path(__file__).parents[1]))
 
