@@ -148,6 +148,7 @@ def test_timing_leaves_the_graph_of_the_pass_alone(certificates):
     assert not saved
 
 
+@pytest.mark.slow
 def test_it_is_tried_in_a_process_of_its_own():
     environment = {"TRITON_INTERPRET": "0"}
     with pytest.MonkeyPatch.context() as patch:

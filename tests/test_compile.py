@@ -29,6 +29,7 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_a_prompt_is_one_graph(family):
@@ -41,6 +42,7 @@ def test_a_prompt_is_one_graph(family):
     assert graphs.frame_count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_decoding_with_a_static_cache_takes_no_more_graphs_than_the_base_model(family):
