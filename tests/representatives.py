@@ -6,5 +6,10 @@ import pytest
 
 
 def slow_but(few: Collection[object], values: Iterable[object]) -> list[object]:
-    """The values of a parameter, all of them marked slow but `few`."""
-    return [value if value in few else pytest.param(value, marks=pytest.mark.slow) for value in values]
+    """The values of a parameter (tuples: of several), all of them marked slow but `few`."""
+    return [value if value in few else _slow(value) for value in values]
+
+
+def _slow(value: object) -> object:
+    values = value if isinstance(value, tuple) else (value,)
+    return pytest.param(*values, marks=pytest.mark.slow)
