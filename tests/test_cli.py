@@ -203,6 +203,7 @@ class TestAngles:
         assert "Nothing is measured" in printed
         assert (tmp_path / "out" / "waveforms_full_attention.png").is_file()
 
+    @pytest.mark.slow
     def test_without_a_model_the_released_angles_are_beside(self, capsys, tmp_path):
         assert main(["angles", "--output_dir", str(tmp_path)]) == 0
         assert "The official release has [10000.0, 17500.0, " in capsys.readouterr().out

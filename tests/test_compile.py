@@ -79,6 +79,7 @@ def test_generation_compiles_by_itself_with_a_static_cache():
     assert torch.equal(model.generate(input_ids=ids, cache_implementation="static", **options), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merged", [False, True])
 @torch.no_grad()
 def test_exported_programs_compute_the_same(merged):
@@ -97,6 +98,7 @@ class TestKernels:
 
     pytestmark = pytest.mark.skipif(isinstance(library.load(), str), reason="the kernels cannot be had here")
 
+    @pytest.mark.slow
     def test_output_and_gradients_are_those_without_compilation(self):
         for length, keys in ((9, 9), (2, 30)):
             leaves = [x.requires_grad_() for x in inputs(length, keys)]

@@ -101,6 +101,7 @@ def test_quoted_messages_are_in_the_code(quote):
     assert any(says(text, quote) for text in texts_of(where))
 
 
+@pytest.mark.slow
 def test_without_the_import_peft_raises_what_is_quoted():
     assert "KeyError: 'MOICE'" in quoted_messages()
     code = f"import peft; peft.PeftConfig.from_pretrained({str(ROOT / 'tests' / 'saved' / 'adapter')!r})"
