@@ -29,7 +29,6 @@ from .planning import plan_layers
 from .probing import is_target
 from .rollback import all_or_nothing, restored_on_error
 from .rope.rotary_hooks import detach_rotary_hooks
-from .self_check import unwatch_first_pass, watch_first_pass
 from .stacking import base_of, layer_places, other_tuner_layers
 from .standalone import make_standalone
 from .training import register_hooks, remove_hooks
@@ -96,7 +95,6 @@ class MoICEModel(BaseTuner):
         # Not in `_post_injection_hook`, which PEFT does not call for later adapters.
         register_hooks(model)
         watch_positions(model)
-        watch_first_pass(model)
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         super()._check_new_adapter_config(config)
@@ -318,7 +316,6 @@ class MoICEModel(BaseTuner):
             make_standalone(model)
             register_hooks(model)
             watch_positions(model)
-            watch_first_pass(model)
         return model
 
     def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT's returns the model, whatever it says
@@ -345,7 +342,6 @@ class MoICEModel(BaseTuner):
             setattr(self.model.get_submodule(parent_name), child_name, unloaded)
         remove_hooks(self.model)
         detach_rotary_hooks(self.model)
-        unwatch_first_pass(self.model)
         if merge:
             # No layers of a tuner are left; what else PEFT does is to untie embeddings that have become different.
             super()._unload_and_optionally_merge(merge=True)

@@ -24,7 +24,6 @@ from .built_in import ROUTERS_NAME, BuiltInRouters
 from .described_routers import check_loaded, describe_routers, install_described
 from .mixture import watch_positions
 from .model_card import shared_name
-from .self_check import watch_first_pass
 from .standalone_saving import auto_map, has_tokenizer, put_model_card, put_tokenizer, staged_model, write_stub
 from .training import register_hooks, remove_hooks
 
@@ -137,7 +136,6 @@ def _model_class(original: type[PreTrainedModel], standalone_config: type[PreTra
                 remove_hooks(module)
             register_hooks(self)
             watch_positions(self)
-            watch_first_pass(self)
 
         def save_pretrained(
             self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args: Any, **kwargs: Any
