@@ -16,9 +16,9 @@ from .attention import observing_choices
 from .hub import add_to_card
 from .mixture import MixesAngles, RouterRecord
 from .summary import describe_training
-from .training.balance import PassRecords
+from .training.pass_records import PassRecords
 from .training.hooks import RouterHooks, hooks_of
-from .training.losses_outside import BalanceLossMixin
+from .training.balance_outside import BalanceLossMixin
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..mixture import MixesAngles
-from .balance import PassRecords, mixing_layers
-from .outputs import add_entry, add_to_loss, warn_if_left_out
+from .model_outputs import add_entry, add_to_loss, warn_if_left_out
+from .pass_records import PassRecords, mixing_layers
 
 _NAME = "moice_hooks"
 _PASS = "moice_pass"

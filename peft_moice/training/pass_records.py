@@ -11,7 +11,6 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from ..config import RouterSpec
 from ..mixture import MixesAngles, RouterRecord
 from ..router import balance_losses
-from .reentrant import graph_or_leaf, send_late_gradients
 
 
 class PassRecords:
@@ -82,25 +81,23 @@ class PassRecords:
         Args:
             labels: as the model takes them, -100 where nothing is predicted.
             num_items: number of predictions in the whole batch.
+
+        Raises:
+            ValueError: the graph of a router's logits was lost, and its gradient with it.
         """
         sum_tokens: Callable[[torch.Tensor], torch.Tensor] = _pooled
         shares: torch.Tensor | None = None
         if num_items is not None and labels is not None:
             sum_tokens, items = self._items(labels)
             shares = items / num_items
-        loss, late = torch.zeros(()), []
+        loss = torch.zeros(())
         aux_loss: torch.Tensor | None = None
         learning = self.learning_routers()
         for name in self._balanced_routers():
             found, spec = self.records[name], self._spec(name)
             logits = [record.logits if name in learning else record.logits.detach() for _, record in found]
             if name in learning and torch.is_grad_enabled():
-                logits = [graph_or_leaf(values) for values in logits]
-                late += [
-                    (layer, name, leaf)
-                    for (layer, record), leaf in zip(found, logits, strict=True)
-                    if leaf is not record.logits and record.share.router.is_trainable
-                ]
+                _check_graph(found)
             masks = [self.token_mask(layer, record) for layer, record in found]
             losses = balance_losses(logits, spec.top_k, masks, sum_tokens)
             if shares is None:
@@ -112,7 +109,7 @@ class PassRecords:
             if name in learning:
                 loss = loss.to(part.device) + spec.router_aux_loss_coef * part
         self.aux_loss = aux_loss
-        return send_late_gradients(loss, late) if late else loss
+        return loss
 
     def _balanced_routers(self) -> list[str]:
         return [name for name in self.records if self._spec(name).router_aux_loss_coef > 0]
@@ -161,6 +158,18 @@ class PassRecords:
 def mixing_layers(model: nn.Module) -> list[MixesAngles]:
     """The layers of `model` that mix angles, whether by an adapter or by routers of their own."""
     return [module for module in model.modules() if isinstance(module, MixesAngles)]
+
+
+def _check_graph(found: list[tuple[MixesAngles, RouterRecord]]) -> None:
+    for layer, record in found:
+        if record.share.router.is_trainable and not record.logits.requires_grad:
+            raise ValueError(
+                f"The router {record.share.name!r} learns from a balance loss, but layer {layer.layer_idx} ran without "
+                "gradients, as it does under reentrant gradient checkpointing, so this part of its gradient would be "
+                'lost. Train with `gradient_checkpointing_kwargs={"use_reentrant": False}` (or '
+                '`model.gradient_checkpointing_enable({"use_reentrant": False})`), or without the balance loss: '
+                "`router_aux_loss_coef=0` in MoICEConfig."
+            )
 
 
 def _pooled(values: torch.Tensor) -> torch.Tensor:
