@@ -392,6 +392,17 @@ def test_part_of_a_batch_balances_every_sequence_on_its_own(llama):
     torch.testing.assert_close(with_balance.loss - plain, COEF * expected)
 
 
+@pytest.mark.parametrize("num_items", [0, torch.tensor(0)])
+def test_a_batch_that_predicts_nothing_teaches_nothing(llama, num_items):
+    model, ids = adapted(llama), token_ids()
+    with collect_balance_loss(model) as balance:
+        model(input_ids=ids)
+    loss = balance.loss(torch.full_like(ids, -100), num_items)
+    loss.backward()
+    assert loss == 0
+    assert all(not gradient.any() for gradient in gradients_of(model))
+
+
 def test_labels_of_whole_sequences(llama):
     """Every sequence counts by its labels, whatever its length."""
     torch.manual_seed(0)

@@ -89,7 +89,8 @@ class PassRecords:
         shares: torch.Tensor | None = None
         if num_items is not None and labels is not None:
             sum_tokens, items = self._items(labels)
-            shares = items / num_items
+            # Where nothing is predicted in the whole batch, no sequence has a share.
+            shares = items / torch.as_tensor(num_items).clamp(min=1)
         loss = torch.zeros(())
         aux_loss: torch.Tensor | None = None
         learning = self.learning_routers()
