@@ -30,7 +30,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from peft_moice import KeepCloseMixin, MoICEConfig
 from peft_moice.evaluation import PositionSweep, encode_chat, perplexity, position_sweep, sample_facts
-from peft_moice.plotting import plot_position_sweeps
+from peft_moice.evaluation.plotting import plot_position_sweeps
 
 
 @dataclass

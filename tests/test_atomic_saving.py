@@ -19,7 +19,7 @@ from saving_until_killed import states
 from tiny_models import adapted_model, decide, load, logits_of
 
 from peft_moice import atomic_files
-from peft_moice.atomic_files import staged, write_text
+from peft_moice.files.atomic import staged, write_text
 
 
 @contextlib.contextmanager

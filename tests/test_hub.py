@@ -238,7 +238,7 @@ def test_the_card_replaces_any_other(adapted, tmp_path):
 
 
 def test_a_local_base_model_is_not_named_in_the_card(adapted, llama, tmp_path, caplog):
-    with caplog.at_level("WARNING", logger="peft_moice.hub"):
+    with caplog.at_level("WARNING", logger="peft_moice.hub.push"):
         card = ModelCard.load(write_model_card(adapted, tmp_path))
     assert llama in caplog.text and "base_model" in caplog.text
     assert card.data.base_model is None

@@ -4,9 +4,9 @@ import pytest
 import torch
 from matplotlib.colors import to_hex
 
-from peft_moice.angles import attention_waveform
 from peft_moice.evaluation import PositionLosses, PositionSweep
-from peft_moice.plotting import (
+from peft_moice.evaluation.angles import attention_waveform
+from peft_moice.evaluation.plotting import (
     plot_choices,
     plot_expert_load,
     plot_gates,

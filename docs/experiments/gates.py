@@ -15,7 +15,7 @@ from forms import table
 from methods import EXPERTS, METHODS
 
 from peft_moice.evaluation import gates_along
-from peft_moice.plotting import plot_choices, plot_expert_load, plot_gates
+from peft_moice.evaluation.plotting import plot_choices, plot_expert_load, plot_gates
 
 
 def main() -> None:

@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SchedulerType, sort_checkpoints
 
-from ..callback import MoICECallback
-from ..config import MoICEConfig
-from ..data import Collator, DataArguments, load_examples, plain_text, read_text
-from ..hub import write_model_card
+from ..hub.push import write_model_card
 from ..training import BalanceLossMixin, KeepCloseMixin
+from ..training.callback import MoICECallback
+from ..training.data import Collator, DataArguments, load_examples, plain_text, read_text
 from ..training.keep_close import check_enough_text, text_ids
+from ..tuner.config import MoICEConfig
 from .interrupts import StopOnSignal
 from .models import Dtype
 from .parsing import Outcome, Parser, UsageError, output_folder

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..data import read_text
+from ..training.data import read_text
 
 
 def read_json_lines(file: str | Path, needed: tuple[str, ...]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..mixture import MixesAngles
+from ..routing.mixture import MixesAngles
 from .model_outputs import add_entry, add_to_loss, warn_if_left_out
 from .pass_records import PassRecords, mixing_layers
 

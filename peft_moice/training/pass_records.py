@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from ..config import RouterSpec
-from ..mixture import MixesAngles, RouterRecord
-from ..router import balance_losses
+from ..routing.mixture import MixesAngles, RouterRecord
+from ..routing.router import balance_losses
+from ..routing.spec import RouterSpec
 
 
 class PassRecords:
@@ -165,8 +165,8 @@ def _check_graph(found: list[tuple[MixesAngles, RouterRecord]]) -> None:
     for layer, record in found:
         if record.share.router.is_trainable and not record.logits.requires_grad:
             raise ValueError(
-                f"The router {record.share.name!r} learns from a balance loss, but layer {layer.layer_idx} ran without "
-                "gradients, as it does under reentrant gradient checkpointing, so this part of its gradient would be "
+                f"The router {record.share.name!r} learns from a balance loss, but layer {layer.layer_idx} ran "
+                "without gradients, as under reentrant gradient checkpointing, so that this part of its gradient would be "
                 'lost. Train with `gradient_checkpointing_kwargs={"use_reentrant": False}` (or '
                 '`model.gradient_checkpointing_enable({"use_reentrant": False})`), or without the balance loss: '
                 "`router_aux_loss_coef=0` in MoICEConfig."

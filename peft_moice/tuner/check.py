@@ -1,0 +1,74 @@
+"""Whether the adapted layers take part in what the model computes.
+
+Each pass of a layer makes sure that its mixture was asked for ([`MixesAngles.finish`]). [`check`] sees what a layer
+cannot: that nobody calls it, for example because a later version of transformers computes attention elsewhere.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..attention.interface import bypassed
+from ..probing.evaluating import evaluating
+from ..routing.mixture import MixesAngles
+from ..standalone.built_in import ROUTERS_NAME, BuiltInRouters
+
+
+def check(model: nn.Module, **inputs: Any) -> list[str]:
+    """Run `model` once, without gradients and compiled code, and make sure that every adapted layer mixes its angles.
+
+    Args:
+        model: a `PeftModel`, its `base_model`, or a model with routers built in.
+        inputs: what to call it with. Default: two tokens.
+
+    Returns:
+        The names of the attention modules that mix their angles, all of which took part.
+
+    Raises:
+        RuntimeError: attention modules were not called, or computed attention without the mixture.
+        ValueError: no layer of `model` mixes angles, as without an active adapter.
+    """
+    modules = _mixing(model)
+    if not modules:
+        raise ValueError(
+            f"No layer of {type(model).__name__} mixes angles, so there is nothing to check. Add an adapter, and "
+            "switch it on with `set_adapter` or `enable_adapter_layers`."
+        )
+    called: set[nn.Module] = set()
+    handles = [
+        module.register_forward_pre_hook(lambda module, args: called.add(module)) for module in modules.values()
+    ]
+    try:
+        with evaluating(model), torch.compiler.set_stance("force_eager"):
+            model(**(inputs or _two_tokens(model)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    missed = [name for name, module in modules.items() if module not in called]
+    if missed:
+        raise bypassed(f"A pass of {type(model).__name__} did not call the adapted attention modules {missed[:5]}")
+    return list(modules)
+
+
+def _adapted(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that the model calls for attention: wrappers, and those with routers built in and no wrapper."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, MixesAngles) or hasattr(module, ROUTERS_NAME)
+        if not isinstance(module, BuiltInRouters) and not name.endswith(".base_layer")
+    }
+
+
+def _mixing(model: nn.Module) -> dict[str, nn.Module]:
+    """Those of the adapted modules that have routers at work."""
+    adapted: dict[str, Any] = {**_adapted(model)}
+    return {name: module for name, module in adapted.items() if getattr(module, ROUTERS_NAME, module).shares()}
+
+
+def _two_tokens(model: Any) -> dict[str, torch.Tensor]:
+    weight = model.get_input_embeddings().weight
+    tokens = torch.arange(2, device="cpu" if weight.is_meta else weight.device)[None]
+    is_encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
+    return {"input_ids": tokens} | ({"decoder_input_ids": tokens} if is_encoder_decoder else {})
