@@ -169,6 +169,15 @@ def test_mixin_serves_loss_functions(llama, tmp_path, expected, arguments):
     assert_equal(weights, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_mixin_takes_no_step_with_a_gradient_that_is_not_finite(llama, tmp_path):
+    model = adapted(llama)
+    before = {name: value.clone() for name, value in router_state(model).items()}
+    trainer = trainer_of(model, tmp_path, BalancedTrainer, lambda outputs, *_, **__: outputs["logits"].sum() / 0)
+    with pytest.raises(RuntimeError, match="gradient of step 1 is not finite"):
+        trainer.train()
+    assert_equal(router_state(model), before)
+
+
 def test_mixin_serves_label_smoothing(llama, tmp_path):
     model = adapted(llama)
     trainer = trainer_of(model, tmp_path, BalancedTrainer, label_smoothing_factor=0.3, max_steps=1, **SGD)

@@ -1,6 +1,7 @@
 """The balance loss on every path to a trained model."""
 
 import copy
+import dataclasses
 import gc
 import pickle
 import threading
@@ -14,6 +15,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import SHAPE, WIDE, decide, layers_of, load, token_ids, wide_config
+from torch.utils import _pytree as pytree
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -23,6 +25,7 @@ from transformers import (
     T5GemmaForConditionalGeneration,
     T5GemmaModuleConfig,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from versions import needs_adapter_verbs_of_transformers
 
 from peft_moice import MoICEModel, collect_balance_loss
@@ -489,6 +492,41 @@ def test_balance_loss_for_losses_computed_outside_the_model(llama):
         torch.testing.assert_close(actual, wanted)
 
 
+def test_a_loss_computed_from_hidden_states_has_the_balance_loss_of_the_decoder(llama):
+    model, batch = adapted(llama), batch_of(range(8), packed=False)
+    labels, num_items = batch.pop("labels"), torch.tensor(sum(ANSWER_LENGTHS))
+    with collect_balance_loss(model) as whole:
+        model(**batch)
+    expected = whole.loss(labels, num_items)
+    expected.backward()
+    gradients = gradients_of(model)
+    decoder = model.get_base_model().model
+    with collect_balance_loss(model) as balance:
+        decoder(**batch)
+    loss = balance.loss(labels, num_items)
+    loss.backward()
+    assert torch.equal(loss, expected)
+    assert all(torch.equal(*pair) for pair in zip(gradients_of(model), gradients, strict=True))
+    with pytest.warns(UserWarning, match="the balance loss of MoICE has no part in it"):
+        decoder(**batch).last_hidden_state.mean().backward()
+    twin = copy.deepcopy(decoder)
+    assert len(decoder(**batch, output_router_logits=True).router_logits) == len(layers_of(model))
+    model.unload()
+    assert not decoder._forward_hooks
+    assert twin(**batch).aux_loss > 0
+
+
+def test_a_decoder_alone_counts_its_own_tokens(t5gemma):
+    model = get_peft_model(copy.deepcopy(t5gemma), wide_config(task_type="SEQ_2_SEQ_LM", router_aux_loss_coef=COEF))
+    decide(model)
+    ids, mask = token_ids(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, 5:] = 0
+    base = model.train().get_base_model().model
+    states = base.encoder(input_ids=ids).last_hidden_state
+    outputs = base.decoder(ids, attention_mask=mask, encoder_hidden_states=states, output_router_logits=True)
+    torch.testing.assert_close(outputs.aux_loss, balance_loss(list(outputs.router_logits), 2, mask).detach())
+
+
 def test_collecting_needs_an_adapter(llama):
     with pytest.raises(ValueError, match="has no MoICE adapter"), collect_balance_loss(load(llama)):
         pass
@@ -617,6 +655,28 @@ def test_an_identity_scale_that_learns_picks_the_chosen_experts_and_the_own_angl
     assert expected.sum(-1).max() == 3 == mixture.call_of_pass(0, (torch.zeros(2, 5, 32),), {}).top_k
     layer.moice_router.requires_grad_(False)
     assert mixture.gate(query, mixture.rope_bases()).picked is None
+
+
+@pytest.mark.parametrize(
+    "rebuilt",
+    [
+        lambda outputs: pytree.tree_unflatten(*reversed(pytree.tree_flatten(outputs))),
+        lambda outputs: type(outputs)(dict(outputs)),
+        lambda outputs: pickle.loads(pickle.dumps(outputs)),
+        copy.copy,
+        copy.deepcopy,
+        dataclasses.replace,
+    ],
+    ids=["pytree", "mixed precision", "pickle", "copy", "deepcopy", "replace"],
+)
+def test_outputs_made_anew_keep_our_entries(llama, rebuilt):
+    with torch.no_grad():
+        outputs = adapted(llama)(token_ids(), labels=token_ids(), output_router_logits=True, use_cache=False)
+    twin = rebuilt(outputs)
+    assert isinstance(twin, CausalLMOutputWithPast)
+    assert list(twin) == list(outputs) == ["loss", "logits", "router_logits", "aux_loss"]
+    assert torch.equal(twin["aux_loss"], outputs.aux_loss)
+    assert all(map(torch.equal, twin.router_logits, outputs.router_logits))
 
 
 def test_router_logits_of_a_mixture_of_experts_model_are_left_alone():

@@ -17,9 +17,10 @@ class PassRecords:
     """Collects the records of one forward pass; the recorder of the model's layers while it lasts.
 
     Args:
-        model: the model that computes the loss.
+        model: the model that was called.
         args: positional arguments of the pass.
         kwargs: keyword arguments of the pass.
+        shifts_labels: whether labels belong to the token before them, see [`shifts_labels`].
 
     Attributes:
         arguments: arguments of the pass by name.
@@ -28,17 +29,16 @@ class PassRecords:
             [`balance_loss`] has been called; None if there are none.
     """
 
-    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shifts_labels: bool):
         names = list(inspect.signature(type(model).forward).parameters)[1:]
         self.arguments: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
         self.records: dict[str, list[tuple[MixesAngles, RouterRecord]]] = {}
         self.aux_loss: torch.Tensor | None = None
-        self._has_encoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-        encoder: nn.Module | None = model.get_encoder() if self._has_encoder else None  # type: ignore[operator]
+        self._shifts_labels = shifts_labels
+        encoder: nn.Module | None = model.get_encoder() if _has_encoder(model) else None  # type: ignore[operator]
+        # A decoder or an encoder that is called alone passes for its own encoder.
+        self._has_encoder = encoder is not None and encoder is not model
         self._encoder_layers = set(mixing_layers(encoder)) if encoder is not None else set()
-        # As Trainer counts predicted tokens. Decoders behind an encoder shift their inputs instead.
-        shifts = LOSS_MAPPING.get(str(getattr(model, "loss_type", None))) is ForCausalLMLoss
-        self._shifts_labels = shifts and not self._has_encoder
 
     def take(self, layer: MixesAngles, records: list[RouterRecord]) -> None:
         for record in records:
@@ -156,6 +156,18 @@ class PassRecords:
         return sum_tokens
 
 
+def shifts_labels(model: nn.Module) -> bool:
+    """Whether `model` takes labels as its input, and predicts each from the tokens before it.
+
+    As Trainer counts predicted tokens. Decoders behind an encoder shift their inputs instead.
+    """
+    return LOSS_MAPPING.get(str(getattr(model, "loss_type", None))) is ForCausalLMLoss and not _has_encoder(model)
+
+
+def _has_encoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
 def mixing_layers(model: nn.Module) -> list[MixesAngles]:
     """The layers of `model` that mix angles, whether by an adapter or by routers of their own."""
     return [module for module in model.modules() if isinstance(module, MixesAngles)]
@@ -166,8 +178,8 @@ def _check_graph(found: list[tuple[MixesAngles, RouterRecord]]) -> None:
         if record.share.router.is_trainable and not record.logits.requires_grad:
             raise ValueError(
                 f"The router {record.share.name!r} learns from a balance loss, but layer {layer.layer_idx} ran "
-                "without gradients, as under reentrant gradient checkpointing, so that this part of its gradient would be "
-                'lost. Train with `gradient_checkpointing_kwargs={"use_reentrant": False}` (or '
+                "without gradients, as under reentrant gradient checkpointing, so that this part of its gradient "
+                'would be lost. Train with `gradient_checkpointing_kwargs={"use_reentrant": False}` (or '
                 '`model.gradient_checkpointing_enable({"use_reentrant": False})`), or without the balance loss: '
                 "`router_aux_loss_coef=0` in MoICEConfig."
             )
