@@ -78,6 +78,9 @@ class MoICEModel(BaseTuner):
                 # distinct names.)
                 del model.peft_config
             super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+        # Trainers that merge, copy the weights into an engine for inference and unmerge leave out what carries this
+        # prefix, as contained in the merged weights. Merged routers are weights of their own, and have to arrive.
+        self.prefix = "moice_router."
 
     @all_or_nothing
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
