@@ -571,14 +571,23 @@ def test_passes_are_freed_without_the_garbage_collector(llama):
         gc.enable()
 
 
-def test_a_pass_that_breaks_off_leaves_nothing_recording(llama):
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_pass_that_breaks_off_leaves_nothing_recording(llama, error, inner):
     model, ids = adapted(llama), token_ids()
-    handle = layers_of(model)[1].register_forward_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        model(input_ids=ids)
+    expected = model(ids, labels=ids).loss
+
+    def break_off(*_):
+        raise error
+
+    handle = layers_of(model)[1].register_forward_hook(break_off)
+    with pytest.raises(error):
+        (model.get_base_model().model if inner else model)(input_ids=ids)
     handle.remove()
-    outputs = model.eval()(input_ids=ids)
-    assert not hasattr(outputs, "router_logits")
+    if error is ZeroDivisionError:
+        assert not any(layer.recorder for layer in layers_of(model))
+    assert torch.equal(model(ids, labels=ids).loss, expected)
+    assert not hasattr(model.eval()(input_ids=ids), "router_logits")
     assert not any(layer.recorder for layer in layers_of(model))
 
 

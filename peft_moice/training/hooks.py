@@ -49,7 +49,8 @@ def register_hooks(model: nn.Module) -> None:
     for module in dict.fromkeys([model, *inner]):
         if _NAME not in vars(module):
             before = module.register_forward_pre_hook(start_recording, with_kwargs=True)
-            setattr(module, _HANDLES, (before, module.register_forward_hook(add_balance_loss, with_kwargs=True)))
+            after = module.register_forward_hook(add_balance_loss, with_kwargs=True, always_call=True)
+            setattr(module, _HANDLES, (before, after))
             setattr(module, _NAME, hooks)
 
 
@@ -95,6 +96,9 @@ def start_recording(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         _stop_recording(model)
     if not (model.training or kwargs.get("output_router_logits")):
         return
+    for module in model.modules():
+        if getattr(module, _PASS, None) is not None:
+            _stop_recording(module)  # interrupted, for it is not this pass that it runs in
     layers = mixing_layers(model)
     if any(layer.recorder is not None for layer in layers):
         return  # the pass is part of an outer model's
@@ -121,8 +125,8 @@ def add_balance_loss(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     if passed is None:
         return outputs
     _stop_recording(model)
-    if not passed.records:
-        return outputs
+    if not passed.records or outputs is None:
+        return outputs  # nothing adapted ran, or the pass has raised
     if kwargs.get("output_router_logits"):
         outputs = with_entry(outputs, "router_logits", passed.router_logits())
     if not model.training:
