@@ -78,18 +78,6 @@ def test_without_documents_facts_are_asked(model, options, tmp_path, capsys):
     assert [path.name for path in sorted((tmp_path / "out").iterdir())] == ["facts_0.json", "facts_0.png"]
 
 
-def test_exams_have_a_table_and_no_positions_to_draw(model, adapter, options, tmp_path, capsys):
-    questions = ["w5 w6\nA. w7\nB. w8", "w9\nA. w7\nB. w8"]
-    file = tmp_path / "exam.jsonl"
-    file.write_text(
-        json.dumps({"instructions": questions, "outputs": ["A", "B"], "input": words(random.Random(0), 200)})
-    )
-    assert main(["measure", "--adapter", adapter, "--exam_files", str(file), *options]) == 0
-    printed = capsys.readouterr().out
-    assert "exam: exam: share of right answers" in printed and "clearly worse" not in printed
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["exam__exam_0.json", "exam__exam_1.json"]
-
-
 def test_what_cannot_be_asked_shows_before_the_model_is_loaded(model, document, options, tmp_path, capsys):
     """The folder has a tokenizer and no weights."""
     folder = shutil.copytree(model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))

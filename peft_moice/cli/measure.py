@@ -13,7 +13,6 @@ from peft import PeftModel
 from ..data import read_text
 from ..evaluation import (
     POSITIONS,
-    Exam,
     Facts,
     KeyValues,
     MultiDocument,
@@ -23,7 +22,6 @@ from ..evaluation import (
     Task,
     evaluate,
     losses_by_position,
-    perplexity,
 )
 from ..evaluation.needles import Kind
 from ..evaluation.trial import try_task
@@ -46,7 +44,7 @@ _EPILOG = """tasks (--tasks; 'right' is decided by greedy decoding, loss is that
   keys        the same, among the numbers of three other keys
   values      the same, all four numbers of one key
   variables   a chain of assignments (needles to variables: definitions of RULER)
-  also        --key_value_file and --question_file of "Lost in the Middle", --exam_files of L-Eval, by their paths
+  also        --key_value_file and --question_file of "Lost in the Middle", by their paths
 
 Documents are files of text (UTF-8); perplexity and loss by position are measured on their first 16 chunks as well.
 Scores are written to --output_dir as soon as a task is done at a length, so Ctrl-C loses only what is under way.
@@ -76,7 +74,6 @@ class Arguments:
     key_value_file: str | None = field(default=None, metadata={"help": "kv-retrieval-*.jsonl.gz, --items pairs each."})
     question_file: str | None = field(default=None, metadata={"help": "nq-open-oracle.jsonl.gz, --passages each."})
     passages: list[int] = field(default_factory=lambda: [10], metadata={"help": "Passages in a prompt of questions."})
-    exam_files: list[str] = field(default_factory=list, metadata={"help": "Closed tasks of L-Eval, --lengths tokens."})
     chunk_length: int = field(
         default=1024, metadata={"help": "Tokens of a chunk of the documents, for loss and perplexity."}
     )
@@ -110,13 +107,11 @@ class Measured:
         name: of the model.
         results: by task.
         losses: on the documents by position, None without enough text.
-        perplexity: of the documents, likewise.
     """
 
     name: str
     results: dict[str, Result] = field(default_factory=dict)
     losses: PositionLosses | None = None
-    perplexity: float | None = None
 
 
 def run(args: Arguments) -> Outcome:
@@ -168,7 +163,7 @@ def chosen_tasks(args: Arguments, text: str) -> list[str]:
     Raises:
         UsageError: an unknown name, or a task over documents without text.
     """
-    with_files = any((args.key_value_file, args.question_file, args.exam_files))
+    with_files = bool(args.key_value_file or args.question_file)
     default = ["needles", "keys"] if args.documents else [] if with_files else ["facts"]
     names = default if args.tasks is None else list(dict.fromkeys(args.tasks))
     if unknown := sorted(set(names) - {*NEEDLES, *_WITHOUT_FILES}):
@@ -192,7 +187,6 @@ def make_tasks(names: list[str], args: Arguments, text: str, tokenizer: Any) -> 
         tasks.append((Facts(), args.items))
     if args.question_file:
         tasks.append((MultiDocument(args.question_file), args.passages))
-    tasks += [(Exam(file, tokenizer), args.lengths) for file in args.exam_files]
     return tasks
 
 
@@ -228,9 +222,9 @@ def measure(
             measured.results[task.name] = result if before is None else _joined(before, result)
             yield
     if text:
-        chunks = {"chunk_length": args.chunk_length, "max_chunks": _MAX_CHUNKS}
-        measured.losses = losses_by_position(model, tokenizer, text, **chunks)
-        measured.perplexity = perplexity(model, tokenizer, text, **chunks)
+        measured.losses = losses_by_position(
+            model, tokenizer, text, chunk_length=args.chunk_length, max_chunks=_MAX_CHUNKS
+        )
         yield
 
 
@@ -269,9 +263,9 @@ def _as_text(measured: list[Measured], where: str, interrupted: bool) -> str:
     parts = [score_table(list(results)) for _, *results in _by_task(measured)]
     parts += [
         f"perplexity of your documents ({one.losses.chunks * one.losses.edges[-1]:,} tokens), {one.name}: "
-        f"{one.perplexity:.3f}"
+        f"{one.losses.perplexity:.3f}"
         for one in measured
-        if one.losses is not None and one.perplexity is not None
+        if one.losses is not None
     ]
     parts += [verdict(result) for result in measured[0].results.values() if result.positions]
     if interrupted:
@@ -288,7 +282,7 @@ def _as_values(measured: list[Measured], output_dir: Path) -> dict[str, Any]:
                 {"task": task, "unit": result.unit, "cells": result.to_dict()["cells"]}
                 for task, result in one.results.items()
             ],
-            "perplexity": one.perplexity,
+            "perplexity": one.losses and one.losses.perplexity,
         }
         for one in measured
     ]

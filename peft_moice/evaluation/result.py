@@ -90,6 +90,11 @@ class Result:
         """Mean "score", "loss" or "tokens" of the questions that [`select`] gives."""
         return fmean(getattr(score, field) for score in self.select(length, position))
 
+    def gap(self, length: int | None = None) -> float:
+        """Mean score at the best position minus that at the worst, 0 to 1; 0 where positions are not known."""
+        scores = [self.mean("score", length, position) for position in self._columns]
+        return max(scores) - min(scores)
+
     def interval(
         self,
         field: str = "score",
