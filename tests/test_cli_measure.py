@@ -98,7 +98,7 @@ def test_what_cannot_be_asked_shows_before_the_model_is_loaded(model, document, 
     (bare := tmp_path / "bare.jsonl").write_text('{"question": "w5?", "answers": [], "ctxs": []}')
     assert "the question 'w5?' has no answer" in error(capsys, *argv, "--question_file", str(bare))
     (folder / "chat_template.jinja").write_text("{{ messages[0].name.first }}")
-    assert "The chat template of the tokenizer refuses the prompt" in error(capsys, *argv)
+    assert "the chat template of the tokenizer refuses this chat" in error(capsys, *argv)
 
 
 def test_no_pictures_are_named_without_matplotlib(model, options, tmp_path, capsys, monkeypatch):

@@ -17,7 +17,7 @@ from transformers.trainer_utils import SchedulerType, sort_checkpoints
 
 from ..callback import MoICECallback
 from ..config import MoICEConfig
-from ..data import Collator, DataArguments, load_examples, plain_text, read_text
+from ..data import DataArguments, load_examples, make_collator, plain_text, read_text
 from ..hub import write_model_card
 from ..training import BalanceLossMixin, KeepCloseMixin
 from ..training.keep_close import check_enough_text, text_ids
@@ -31,20 +31,20 @@ logger = logging.getLogger(__name__)
 SUMMARY = "train routers, and nothing else, on chats, prompts with answers, text, or questions about your documents"
 
 _EPILOG = """formats (--data_format; auto tells them by their columns, and takes .txt and .md for text)
-  messages       {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}
-  sharegpt       {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}
-  prompt_answer  {"prompt": ..., "answer": ...}; "completion" or "response" in place of "answer"
-  alpaca         {"instruction": ..., "input": ..., "output": ...}
-  text           plain text, learned whole, in sequences of --max_length tokens
-  documents      plain text that retrieval questions are made of: "repeat the sentence that starts with ..."
-  Files are JSON lines, a JSON array (both also .gz) or parquet. OWNER/NAME[:SPLIT] is a data set of the Hub.
+  messages         {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}
+  sharegpt         {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}
+  prompt_answer    {"prompt": ..., "answer": ...}; "completion" or "response" in place of "answer"
+  question_answer  {"question": ..., "context": ..., "answers": ...}; context and answers may be lists
+  alpaca           {"instruction": ..., "input": ..., "output": ...}
+  text             plain text, learned whole, in sequences of --max_length tokens
+  documents        plain text that retrieval questions are made of: "repeat the sentence that starts with ..."
+  Files are JSON lines, a JSON array, CSV (all also .gz) or parquet. OWNER/NAME[:SPLIT] is a data set of the Hub.
 presets (--preset; any argument overrides them)
   retrieval      documents, 40 steps; five angles, start at the base model, rate 5e-2, KL to the base model of weight 2
   chats          the same routers on any chats, one epoch; the KL is taken on what users say in them
   paper          the released recipe for 7B models: 128 sequences a step, 7 steps, rate 1e-4; hardly moves small models
-Every argument of transformers' TrainingArguments is one: --max_steps, --num_train_epochs, --learning_rate, --bf16,
---per_device_train_batch_size, --gradient_accumulation_steps, --save_steps, --report_to, --push_to_hub, ...; --help_all
-lists them. --resume_from_checkpoint last goes on from the last checkpoint in --output_dir. Ctrl-C loses nothing.
+Every argument of transformers' TrainingArguments is one (--max_steps, --learning_rate, ...; --help_all lists them).
+--resume_from_checkpoint last goes on from the last checkpoint in --output_dir. Ctrl-C loses nothing.
 examples
   peft-moice train --preset chats --model HuggingFaceTB/SmolLM2-135M-Instruct --train_files chats.jsonl
   accelerate launch -m peft_moice train --preset paper --model meta-llama/Llama-2-7b-chat-hf --train_files my.jsonl"""
@@ -171,7 +171,7 @@ def run(args: TrainArguments) -> Outcome:
             args=training,
             train_dataset=train_examples,
             eval_dataset=eval_examples or None,
-            data_collator=Collator(tokenizer),
+            data_collator=make_collator(tokenizer, data.packing),
             processing_class=tokenizer,
         )
     except RuntimeError as error:
@@ -228,7 +228,7 @@ def ordinary_text(args: TrainArguments, tokenizer: Any) -> torch.Tensor | None:
     if args.ours.keep_weight == 0:
         return None
     files = args.ours.keep_files
-    text = plain_text(files) if files else plain_text(args.data.train_files, args.data.data_format)
+    text = plain_text(files) if files else plain_text(args.data.train_files, args.data.data_format, args.data.columns)
     ids = text_ids(text, tokenizer)
     try:
         check_enough_text(ids, args.ours.keep_weight, args.ours.keep_tokens)
