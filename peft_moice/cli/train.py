@@ -1,19 +1,34 @@
 """`peft-moice train`: routers on one's own data, with transformers' Trainer."""
 
 import argparse
+import errno
 import logging
-from collections.abc import Sequence
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft import get_peft_model
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SchedulerType, sort_checkpoints
+from transformers.utils import CONFIG_NAME
 
 from ..callback import MoICECallback
 from ..config import MoICEConfig
@@ -22,7 +37,8 @@ from ..hub import write_model_card
 from ..training import BalanceLossMixin, KeepCloseMixin
 from ..training.keep_close import check_enough_text, text_ids
 from .interrupts import StopOnSignal
-from .models import Dtype
+from .models import Dtype, check_folder, load_tokenizer
+from .pace import TellPace
 from .parsing import Outcome, Parser, UsageError, output_folder
 from .presets import PRESETS
 
@@ -79,6 +95,7 @@ class Arguments:
     )
     dtype: Dtype = field(default="auto", metadata={"help": "Of the base model: auto, float32, bfloat16, float16."})
     attn_implementation: str | None = field(default=None, metadata={"help": "Of the base model. Default: its own."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace the adapter and checkpoints in --output_dir."})
 
 
 @dataclass
@@ -113,7 +130,15 @@ def parse(argv: Sequence[str]) -> TrainArguments:
     if "--help_all" in argv:
         parser.print_help()
         raise SystemExit(0)
-    ours, data, trainer = parser.parse(argv)
+    try:
+        ours, data, trainer = parser.parse(argv)
+    except ValueError as error:
+        if known.preset != "paper" or "bf16" not in str(error):
+            raise
+        raise UsageError(
+            "--preset paper computes in bfloat16 on an accelerator, and there is none. --use_cpu runs it on the CPU, "
+            "where a step of 128 long sequences is slow; --preset retrieval and --preset chats are for small models."
+        ) from None
     if ours.sequences_per_step is not None:
         per_pass = trainer.train_batch_size * trainer.world_size
         if trainer.gradient_accumulation_steps != 1 or ours.sequences_per_step % per_pass:
@@ -138,7 +163,9 @@ def run(args: TrainArguments) -> Outcome:
         )
     set_seed(training.seed)
     config = make_config(ours)
-    tokenizer = AutoTokenizer.from_pretrained(ours.model)
+    check_folder(ours.model, "--model", CONFIG_NAME, ADAPTER_CONFIG_NAME)
+    checkpoint = checkpoint_of(args)
+    tokenizer = load_tokenizer(ours.model)
     if data.chat_template is not None:
         tokenizer.chat_template = read_text(data.chat_template)
     # Whatever is wrong with the data shows before a large model is loaded.
@@ -146,10 +173,7 @@ def run(args: TrainArguments) -> Outcome:
     train_examples = load_examples(data.train_files, tokenizer, data, training.seed, quiet)
     eval_examples = load_examples(data.eval_files, tokenizer, data, training.seed + 1, quiet)
     keep_ids = ordinary_text(args, tokenizer)
-    output_folder(str(training.output_dir))
-    checkpoint = training.resume_from_checkpoint
-    if checkpoint == "last":
-        checkpoint = last_checkpoint(str(training.output_dir))
+    folder = output_folder(str(training.output_dir))
     model = AutoModelForCausalLM.from_pretrained(
         ours.model, dtype=ours.dtype, attn_implementation=ours.attn_implementation
     )
@@ -159,7 +183,7 @@ def run(args: TrainArguments) -> Outcome:
             f"({model.name_or_path}); merge LoRA into it first. --resume_from_checkpoint goes on with a training."
         )
     adapted = get_peft_model(model, config)
-    if checkpoint is not None and Path(checkpoint, CONFIG_NAME).is_file():
+    if checkpoint is not None and Path(checkpoint, ADAPTER_CONFIG_NAME).is_file():
         check_same_routers(checkpoint, config)
     try:
         trainer = RouterTrainer(
@@ -178,7 +202,33 @@ def run(args: TrainArguments) -> Outcome:
         if "to be installed" not in str(error):
             raise
         raise UsageError(f"--report_to {' '.join(training.report_to or [])}: {error}") from error
+    if checkpoint is None and training.process_index == 0:
+        for obsolete in sort_checkpoints(str(folder)):
+            shutil.rmtree(obsolete)
     return train(trainer, checkpoint)
+
+
+def checkpoint_of(args: TrainArguments) -> str | None:
+    """Where to resume from; None to train from the start.
+
+    Raises:
+        UsageError: there is no checkpoint, or a new training would mix with what another has left.
+    """
+    folder, checkpoint = str(args.trainer.output_dir), args.trainer.resume_from_checkpoint
+    if checkpoint == "last":
+        checkpoint = last_checkpoint(folder)
+        if checkpoint is None:
+            raise UsageError(
+                f"--resume_from_checkpoint last: there is no checkpoint in {folder}. Leave it out to train anew."
+            )
+    if checkpoint is None and not args.ours.overwrite:
+        left = [Path(folder, ADAPTER_CONFIG_NAME), *map(Path, sort_checkpoints(folder))]
+        if found := [path.name for path in left if path.exists()]:
+            raise UsageError(
+                f"--output_dir {folder} holds {', '.join(found)} of another training. Name another folder; "
+                "--resume_from_checkpoint last goes on from its last checkpoint; --overwrite replaces all of them."
+            )
+    return checkpoint
 
 
 def last_checkpoint(folder: str) -> str | None:
@@ -242,26 +292,69 @@ def train(trainer: "RouterTrainer", checkpoint: str | None) -> Outcome:
     stop = StopOnSignal(trainer)
     trainer.add_callback(MoICECallback(trainer))
     trainer.add_callback(stop)
+    trainer.add_callback(RaiseIfDone())
+    rows: Any = trainer.train_dataset
+    trainer.add_callback(TellPace(sum(map(len, rows)), sum(len(part["input_ids"]) for row in rows for part in row)))
     interrupted = False
-    with stop.listening():
-        try:
-            trainer.train(resume_from_checkpoint=checkpoint)
-        except KeyboardInterrupt:
-            interrupted = True
-    interrupted = interrupted or stop.stopped
-    if trainer.eval_dataset is not None and not interrupted:
-        adapted: Any = trainer.model
-        with adapted.disable_adapter():
-            base = trainer.evaluate(metric_key_prefix="eval_base")["eval_base_loss"]
-        trainer.losses = [{"model": "base", "loss": base}, {"model": "MoICE", "loss": trainer.evaluate()["eval_loss"]}]
-    trainer.save_model()
-    trainer.create_model_card()
-    if not trainer.is_world_process_zero():
-        return Outcome("", None, interrupted)
+    with telling_of_a_full_disk(trainer):
+        with stop.listening():
+            try:
+                trainer.train(resume_from_checkpoint=checkpoint)
+            except KeyboardInterrupt:
+                interrupted = True
+            except NothingToDo:
+                return _outcome(trainer, interrupted=False, is_done_before=True)
+        interrupted = interrupted or stop.stopped
+        if trainer.eval_dataset is not None and not interrupted:
+            adapted: Any = trainer.model
+            with adapted.disable_adapter():
+                base = trainer.evaluate(metric_key_prefix="eval_base")["eval_base_loss"]
+            moice = trainer.evaluate()["eval_loss"]
+            trainer.losses = [{"model": "base", "loss": base}, {"model": "MoICE", "loss": moice}]
+        trainer.save_model()
+        trainer.create_model_card()
     return _outcome(trainer, interrupted)
 
 
-def _outcome(trainer: "RouterTrainer", interrupted: bool) -> Outcome:
+@contextmanager
+def telling_of_a_full_disk(trainer: Trainer) -> Iterator[None]:
+    """Raise a UsageError for what Python, PyTorch and safetensors raise where a file cannot be written whole."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if not is_full and not re.search(
+            r"unexpected pos|iostream error|PytorchStreamWriter|os error (28|122|27)\b", str(error)
+        ):
+            raise
+        for callback in trainer.callback_handler.callbacks:
+            if getattr(callback, "training_bar", None) is not None:
+                callback.training_bar.close()
+        folder = str(trainer.args.output_dir)
+        whole = last_checkpoint(folder)
+        raise UsageError(
+            f"the disk of {folder} is full, or a quota used up ({error}). Make room, then "
+            + (f"--resume_from_checkpoint last goes on from {whole}." if whole else "train again with --overwrite.")
+        ) from error
+
+
+class NothingToDo(Exception):
+    """A training that is resumed has done all of its steps."""
+
+
+class RaiseIfDone(TrainerCallback):
+    """Raises NothingToDo, because Trainer would do one step more."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step >= state.max_steps:
+            raise NothingToDo
+
+
+def _outcome(trainer: "RouterTrainer", interrupted: bool, is_done_before: bool = False) -> Outcome:
+    if not trainer.is_world_process_zero():
+        return Outcome("", None, interrupted)
     folder, step = trainer.args.output_dir, trainer.state.global_step
     file = Path(str(folder), SAFETENSORS_WEIGHTS_NAME)
     if file.is_file() and not all(weight.isfinite().all() for weight in load_file(file).values()):
@@ -283,6 +376,10 @@ def _outcome(trainer: "RouterTrainer", interrupted: bool) -> Outcome:
     if trainer.losses:
         lines.append(
             "Loss on --eval_files: " + ", ".join(f"{row['model']} {row['loss']:.4g}" for row in trainer.losses)
+        )
+    if is_done_before:
+        lines.append(
+            "There was nothing to do: all steps were done before. More --max_steps or --num_train_epochs go on."
         )
     if interrupted:
         lines.append("Interrupted: the same command with --resume_from_checkpoint last goes on.")
