@@ -24,9 +24,9 @@ from tqdm.auto import tqdm
 from peft_moice.attention import mixed_attention
 from peft_moice.attention.call import Attend, AttentionCall
 from peft_moice.attention.operator import IMPLEMENTATIONS, choose
-from peft_moice.config import RELEASED_MULTIPLIERS
 from peft_moice.rope import RotaryLayout, RotationTable
-from peft_moice.router import select_experts
+from peft_moice.routing.router import select_experts
+from peft_moice.tuner.config import RELEASED_MULTIPLIERS
 
 HEADS, KV_HEADS, HEAD_DIM, ROPE_THETA = 9, 3, 64, 100000.0
 TOP_KS = (7, 2, 1)

@@ -15,7 +15,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainerCallback, TrainingArguments
 
 from peft_moice import MoICEConfig
-from peft_moice.callback import MoICECallback
+from peft_moice.training.callback import MoICECallback
 
 SHAPE = {
     "vocab_size": 49152,

@@ -37,10 +37,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from peft_moice import MoICEConfig
 from peft_moice.attention import mixed_attention
 from peft_moice.attention.certification import certify
-from peft_moice.config import RELEASED_MULTIPLIERS
 from peft_moice.evaluation.reader import cache_keyword
 from peft_moice.rope import RotaryLayout, RotationTable
-from peft_moice.router import select_experts
+from peft_moice.routing.router import select_experts
+from peft_moice.tuner.config import RELEASED_MULTIPLIERS
 
 SHAPES = {"Llama-2-7B": (32, 32, 10000.0), "Llama-3-8B": (32, 8, 500000.0)}
 """Query heads, key-value heads, rope_theta; all heads have 128 dimensions."""

@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from peft_moice import MoICEConfig
 from peft_moice.attention.native import kernel
 from peft_moice.evaluation.reader import cache_keyword
-from peft_moice.router import MoICERouter
+from peft_moice.routing.router import MoICERouter
 
 LAYERS, PROMPT, STEPS = 10, 32, 300
 TOP_KS = (7, 2, 1)

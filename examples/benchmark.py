@@ -37,8 +37,8 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, HfArgumentParser
 
 from peft_moice import MoICEConfig
-from peft_moice.config import RELEASED_MULTIPLIERS
 from peft_moice.evaluation.reader import cache_keyword
+from peft_moice.tuner.config import RELEASED_MULTIPLIERS
 
 BASE, COPIES, BUCKETS = "base", "N copies", "Buckets"
 NUM_EXPERTS = len(RELEASED_MULTIPLIERS)

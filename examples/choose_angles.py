@@ -13,8 +13,8 @@ import torch
 from loading import load_model
 from transformers import HfArgumentParser
 
-from peft_moice.angles import score_angles
 from peft_moice.evaluation import encode_chat, sample_facts
+from peft_moice.evaluation.angles import score_angles
 
 
 @dataclass

@@ -15,8 +15,8 @@ from loading import load_model
 from peft import PeftModel
 from transformers import HfArgumentParser
 
-from peft_moice.data import read_text
 from peft_moice.evaluation import Facts, Needles, evaluate
+from peft_moice.training.data import read_text
 
 
 @dataclass

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup, set_seed
 
 from peft_moice import MoICEConfig
-from peft_moice.pretraining import add_routers
+from peft_moice.tuner.pretraining import add_routers
 
 
 @dataclass

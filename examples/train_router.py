@@ -1,7 +1,8 @@
 """Train MoICE routers on your own chats, with transformers' Trainer: a script to start your own from.
 
 The calls behind `peft-moice train --preset chats`, which has more formats, presets and options. Data are chats as JSON
-lines, `{"messages": [{"role": "user", "content": ...}, ...]}`, or in another format that `peft_moice.data` knows.
+lines, `{"messages": [{"role": "user", "content": ...}, ...]}`, or in another format that
+`peft_moice.training.data` knows.
 
     python examples/train_router.py --model HuggingFaceTB/SmolLM2-135M-Instruct --train_files examples/data/facts.jsonl
     accelerate launch --num_processes 8 examples/train_router.py --model ... --train_files ...
@@ -14,8 +15,8 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from peft_moice import BalanceLossMixin, KeepCloseMixin, MoICEConfig, write_model_card
-from peft_moice.callback import MoICECallback
-from peft_moice.data import DataArguments, load_examples, make_collator, plain_text, read_text
+from peft_moice.training.callback import MoICECallback
+from peft_moice.training.data import DataArguments, load_examples, make_collator, plain_text, read_text
 
 
 @dataclass

@@ -7,22 +7,25 @@ is imported when it is asked for.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .config import MoICEConfig
-from .hub import push_to_hub, write_model_card
-from .layer import MoICELayer
-from .model import MoICEModel
-from .official import load_official_checkpoint
-from .registration import register
-from .self_check import check
-from .stacking import unwrapped
+from .hub.push import push_to_hub, write_model_card
+from .moved import find_moved_modules
 from .training import BalanceLossMixin, KeepCloseMixin, collect_balance_loss
-from .versions import warn_of_untested_versions
+from .tuner.check import check
+from .tuner.config import MoICEConfig
+from .tuner.layer import MoICELayer
+from .tuner.model import MoICEModel
+from .tuner.official import load_official_checkpoint
+from .tuner.registration import register
+from .tuner.stacking import unwrapped
+from .tuner.versions import warn_of_untested_versions
 
 if TYPE_CHECKING:
-    from . import angles, evaluation, plotting, pretraining
-    from .callback import MoICECallback
-    from .explaining import Explanation, explain
-    from .pretraining import add_routers
+    from . import evaluation
+    from .evaluation import angles, plotting
+    from .evaluation.explaining import Explanation, explain
+    from .training.callback import MoICECallback
+    from .tuner import pretraining
+    from .tuner.pretraining import add_routers
 
 __version__ = "0.2.0"
 
@@ -49,26 +52,25 @@ __all__ = [
     "write_model_card",
 ]
 
-_MODULE_OF = {
-    "Explanation": "explaining",
-    "MoICECallback": "callback",
-    "add_routers": "pretraining",
-    "angles": None,
-    "evaluation": None,
-    "explain": "explaining",
-    "plotting": None,
-    "pretraining": None,
+_LATE = {
+    "Explanation": "evaluation.explaining:Explanation",
+    "MoICECallback": "training.callback:MoICECallback",
+    "add_routers": "tuner.pretraining:add_routers",
+    "angles": "evaluation.angles",
+    "evaluation": "evaluation",
+    "explain": "evaluation.explaining:explain",
+    "plotting": "evaluation.plotting",
+    "pretraining": "tuner.pretraining",
 }
-"""Where lazy names are; None for those that are modules themselves."""
+"""Where names are that are imported when they are asked for: a module, or a name in one."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
+    if name not in _LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = _MODULE_OF[name]
-    value = importlib.import_module(f".{name if module is None else module}", __name__)
-    if module is not None:
-        value = getattr(value, name)
+    module, _, attribute = _LATE[name].partition(":")
+    value: Any = importlib.import_module(f".{module}", __name__)
+    value = getattr(value, attribute) if attribute else value
     globals()[name] = value
     return value
 
@@ -77,5 +79,6 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+find_moved_modules()
 warn_of_untested_versions()
 register()

@@ -14,7 +14,7 @@ from test_trainer import SGD, BalancedTrainer, adapted, arguments_of, cross_entr
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 from transformers import Trainer, TrainingArguments
 
-from peft_moice.callback import MoICECallback
+from peft_moice.training.callback import MoICECallback
 
 
 def let_accelerate_shard_on_cpu(arguments: TrainingArguments) -> None:

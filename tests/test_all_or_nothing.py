@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import assert_logits, decide, layers_of, load, logits_of, router_state, token_ids, wide_config
 
 from peft_moice import MoICEConfig, MoICELayer, load_official_checkpoint
-from peft_moice.rollback import restored_on_error
+from peft_moice.tuner.rollback import restored_on_error
 
 
 def state_of(model: torch.nn.Module) -> dict:

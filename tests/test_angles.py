@@ -6,7 +6,7 @@ from peft import get_peft_model
 from tiny_models import load, logits_of, save_tiny_model, token_ids
 
 from peft_moice import MoICEConfig
-from peft_moice.angles import (
+from peft_moice.evaluation.angles import (
     AngleScores,
     OwnAngle,
     attention_waveform,
@@ -15,7 +15,7 @@ from peft_moice.angles import (
     score_angles,
     search_angles,
 )
-from peft_moice.config import RELEASED_MULTIPLIERS
+from peft_moice.tuner.config import RELEASED_MULTIPLIERS
 
 
 def test_waveform_is_the_mean_of_partial_sums():

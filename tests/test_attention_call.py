@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from peft_moice.attention import IMPLEMENTATIONS, mixed_attention
 from peft_moice.attention.call import AttentionCall
-from peft_moice.router import select_experts
+from peft_moice.routing.router import select_experts
 
 BATCH, HEADS, KV_HEADS, QUERIES, KEYS, HEAD_DIM = 2, 4, 2, 5, 9, 8
 

@@ -16,8 +16,8 @@ from tiny_models import adapted_model, load, logits_of, save_tiny_model, wide_co
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_moice
-from peft_moice.angles import search_angles
 from peft_moice.cli.main import COMMANDS, main
+from peft_moice.evaluation.angles import search_angles
 
 ROOT = Path(__file__).parents[1]
 

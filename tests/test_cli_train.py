@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 from peft_moice.cli import train
 from peft_moice.cli.main import main
 from peft_moice.cli.pace import in_words
-from peft_moice.config import RELEASED_MULTIPLIERS
+from peft_moice.tuner.config import RELEASED_MULTIPLIERS
 
 ROOT = Path(__file__).parents[1]
 FORMATS = ("messages", "sharegpt", "prompt_answer", "alpaca", "text", "documents")

@@ -17,8 +17,8 @@ from tiny_models import (
 )
 
 from peft_moice import MoICEConfig
-from peft_moice.combining import combined_config
-from peft_moice.mixture import LayerMixture
+from peft_moice.routing.mixture import LayerMixture
+from peft_moice.tuner.combining import combined_config
 
 
 class TestAddWeightedAdapter:

@@ -6,7 +6,7 @@ import pytest
 from peft import PeftConfig
 
 from peft_moice import MoICEConfig
-from peft_moice.config import RELEASED_MULTIPLIERS
+from peft_moice.tuner.config import RELEASED_MULTIPLIERS
 
 
 def test_defaults_are_the_official_release():

@@ -12,7 +12,7 @@ from tiny_data import TEMPLATE, records, words, write_data
 from tiny_models import load, save_tiny_model, wide_config
 from transformers import AutoTokenizer, ByT5Tokenizer
 
-from peft_moice.data import (
+from peft_moice.training.data import (
     DataArguments,
     document_chats,
     encode_chat,
@@ -23,8 +23,8 @@ from peft_moice.data import (
     read_source,
     read_text,
 )
-from peft_moice.data.chats import read_chats
-from peft_moice.pretraining import add_routers
+from peft_moice.training.data.chats import read_chats
+from peft_moice.tuner.pretraining import add_routers
 
 
 @pytest.fixture(scope="module")

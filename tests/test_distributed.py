@@ -13,7 +13,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 from test_trainer import SGD, adapted, padded, rows, trainer_of
 
-from peft_moice.callback import MoICECallback
+from peft_moice.training.callback import MoICECallback
 
 TESTS = Path(__file__).parent
 CONFIGS = TESTS.parent / "examples" / "accelerate"

@@ -14,10 +14,10 @@ from tiny_models import decide, load, save_tiny_model, token_ids, wide_config
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from peft_moice import MoICEConfig
-from peft_moice.built_in import BuiltInRouters
-from peft_moice.data import DataArguments
 from peft_moice.evaluation import Result, sample_facts
-from peft_moice.pretraining import add_routers
+from peft_moice.standalone.built_in import BuiltInRouters
+from peft_moice.training.data import DataArguments
+from peft_moice.tuner.pretraining import add_routers
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))

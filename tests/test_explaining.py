@@ -94,8 +94,9 @@ def test_every_name_is_there_and_the_dear_ones_come_late():
     with pytest.raises(AttributeError, match="nonsense"):
         peft_moice.nonsense  # noqa: B018
     code = (
-        "import sys, peft_moice; late = {'matplotlib', 'peft_moice.evaluation', 'peft_moice.plotting', "
-        "'peft_moice.callback', 'peft_moice.angles'}; assert not late & set(sys.modules), late & set(sys.modules); "
+        "import sys, peft_moice; late = {'matplotlib', 'peft_moice.evaluation', 'peft_moice.evaluation.plotting', "
+        "'peft_moice.training.callback', 'peft_moice.evaluation.angles'}; "
+        "assert not late & set(sys.modules), late & set(sys.modules); "
         "from peft_moice import MoICECallback, angles, evaluation, plotting; assert late - {'matplotlib'} <= "
         "set(sys.modules); assert 'matplotlib' not in sys.modules"
     )

@@ -15,7 +15,7 @@ from tiny_models import layers_of, load, logits_of, save_tiny_model, wide_config
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from peft_moice import MoICEConfig
-from peft_moice.config import MAX_EXPERTS, RouterSpec
+from peft_moice.routing.spec import MAX_EXPERTS, RouterSpec
 
 ROUTER = "base_model.model.model.layers.0.self_attn.moice_router"
 

@@ -9,8 +9,8 @@ from tiny_models import VOCABULARY, decide, load, token_ids, wide_config
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from peft_moice import BalanceLossMixin, KeepCloseMixin
-from peft_moice.callback import MoICECallback
 from peft_moice.training import divergence_from_base
+from peft_moice.training.callback import MoICECallback
 
 WEIGHT = 3.0
 TOKENS = 32

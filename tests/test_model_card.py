@@ -13,9 +13,9 @@ from tiny_models import adapted_model, load, save_tiny_model, two_adapters
 from transformers import Trainer, TrainingArguments
 
 from peft_moice import MoICECallback, MoICEConfig
-from peft_moice.config import RouterSpec
-from peft_moice.hub import add_to_card
-from peft_moice.model_card import adapter_part, merged_part, plain, put_card, python_string, table, values_table
+from peft_moice.hub.card import adapter_part, merged_part, plain, put_card, python_string, table, values_table
+from peft_moice.hub.push import add_to_card
+from peft_moice.routing.spec import RouterSpec
 
 SPEC = RouterSpec([1e4, 2e4], 1, 2, "layer", "silu")
 NASTY = [
@@ -115,7 +115,7 @@ def test_another_adapter_replaces_the_part_and_nothing_else(tmp_path):
 
 def test_a_card_that_cannot_be_read_stays(tmp_path, caplog):
     (tmp_path / "README.md").write_text("---\n: [\n---\nMine.\n")
-    with caplog.at_level("WARNING", logger="peft_moice.model_card"):
+    with caplog.at_level("WARNING", logger="peft_moice.hub.card"):
         put_card(tmp_path, part())
     assert (tmp_path / "README.md").read_text() == "---\n: [\n---\nMine.\n"
     assert "stays as it is" in caplog.text

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from peft_moice.attention import IMPLEMENTATIONS, mixed_attention
 from peft_moice.rope import RotaryLayout, RotationTable, rotate
-from peft_moice.router import select_experts
+from peft_moice.routing.router import select_experts
 
 LAYOUTS = {
     "half": RotaryLayout(0, 8, False),

@@ -3,9 +3,9 @@ import sys
 import pytest
 import torch
 
-from peft_moice.angles import attention_waveform
 from peft_moice.evaluation import PositionLosses, wilson_interval
-from peft_moice.plotting import (
+from peft_moice.evaluation.angles import attention_waveform
+from peft_moice.evaluation.plotting import (
     plot_expert_load,
     plot_gates,
     plot_heat_map,

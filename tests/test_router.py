@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from peft_moice.config import RouterSpec
-from peft_moice.router import MoICERouter, balance_loss, select_experts
+from peft_moice.routing.router import MoICERouter, balance_loss, select_experts
+from peft_moice.routing.spec import RouterSpec
 
 
 def make_router(scope: str = "layer", identity: bool = False) -> MoICERouter:

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 
 import peft_moice
 from peft_moice import MoICEConfig
-from peft_moice.mixture import MixesAngles
+from peft_moice.routing.mixture import MixesAngles
 
 
 def adapted(family: str = "llama"):

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from tiny_models import adapted_model, load, logits_of, save_tiny_model, token_ids, wide_config
 from transformers import AutoConfig, AutoTokenizer, Gemma3Config
 
-from peft_moice.serving.folder import check_merged, refuse_adapter
-from peft_moice.serving.options import chosen_cache
-from peft_moice.serving.refusals import refuse_other_classes, refuse_unserved
-from peft_moice.serving.transformers_server import add_model_class, main
+from peft_moice.standalone.transformers_server import add_model_class, main
+from peft_moice.standalone.vllm.folder import check_merged, refuse_adapter
+from peft_moice.standalone.vllm.options import chosen_cache
+from peft_moice.standalone.vllm.refusals import refuse_other_classes, refuse_unserved
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def description(folder: Path) -> dict:
 
 
 def test_importing_the_package_imports_no_server():
-    code = "import sys, peft_moice, peft_moice.serving.plugin; sys.exit('vllm' in sys.modules)"
+    code = "import sys, peft_moice, peft_moice.standalone.vllm.plugin; sys.exit('vllm' in sys.modules)"
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 

@@ -8,8 +8,8 @@ from transformers import AutoModelForSeq2SeqLM, T5GemmaConfig
 from transformers.models.t5gemma.configuration_t5gemma import T5GemmaModuleConfig
 
 from peft_moice import MoICEConfig, MoICEModel
-from peft_moice.mixture import LayerMixture
-from peft_moice.router import select_experts
+from peft_moice.routing.mixture import LayerMixture
+from peft_moice.routing.router import select_experts
 
 
 def test_set_and_delete_adapter(llama):

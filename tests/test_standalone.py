@@ -28,8 +28,8 @@ from transformers import (
 )
 
 from peft_moice import MoICEConfig
-from peft_moice.pretraining import add_routers
-from peft_moice.standalone import install_described
+from peft_moice.standalone.models import install_described
+from peft_moice.tuner.pretraining import add_routers
 
 FAMILIES = {
     "gemma2": (Gemma2Config, {"sliding_window": 6, "attn_implementation": "eager"}),

@@ -22,8 +22,8 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 from transformers.trainer_pt_utils import LabelSmoother
 
 from peft_moice import BalanceLossMixin
-from peft_moice.callback import MoICECallback
-from peft_moice.router import balance_loss
+from peft_moice.routing.router import balance_loss
+from peft_moice.training.callback import MoICECallback
 from peft_moice.training.hooks import hooks_of
 
 SGD = {"optim": "sgd", "learning_rate": 10.0, "max_grad_norm": 0.0}

@@ -27,8 +27,8 @@ from versions import needs_adapter_verbs_of_transformers
 
 from peft_moice import MoICEModel, collect_balance_loss
 from peft_moice.attention import IMPLEMENTATIONS
-from peft_moice.mixture import LayerMixture
-from peft_moice.router import balance_loss, select_experts
+from peft_moice.routing.mixture import LayerMixture
+from peft_moice.routing.router import balance_loss, select_experts
 from peft_moice.training import add_balance_loss
 
 COEF = 0.5
@@ -616,7 +616,7 @@ def test_router_logits_of_a_mixture_of_experts_model_are_left_alone():
 
 
 def test_all_experts_kept_is_said_in_the_log(llama, caplog):
-    with caplog.at_level("INFO", logger="peft_moice.model"):
+    with caplog.at_level("INFO", logger="peft_moice.tuner.model"):
         get_peft_model(load(llama), wide_config(top_k=None))
     assert "the balance loss is a constant without gradient" in caplog.text
 

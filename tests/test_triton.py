@@ -17,7 +17,7 @@ from tiny_models import decide, load, logits_of, save_tiny_model, token_ids, wid
 
 from peft_moice.attention import mixed_attention
 from peft_moice.rope import RotaryLayout, RotationTable
-from peft_moice.router import select_experts
+from peft_moice.routing.router import select_experts
 
 CUDA = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

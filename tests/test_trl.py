@@ -11,7 +11,7 @@ from tiny_models import VOCABULARY, decide, load, router_state, save_tiny_model,
 from transformers import AutoTokenizer
 
 from peft_moice import BalanceLossMixin, MoICEConfig
-from peft_moice.router import balance_loss
+from peft_moice.routing.router import balance_loss
 
 pytest.importorskip("trl")
 

@@ -10,7 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from peft_moice.versions import untested, warn_of_untested_versions
+from peft_moice.tuner.versions import untested, warn_of_untested_versions
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("torch", "transformers", "peft")

@@ -15,8 +15,8 @@ from per_head import HeadGeometry, ms_poe, per_head, single_base
 from torch import nn
 
 from peft_moice import MoICEConfig, MoICELayer
-from peft_moice.config import RELEASED_MULTIPLIERS
 from peft_moice.rope import RotationTable
+from peft_moice.tuner.config import RELEASED_MULTIPLIERS
 
 ANGLES = [(1.0, 1.0), (0.25, 1.0), (0.5, 1.0), (2.0, 1.0), (4.0, 1.0)]
 """Experts of today's demo: base angles as multiples of the model's own, each with temperature 1."""

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from ..angles import OwnAngle, own_angles, score_angles, search_angles
-from ..config import RELEASED_MULTIPLIERS
 from ..evaluation import encode_chat, sample_facts
-from ..plotting import plot_waveforms
+from ..evaluation.angles import OwnAngle, own_angles, score_angles, search_angles
+from ..evaluation.plotting import plot_waveforms
+from ..tuner.config import RELEASED_MULTIPLIERS
 from .models import Dtype, load_model, load_tokenizer
 from .parsing import Outcome, Parser, UsageError, output_folder
 

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from ..summary import describe_saved
+from ..tuner.saved import describe_saved
 from .parsing import Outcome, Parser
 
 SUMMARY = "angles, K, layers, sizes, versions and card of an adapter or a merged model"

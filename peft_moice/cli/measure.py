@@ -10,7 +10,6 @@ from typing import Any
 
 from peft import PeftModel
 
-from ..data import read_text
 from ..evaluation import (
     POSITIONS,
     Facts,
@@ -24,8 +23,9 @@ from ..evaluation import (
     losses_by_position,
 )
 from ..evaluation.needles import Kind
+from ..evaluation.plotting import plot_losses
 from ..evaluation.trial import try_task
-from ..plotting import plot_losses
+from ..training.data import read_text
 from .models import Dtype, base_of, load_model, load_tokenizer
 from .parsing import Outcome, Parser, UsageError, output_folder
 from .tables import score_table, verdict

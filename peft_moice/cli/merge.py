@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from ..config import PEFT_TYPE_NAME
-from ..self_check import check
+from ..routing.spec import PEFT_TYPE_NAME
+from ..tuner.check import check
 from .models import Dtype, base_of, load_model, load_tokenizer
 from .parsing import Outcome, Parser, UsageError
 

@@ -30,12 +30,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SchedulerType, sort_checkpoints
 from transformers.utils import CONFIG_NAME
 
-from ..callback import MoICECallback
-from ..config import MoICEConfig
-from ..data import DataArguments, load_examples, make_collator, plain_text, read_text
-from ..hub import write_model_card
+from ..hub.push import write_model_card
 from ..training import BalanceLossMixin, KeepCloseMixin
+from ..training.callback import MoICECallback
+from ..training.data import DataArguments, load_examples, make_collator, plain_text, read_text
 from ..training.keep_close import check_enough_text, text_ids
+from ..tuner.config import MoICEConfig
 from .interrupts import StopOnSignal
 from .models import Dtype, check_folder, load_tokenizer
 from .pace import TellPace

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ..data.sequences import encode_marked, render_chat
+from ..training.data.sequences import encode_marked, render_chat
 from .task import Example
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..data.sequences import check_fast, encode_marked, render_chat
+from ..training.data.sequences import check_fast, encode_marked, render_chat
 from .task import Example, Scoring, place
 
 NAMES = """

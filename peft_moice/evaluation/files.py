@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ..data.sources import Source, read_records
+from ..training.data.sources import Source, read_records
 
 
 def read_json_lines(file: str | Path, needed: tuple[str, ...]) -> list[dict[str, Any]]:

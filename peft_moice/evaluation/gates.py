@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from ..mixture import MixesAngles, RouterRecord
-from ..mode import evaluating
+from ..probing.evaluating import evaluating
+from ..routing.mixture import MixesAngles, RouterRecord
 
 
 def gates_along(model: Any, input_ids: torch.Tensor, adapter_name: str = "default") -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..mode import evaluating
+from ..probing.evaluating import evaluating
 
 _PART = 512
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from ..plotting import plot_heat_map, plot_positions
 from .intervals import bootstrap_interval, wilson_interval
+from .plotting import plot_heat_map, plot_positions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

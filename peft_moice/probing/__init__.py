@@ -2,7 +2,7 @@
 
 from .probe import LayerPlan, LayerProbe
 from .running import UnsupportedLayerError
-from .targets import attention_module_names, explain_no_targets, explain_target, is_target
+from .targets import attention_module_names, explain_no_targets, explain_target
 
 __all__ = [
     "LayerPlan",
@@ -11,5 +11,4 @@ __all__ = [
     "attention_module_names",
     "explain_no_targets",
     "explain_target",
-    "is_target",
 ]

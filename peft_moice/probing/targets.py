@@ -1,14 +1,10 @@
-"""Which modules of a model MoICE adapts, and what to tell users whose choice cannot be adapted."""
+"""Which modules of a model are attention modules, and what to tell users whose choice cannot be adapted."""
 
-import copy
-import re
 from typing import Any
 
-from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from ..attention.interface import uses_attention_interface
-from ..config import MoICEConfig
 
 
 def attention_module_names(model: nn.Module) -> list[str]:
@@ -28,20 +24,6 @@ def decoder_of(model: nn.Module) -> nn.Module:
     decoder: nn.Module = model if get_decoder is None else get_decoder()
     # Where a model calls something else its decoder (ModernBERT: the head), all of it is searched.
     return decoder if any(map(uses_attention_interface, decoder.modules())) else model
-
-
-def is_target(config: MoICEConfig, name: str) -> bool | re.Match[str] | None:
-    """As PEFT's `check_target_module_exists`, but `layers_to_transform` holds for every target.
-
-    PEFT takes targets that are written out in full whatever layer they lie in, and finds no index in names that begin
-    with the list of layers, as those of a model without a head do.
-    """
-    found = check_target_module_exists(config, name)
-    if found and config.layers_to_transform is not None:
-        without_exclusions = copy.copy(config)
-        without_exclusions.exclude_modules = None
-        return check_target_module_exists(without_exclusions, f"model.{name}")
-    return found
 
 
 def explain_target(model: nn.Module, name: str) -> str:

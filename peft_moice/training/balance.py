@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from ..config import RouterSpec
-from ..mixture import MixesAngles, RouterRecord
-from ..router import balance_losses
+from ..routing.mixture import MixesAngles, RouterRecord
+from ..routing.router import balance_losses
+from ..routing.spec import RouterSpec
 from .reentrant import graph_or_leaf, send_late_gradients
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..mixture import MixesAngles
+from ..routing.mixture import MixesAngles
 from .balance import PassRecords, mixing_layers
 from .outputs import add_entry, add_to_loss, warn_if_left_out
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..hub import add_to_card
+from ..hub.push import add_to_card
 from .balance import PassRecords
 from .hooks import hooks_of
 from .loss_parts import LossPartsMixin

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..mixture import MixesAngles, RouterRecord
+from ..routing.mixture import MixesAngles, RouterRecord
 
 
 def graph_or_leaf(logits: torch.Tensor) -> torch.Tensor:

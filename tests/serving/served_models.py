@@ -11,7 +11,7 @@ from peft import get_peft_model
 from tiny_models import VOCABULARY, decide, load, save_tiny_model, wide_config
 from transformers import AutoTokenizer
 
-from peft_moice.mixture import RouterRecord
+from peft_moice.routing.mixture import RouterRecord
 
 ROOT = Path(__file__).parents[2]
 LOG_PROBABILITY_BOUND = 5e-4

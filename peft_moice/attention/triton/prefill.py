@@ -17,16 +17,7 @@ import triton.language as tl
 
 from .picks import Picks
 from .problem import Blocks, Problem, choose_blocks
-from .tiles import (
-    LOWEST,
-    add_rows,
-    first_position,
-    load_rest,
-    load_rotated,
-    load_rows,
-    masked,
-    product,
-)
+from .tiles import LOWEST, add_rows, first_position, load_rest, load_rotated, load_rows, masked, product
 
 
 def prefill(problem: Problem, picks: Picks, keep: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,0 +1,113 @@
+"""Which base angles the routers choose for the tokens of a text, as numbers and as a picture."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..routing.mixture import LayerMixture, MixesAngles, RouterRecord
+from ..standalone.built_in import ROUTERS_NAME
+from .gates import records_along
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What the routers of a model decided along a text.
+
+    Attributes:
+        tokens: the S tokens, as text.
+        gates: `[S, L, H, N]` in float32, the share of each of N base angles in each of H heads of the L layers with
+            routers. They sum to one over N, and lie in 0 to 1 unless an identity scale does not.
+        rope_bases: the N base angles of each of these layers; the model's own is the first, except in a mixture of
+            several adapters, where they ascend.
+        layers: names of these layers' attention modules.
+    """
+
+    tokens: list[str]
+    gates: torch.Tensor
+    rope_bases: list[tuple[float, ...]]
+    layers: list[str]
+
+    def plot(self, layer: int | None = None, head: int | None = None) -> "Figure":
+        """Draw how the base angles share the gates along the text.
+
+        Args:
+            layer: which of the layers, counted from 0 over those with routers. Default: their mean.
+            head: which head. Default: the mean over heads.
+
+        Raises:
+            ImportError: matplotlib is not installed; it comes with `peft_moice[plot]`.
+            IndexError: there is no such layer or head.
+            ValueError: there are more than seven base angles, or layers of other angles would be averaged.
+        """
+        from .plotting import plot_gates
+
+        if layer is None and len(set(self.rope_bases)) > 1:
+            raise ValueError("The layers have different base angles, and no mean over them. Give one as `layer`.")
+        gates = self.gates.mean(dim=1) if layer is None else self.gates[:, layer]
+        gates = gates.mean(dim=1) if head is None else gates[:, head]
+        where = "mean over layers" if layer is None else self.layers[layer]
+        which = "mean over heads" if head is None else f"head {head}"
+        names = [f"{base:g}" for base in self.rope_bases[layer or 0]]
+        return plot_gates(gates, self.tokens, names=names, title=f"{where}, {which}")
+
+
+def explain(model: Any, tokenizer: PreTrainedTokenizerBase, text: str) -> Explanation:
+    """Run `model` on `text` once and keep what its routers decide.
+
+    ```python
+    explanation = peft_moice.explain(model, tokenizer, "The access code of Ada is 31415.")
+    explanation.gates[-1].mean(dim=(0, 1))  # the last token's base angles, as a mean over layers and heads
+    explanation.plot().savefig("gates.png")
+    ```
+
+    Args:
+        model: a model with a MoICE adapter, or with routers built in. Several active adapters are explained as the
+            one mixture that they make.
+        tokenizer: the model's tokenizer.
+        text: what to run it on. Special tokens are added as the tokenizer does it.
+
+    Raises:
+        TypeError: `text` is not one string.
+        ValueError: no routers are at work in the model, its layers have different numbers of base angles, or the text
+            has no tokens.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"`text` is a {type(text).__name__}, but has to be one string. Explain texts one by one.")
+    input_ids = torch.tensor(tokenizer(text)["input_ids"], dtype=torch.long)
+    if not len(input_ids):
+        raise ValueError(f"The text {text!r} has no tokens. Give a longer one.")
+    passed = records_along(model, input_ids)
+    if not passed:
+        raise ValueError(
+            "No routers are at work in this model. Load an adapter with `PeftModel.from_pretrained`, and enable it "
+            "where it is disabled."
+        )
+    mixtures = [LayerMixture([record.share for record in records], layer.rope) for layer, records in passed.values()]
+    rope_bases = [mixture.rope_bases() for mixture in mixtures]
+    if len({len(bases) for bases in rope_bases}) > 1:
+        raise ValueError(
+            f"The layers have {sorted({len(bases) for bases in rope_bases})} base angles, which make no one tensor. "
+            "Use `evaluation.gates_along`, which gives one for each layer."
+        )
+    gates = [
+        torch.stack([record.share.weight * _in_columns_of(bases, layer, record) for record in records]).sum(dim=0)
+        for bases, (layer, records) in zip(rope_bases, passed.values(), strict=True)
+    ]
+    return Explanation(
+        tokens=[str(tokenizer.decode([index])) for index in input_ids.tolist()],
+        gates=torch.stack([gate.permute(1, 0, 2) for gate in gates], dim=1),
+        rope_bases=rope_bases,
+        layers=[name.removesuffix(f".{ROUTERS_NAME}").removeprefix("base_model.model.") for name in passed],
+    )
+
+
+def _in_columns_of(rope_bases: tuple[float, ...], layer: MixesAngles, record: RouterRecord) -> torch.Tensor:
+    """The gates `[H, S, N]` of one router over all base angles of its layer."""
+    columns = [rope_bases.index(base) for base in record.share.spec.bases_of(layer.rope.layer_type)]
+    gates = record.gates[0].float().cpu()
+    return gates.new_zeros(*gates.shape[:-1], len(rope_bases)).index_add(-1, torch.tensor(columns), gates)

@@ -1,0 +1,306 @@
+"""The model card of adapters and merged models: what it says, and how it comes into a folder that may have a card.
+
+What a card quotes (names of models and layer types, values of a recipe) may come from strangers' files. It is escaped,
+so that it is shown as it is and cannot become markup, metadata or code.
+"""
+
+import importlib.metadata
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml  # type: ignore[import-untyped, unused-ignore]
+from huggingface_hub import ModelCard, ModelCardData
+
+from ..files.atomic import write_text
+
+if TYPE_CHECKING:
+    from ..routing.spec import Bases, RouterSpec
+
+logger = logging.getLogger(__name__)
+
+CARD_NAME = "README.md"
+TAGS = ("moice", "long-context")
+PAPER = "https://arxiv.org/abs/2406.19598"
+UNNAMED_FOLDER = "path/to/this/folder"
+"""What a snippet loads where nobody has said how others will find the folder."""
+
+_BEGIN, _END = (
+    "<!-- peft_moice: what stands up to the next such mark is written anew by saving -->",
+    "<!-- peft_moice -->",
+)
+_SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~&$!])")
+
+
+@dataclass(frozen=True)
+class CardPart:
+    """What this package has to say in a card.
+
+    Attributes:
+        data: the metadata.
+        title: heading of a card that has no other.
+        text: Markdown, without a heading of the first level.
+    """
+
+    data: ModelCardData
+    title: str
+    text: str
+
+    def as_card(self, further: Sequence[str] = ()) -> str:
+        """A whole card, with `further` sections after this part."""
+        sections = [f"# {self.title}", self._marked(), *further]
+        return _with_metadata(self.data, "\n\n".join(sections) + "\n")
+
+    def merged_into(self, card: str) -> str:
+        """`card` with this part in it: in the place of an earlier one, else before its first section.
+
+        Tags are added to those that it has. Other metadata stays, except for a base model that is a local folder. Of
+        a form with nothing filled in only the metadata is left.
+
+        Raises:
+            ValueError: the metadata of `card` cannot be read.
+        """
+        try:
+            existing: Any = ModelCard(card, ignore_metadata_errors=True)
+        except (ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"The metadata of the model card cannot be read: {error}") from error
+        own: Any = self.data
+        data = {**own.to_dict(), **existing.data.to_dict()}
+        if self.data.base_model or _is_local(data.get("base_model")):
+            data["base_model"] = self.data.base_model
+        theirs = existing.data.tags or []
+        tags = [*([theirs] if isinstance(theirs, str) else map(str, theirs)), *own.tags]
+        data["tags"] = [tag for tag in dict.fromkeys(tags) if not _is_local(tag.removeprefix(_ADAPTER_OF))]
+        # PEFT adds this block to every card.
+        content = re.sub(r"\n### Framework versions\n\n- PEFT [^\n]*\s*$", "\n", existing.text)
+        before, mark, rest = content.partition(_BEGIN)
+        if mark and _END in rest:
+            text = before + self._marked() + rest.partition(_END)[2]
+        elif _is_blank_form(content):
+            text = f"# {self.title}\n\n{self._marked()}\n"
+        else:
+            place = _first_section(content)
+            text = f"{content[:place].rstrip()}\n\n{self._marked()}\n\n{content[place:]}".strip() + "\n"
+        return _with_metadata(ModelCardData(**data), text)
+
+    def _marked(self) -> str:
+        return f"{_BEGIN}\n\n{self.text}\n\n{_END}"
+
+
+_ADAPTER_OF = "base_model:adapter:"
+
+
+def put_card(folder: Path, part: CardPart) -> None:
+    """Write `part` to the card of `folder`: a new one, or into the one that is there."""
+    path = folder / CARD_NAME
+    card = path.read_text(encoding="utf-8") if path.exists() else ""
+    try:
+        write_text(path, part.merged_into(card) if card.strip() else part.as_card())
+    except ValueError as error:
+        logger.warning("%s stays as it is. %s", path, error)
+
+
+def adapter_part(
+    specs: Sequence["RouterSpec"],
+    *,
+    base_model: str | None,
+    is_causal_lm: bool,
+    source: str = UNNAMED_FOLDER,
+    parameters: int | None = None,
+) -> CardPart:
+    """What a card says about an adapter.
+
+    Args:
+        specs: its routers.
+        base_model: Hub id of the base model, if it has one.
+        is_causal_lm: whether it was made for a causal language model.
+        source: what the snippet loads. Default: a placeholder.
+        parameters: number of the routers' parameters, if known.
+    """
+    load = "import peft_moice  # registers MoICE with PEFT; without it PEFT raises KeyError: 'MOICE'\n"
+    if is_causal_lm and base_model:
+        load += (
+            "from peft import AutoPeftModelForCausalLM\n"
+            "from transformers import AutoTokenizer\n\n"
+            f"model = AutoPeftModelForCausalLM.from_pretrained({python_string(source)})\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({python_string(base_model)})\n"
+        )
+    else:
+        load += (
+            "from peft import PeftModel\n\n"
+            "base_model = ...  # the model that the adapter was trained on\n"
+            f"model = PeftModel.from_pretrained(base_model, {python_string(source)})\n"
+        )
+    facts = _facts(specs)
+    if parameters is not None:
+        facts["Router parameters"] = f"{parameters:,}"
+    tags = [*TAGS, *([_ADAPTER_OF + base_model] if base_model else [])]
+    return CardPart(
+        _metadata("peft", base_model, tags, is_causal_lm),
+        f"MoICE routers{_for(base_model)}",
+        _sections(
+            f"[MoICE]({PAPER}) lets every attention head mix several rotary base angles, chosen per token by a small "
+            "router, so that the model uses all of a long context. This adapter holds the routers; the base model's "
+            "weights are unchanged.",
+            load,
+            f"## Adapter\n\n{_facts_table(facts)}",
+        ),
+    )
+
+
+def merged_part(
+    specs: Sequence["RouterSpec"],
+    *,
+    base_model: str | None,
+    auto_class: str,
+    source: str = UNNAMED_FOLDER,
+) -> CardPart:
+    """What a card says about a whole model with routers built in.
+
+    Args:
+        specs: all kinds of routers in it.
+        base_model: Hub id of the model that they were built into, if it has one.
+        auto_class: name of the auto class that loads it, such as "AutoModelForCausalLM".
+        source: what the snippet loads. Default: a placeholder.
+    """
+    load = (
+        "import peft_moice  # registers the model type\n"
+        f"from transformers import {auto_class}, AutoTokenizer\n\n"
+        f"model = {auto_class}.from_pretrained({python_string(source)})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({python_string(source)})\n"
+    )
+    return CardPart(
+        _metadata("transformers", base_model, list(TAGS), auto_class == "AutoModelForCausalLM"),
+        f"MoICE model{_for(base_model)}",
+        _sections(
+            f"[MoICE]({PAPER}) lets every attention head mix several rotary base angles, chosen per token by a small "
+            "router, so that the model uses all of a long context. This is a whole model with the routers built in.",
+            load,
+            "Where that import cannot be made, `trust_remote_code=True` makes it: it runs `configuration_moice.py` of "
+            "this repository, which imports the installed package and contains nothing else.",
+            f"## Routers\n\n{_facts_table(_facts(specs))}",
+        ),
+    )
+
+
+def shared_name(name: str | None) -> str | None:
+    """`name` of a base model, unless it is a local folder's, which means nothing to others."""
+    return None if not name or _is_local(name) else name
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table of `rows`, whose keys name its columns.
+
+    Raises:
+        ValueError: the rows have different keys.
+    """
+    columns = list(rows[0])
+    for row in rows:
+        if list(row) != columns:
+            raise ValueError(f"A table needs the same columns in every row, but one has {list(row)}, not {columns}.")
+    return _table(list(map(plain, columns)), [[plain(row[column]) for column in columns] for row in rows])
+
+
+def values_table(values: Mapping[str, Any]) -> str:
+    """A Markdown table of names and values."""
+    return table([{"": name, "value": value} for name, value in values.items()])
+
+
+def plain(value: Any) -> str:
+    """`value` as text on one line that Markdown shows as it is."""
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    line = "".join(character if character.isprintable() else " " for character in text)
+    return _SPECIAL.sub(r"\\\1", " ".join(line.split()))
+
+
+def python_string(text: str) -> str:
+    """A literal of Python for `text` that cannot end the block of code that it stands in."""
+    return '"' + "".join(map(_in_literal, text)) + '"'
+
+
+def _in_literal(character: str) -> str:
+    if character in '"\\':
+        return f"\\{character}"
+    if character in "`<" or not character.isprintable():
+        return f"\\U{ord(character):08x}"
+    return character
+
+
+def _metadata(library: str, base_model: str | None, tags: list[str], is_causal_lm: bool) -> ModelCardData:
+    pipeline_tag = "text-generation" if is_causal_lm else None
+    return ModelCardData(library_name=library, base_model=base_model or None, tags=tags, pipeline_tag=pipeline_tag)
+
+
+def _with_metadata(data: ModelCardData, text: str) -> str:
+    return f"---\n{data.to_yaml()}\n---\n\n{text.lstrip()}"
+
+
+def _for(base_model: str | None) -> str:
+    return f" for {plain(base_model)}" if base_model else ""
+
+
+def _sections(introduction: str, load: str, *further: str) -> str:
+    versions = {name: importlib.metadata.version(name) for name in ("peft", "transformers", "torch")}
+    versions_table = table([{"package": name, "version": version} for name, version in versions.items()])
+    use = f"## Use\n\n```python\n{load}```"
+    return "\n\n".join([introduction, use, *further, f"## Versions\n\n{versions_table}"])
+
+
+def _facts(specs: Sequence["RouterSpec"]) -> dict[str, str]:
+    """What the table of routers says, in Markdown."""
+    facts: dict[str, str] = {}
+    for number, spec in enumerate(specs, start=1):
+        which = "" if len(specs) == 1 else f"Router {number} of {len(specs)}, share {spec.weight:g}: "
+        facts |= {f"{which}{name}": value for name, value in _router_facts(spec).items()}
+    return facts
+
+
+def _router_facts(spec: "RouterSpec") -> dict[str, str]:
+    first = next(iter(spec.rope_bases.values())) if isinstance(spec.rope_bases, dict) else spec.rope_bases
+    return {
+        "Base angles (`rope_theta`)": _angles(spec.rope_bases),
+        "Angles per head and token (`top_k`)": f"{spec.top_k} of {len(first)}",
+        "Routers": "one per head" if spec.router_scope == "head" else "one per layer, shared by its heads",
+        "Hidden size of a router": str(spec.router_dim),
+        "Identity scale": "one per head" if spec.identity else "none",
+    }
+
+
+def _angles(bases: "Bases") -> str:
+    if isinstance(bases, dict):
+        return "; ".join(f"{plain(layer_type)}: {_angles(values)}" for layer_type, values in bases.items())
+    return ", ".join(f"{base:.12g}" for base in bases)
+
+
+def _facts_table(facts: Mapping[str, str]) -> str:
+    return _table(["", "value"], [[name, value] for name, value in facts.items()])
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [list(columns), ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _is_local(name: object) -> bool:
+    return isinstance(name, str) and (os.path.isabs(name) or os.path.isdir(name))
+
+
+def _is_blank_form(text: str) -> bool:
+    """Whether `text` is the form that PEFT writes, with nothing filled in."""
+    return bool(text.split() == ModelCard.from_template(ModelCardData()).text.split())
+
+
+def _first_section(text: str) -> int:
+    """Where the first heading below the first level begins; the end of `text` where it has none."""
+    place, fenced = 0, False
+    for line in text.splitlines(keepends=True):
+        if line.lstrip().startswith("```"):
+            fenced = not fenced
+        if not fenced and re.match(r"#{2,6} ", line):
+            return place
+        place += len(line)
+    return place

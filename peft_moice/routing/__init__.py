@@ -1,0 +1,1 @@
+"""Routers: what they are, what they compute, and how a layer mixes several of them."""

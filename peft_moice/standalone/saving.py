@@ -1,0 +1,77 @@
+"""What is written with a model that has routers built in, so that others can load it: a card, a stub, a tokenizer."""
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from transformers import AutoTokenizer, PreTrainedConfig
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from ..files.atomic import staged, write_text
+from ..hub.card import CARD_NAME, merged_part, put_card, shared_name
+from .described import described_specs
+
+logger = logging.getLogger(__name__)
+
+_STUB = Path(__file__).with_name("configuration_moice.py")
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
+
+
+def auto_map() -> dict[str, str]:
+    """What a config says of the stub that [`write_stub`] writes beside it."""
+    return {"AutoConfig": f"{_STUB.stem}.MoICEAutoConfig"}
+
+
+def write_stub(folder: Path) -> None:
+    """Write the file that transformers runs, if it is trusted, to read a config without `import peft_moice`."""
+    write_text(folder / _STUB.name, _STUB.read_text(encoding="utf-8"))
+
+
+def put_model_card(folder: Path, config: PreTrainedConfig, auto_class: str) -> None:
+    """Say in the card of `folder` what the model of `config` is, and that `auto_class` loads it."""
+    base_model = shared_name(config.base_model_name_or_path)
+    put_card(folder, merged_part(described_specs(config.moice), base_model=base_model, auto_class=auto_class))
+
+
+def put_tokenizer(folder: Path, source: str | None) -> None:
+    """Write the tokenizer of the model at `source` to `folder`, if it is on this machine."""
+    if not source or not (has_tokenizer(Path(source)) or _cached_tokenizer(source)):
+        return
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the model's own files are what matters, and tokenizers fail in many ways
+        logger.warning("The tokenizer of %s is not written to %s: %s", source, folder, error)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / file).exists() for file in _TOKENIZER_FILES)
+
+
+def _cached_tokenizer(repo_id: str) -> bool:
+    if os.path.isdir(repo_id):
+        return False
+    try:
+        return any(isinstance(try_to_load_from_cache(repo_id, file), str) for file in _TOKENIZER_FILES)
+    except HFValidationError:
+        return False
+
+
+@contextmanager
+def staged_model(folder: Path, variant: str | None) -> Iterator[Path]:
+    """As [`staged`], for a model's files: a card goes on from the one in `folder`, and weights that were there before
+    do not stay beside the new ones."""
+    stem, suffix = SAFE_WEIGHTS_NAME.rsplit(".", 1)
+    middle = f".{variant}" if variant else ""
+    shard = rf"{re.escape(stem + middle)}(-\d{{5}}-of-\d{{5}})?\.{suffix}"
+    index = re.escape(f"{SAFE_WEIGHTS_NAME}.index{middle}.json")
+    with staged(folder, obsolete=f"{shard}|{index}") as staging:
+        if (folder / CARD_NAME).exists():
+            shutil.copy(folder / CARD_NAME, staging)
+        yield staging

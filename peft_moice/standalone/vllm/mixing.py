@@ -1,0 +1,174 @@
+"""The routers of an attention module in vLLM, and the attention function that applies them.
+
+The N experts are further heads of one call of vLLM's attention, as in `attention/folded.py`. vLLM computes many
+sequences in one row and tells every token's place in its own. Rotations by that place are right whatever the cache
+holds.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.models.transformers import vllm_attention_forward
+from vllm.model_executor.utils import set_weight_attrs
+
+from ...rope import RotaryLayout
+from ...rope.rotation import rotate
+from ...routing.mixture import LayerMixture, RouterShare
+from ..built_in import ROUTERS_NAME
+from ..described import DescribedLayer
+
+ATTENTION_NAME = "moice_vllm"
+"""Name of [`attention_forward`] in transformers' attention interface."""
+
+
+class Rotations(NamedTuple):
+    """The further rotations of a layer's N experts.
+
+    Attributes:
+        cos: `[N, T, P]` in float32, for the T positions that a sequence can have.
+        sin: `[N, T, P]`, likewise.
+        layout: where the rotated coordinates lie.
+        is_identity: per expert, whether it leaves queries and keys as they are.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    layout: RotaryLayout
+    is_identity: list[bool]
+
+    def rotated(self, x: torch.Tensor, positions: torch.Tensor) -> list[torch.Tensor]:
+        """`x` `[..., S, D]` under each expert, for tokens at `positions` `[S]`."""
+        return [
+            x if unchanged else rotate(x, self.cos[expert, positions], self.sin[expert, positions], self.layout)
+            for expert, unchanged in enumerate(self.is_identity)
+        ]
+
+
+class ServedRouters(nn.ModuleList):
+    """The routers of one attention module, for the query heads of this process.
+
+    Args:
+        layer: what the config says of them.
+        max_length: T, the most tokens of a sequence.
+        device: where the model runs.
+        copies_keys: whether vLLM's cache holds a rotated copy of the keys per expert, and of the values; else its
+            attention rotates the keys itself.
+
+    Raises:
+        ValueError: the heads cannot be divided among the processes of tensor parallelism.
+    """
+
+    def __init__(self, layer: DescribedLayer, max_length: int, device: torch.device, copies_keys: bool):
+        world_size = get_tensor_model_parallel_world_size()
+        if layer.num_heads % world_size:
+            raise ValueError(
+                f"The {layer.num_heads} heads of {layer.name} cannot be divided among {world_size} processes. Choose "
+                "a --tensor-parallel-size that divides them."
+            )
+        routers = layer.routers(layer.num_heads // world_size)
+        super().__init__(router.to(device, torch.float32).requires_grad_(False) for router in routers)
+        for name, parameter in self.named_parameters():
+            set_weight_attrs(parameter, {"weight_loader": _loader(f"{layer.name}.{ROUTERS_NAME}.{name}")})
+        self.name = layer.name
+        self.specs = layer.specs
+        self.rope = layer.rope
+        self.copies_keys = copies_keys
+        self.rope_bases = LayerMixture(self._shares(), layer.rope).rope_bases()
+        table = layer.rope.table(self.rope_bases)
+        self.layout, self.is_identity = table.layout, table.is_identity
+        cos, sin = table.cos_sin(max_length, device)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    @property
+    def num_experts(self) -> int:
+        """N, the number of base angles that some router of the layer can pick."""
+        return len(self.rope_bases)
+
+    @property
+    def rotations(self) -> Rotations:
+        cos: Any = self.cos
+        sin: Any = self.sin
+        return Rotations(cos, sin, self.layout, self.is_identity)
+
+    def _shares(self) -> list[RouterShare]:
+        routers: Any = self  # a ModuleList's type does not say what it holds
+        pairs = zip(routers, self.specs, strict=True)
+        return [RouterShare(str(index), router, spec, spec.weight) for index, (router, spec) in enumerate(pairs)]
+
+    def mix(
+        self, attend: Callable[..., Any], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any
+    ) -> torch.Tensor:
+        """The mixture's output `[1, T, H, D]`.
+
+        Args:
+            attend: vLLM's attention, for N times as many heads.
+            query: `[1, H, T, D]`, carrying the model's own rotation.
+            key: `[1, G, T, D]`, likewise.
+            value: `[1, G, T, D]`.
+            options: keyword arguments of the attention function, among them `position_ids` `[1, T]`.
+
+        Raises:
+            ValueError: there are no `position_ids` of one dimension.
+        """
+        ids = options.get("position_ids")
+        if ids is None or ids.dim() != 2:
+            raise ValueError(
+                f"The attention module {self.name!r} does not tell where its tokens stand (`position_ids` of one "
+                "dimension), so MoICE cannot rotate them. This model is not served by vLLM; use transformers."
+            )
+        positions, rotations = ids[0], self.rotations
+        gates = LayerMixture(self._shares(), self.rope).gate(query, self.rope_bases).gates[0]  # [H, T, N]
+        queries = torch.cat(rotations.rotated(query, positions), dim=1)
+        if self.copies_keys:
+            key = torch.cat(rotations.rotated(key, positions), dim=1)
+            value = value.repeat(1, self.num_experts, 1, 1)
+        output, _ = attend(queries, key, value, None, **options)
+        output = output.view(gates.shape[1], self.num_experts, gates.shape[0], -1)  # [T, N, H, D]
+        return torch.einsum("htn,tnhd->thd", gates, output.float()).to(query.dtype)[None]
+
+
+def _loader(name: str) -> Callable[[torch.Tensor, torch.Tensor], None]:
+    """What vLLM calls to fill a router's parameter, which may hold the heads of one process only."""
+
+    def load(param: torch.Tensor, loaded_weight: torch.Tensor) -> None:
+        # vLLM exchanges the argument `param` by its name when it loads weights anew.
+        size = param.shape[0]
+        has_heads = param.dim() in (1, 3)
+        if has_heads and loaded_weight.shape[0] == size * get_tensor_model_parallel_world_size():
+            loaded_weight = loaded_weight.narrow(0, get_tensor_model_parallel_rank() * size, size)
+        if loaded_weight.shape != param.shape:
+            raise ValueError(
+                f"The checkpoint has {name} of shape {tuple(loaded_weight.shape)}, but the config describes routers "
+                f"with {tuple(param.shape)}. Its files do not belong together: merge the adapter again."
+            )
+        if not loaded_weight.isfinite().all():
+            raise ValueError(
+                f"The checkpoint has {name} with values that are not finite. The files are damaged, or training has "
+                "failed: get them anew, or merge an earlier checkpoint."
+            )
+        param.data.copy_(loaded_weight)
+
+    return load
+
+
+def attention_forward(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    """The attention function of merged models in vLLM; vLLM's own in layers without routers."""
+    routers: Any = getattr(module, ROUTERS_NAME, None)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, **options: Any) -> Any:
+        return vllm_attention_forward(module, q, k, v, mask, **options)
+
+    if routers is None:
+        output: tuple[torch.Tensor, None] = attend(query, key, value, attention_mask, **kwargs)
+        return output
+    return routers.mix(attend, query, key, value, **kwargs), None
+
+
+AttentionInterface.register(ATTENTION_NAME, attention_forward)

@@ -1,0 +1,69 @@
+"""What is not served, seen from a model's config."""
+
+from typing import Any, NoReturn
+
+from transformers import PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from ...rope.frequencies import original_length, rope_parameters
+
+_PREFIX = "MoICE"
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_ELSEWHERE = "Run it with transformers: `generate`, or `python -m peft_moice.standalone.transformers_server`"
+
+
+def refuse_other_classes(config: PreTrainedConfig) -> None:
+    """Raise a ValueError if a merged model is not a causal language model.
+
+    Args:
+        config: config of a merged model, which names its class.
+    """
+    architecture = (config.architectures or [""])[0]
+    causal = {name for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _names(value)}
+    if architecture.removeprefix(_PREFIX) not in causal:
+        _refuse(f"its class is {architecture or 'not named in the config'!r}, and only causal language models are")
+
+
+def refuse_unserved(config: PreTrainedConfig) -> None:
+    """Raise a ValueError with the reason if vLLM would not compute a merged model as transformers does.
+
+    Args:
+        config: config of a merged model, or of its family with the description of the routers. May be damaged.
+    """
+    reason = _reason(config)
+    if reason is not None:
+        _refuse(reason)
+
+
+def _refuse(reason: str) -> NoReturn:
+    raise ValueError(f"This model with MoICE routers is not served by vLLM: {reason}. {_ELSEWHERE}.")
+
+
+def _reason(config: Any) -> str | None:
+    if config.get_text_config() is not config:
+        return "it takes more than text"
+    try:
+        kinds = {(layer["layer_type"], layer["layout"]["start"]) for layer in config.moice["layers"].values()}
+        ropes = {layer_type: rope_parameters(config, layer_type) for layer_type, _ in kinds}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"The config says nothing readable of the model's routers ({error!r} in `moice`). Merge the adapter "
+            "again, and write the model with `save_pretrained`."
+        ) from error
+    for layer_type, parameters in ropes.items():
+        if original_length(config, layer_type) is not None:
+            return f"its rope type is {parameters['rope_type']!r}, whose angles change with the length of the text"
+        if "mrope_section" in parameters:
+            return "its positions have several dimensions (mRoPE)"
+    if getattr(config, "kv_lora_rank", None) or any(start != 0 for _, start in kinds):
+        return "its keys and values are kept in a latent form"
+    others = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
+    if others:
+        return f"it has layers of type {', '.join(sorted(others))}, and attention has to be full or sliding"
+    if getattr(config, "num_kv_shared_layers", None):
+        return "some of its layers take keys and values from other layers"
+    return None
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)

@@ -1,0 +1,279 @@
+"""`MoICECallback`: what the routers do during training, in the logs of transformers' Trainer."""
+
+import json
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+from ..attention import observing_choices
+from ..hub.push import add_to_card
+from ..routing.mixture import MixesAngles, RouterRecord
+from .balance import PassRecords
+from .describing import describe_training
+from .hooks import RouterHooks, hooks_of
+from .losses_outside import BalanceLossMixin
+
+logger = logging.getLogger(__name__)
+
+_START_FILE = "moice_callback.json"
+
+
+class MoICECallback(TrainerCallback):
+    """Logs what the routers do, whenever Trainer logs the training loss.
+
+    ```python
+    trainer = Trainer(model, args, ...)
+    trainer.add_callback(MoICECallback(trainer))
+    ```
+
+    Trainer's own log (and so its `log_history`) receives, over all layers and processes:
+
+    - `moice/balance_loss`: the balance loss, about K (`top_k`) with even loads, N if the same experts always win;
+    - `moice/entropy`: mean entropy of the routers' probabilities in nats, 0 to log N;
+    - `moice/max_load`: load of the most used expert, K/N to 1, so always 1 with K = N;
+    - `moice/drift`: how far the mean gates have moved since the first step (half the sum of absolute differences, mean
+      over layers), 0 to 1, or more where identity scales are beyond 1.
+
+    What `report_to` names (TensorBoard, ...) receives the same per layer, as `moice/layer_<index>/...`, with
+    `load_<expert>` (share of tokens and heads that picked the expert) and `gate_<expert>` (its mean gate). Padding
+    counts nowhere. Only steps that are logged are measured, over all their micro-batches; where Trainer logs by epoch,
+    it is the last step of each.
+
+    At the start, one line tells Python's log (`logging`, level INFO) what trains, the base angles, K, and which
+    attention implementation was chosen and why. With [`BalanceLossMixin`], Trainer's log also has the balance loss
+    apart from the rest of the loss.
+
+    The model cards that this trainer writes also say what the routers are and how the model is loaded.
+
+    Args:
+        trainer: the trainer that the callback is added to.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.statistics = RouterStatistics()
+        self.start: dict[str, list[list[float]]] | None = None
+        self._announced = False
+        self._announcing = ExitStack()
+        if not isinstance(trainer, BalanceLossMixin):
+            create = partial(_create_model_card, trainer, trainer.create_model_card)
+            trainer.create_model_card = create  # type: ignore[method-assign]
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._hooks().observer = self.statistics
+        self._announcing.close()
+        self._announcing.enter_context(observing_choices(self._announce))
+        if state.global_step == 0:
+            self.start = None  # of a training before this one
+        elif self.start is None:
+            path = self._start_path(args, state)
+            if path.is_file():
+                self.start = json.loads(path.read_text())
+            else:
+                logger.warning("%s is missing, so moice/drift counts from step %d.", path, state.global_step)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.statistics.clear()
+        self.statistics.enabled = self.start is None or _is_logged(args, state, state.global_step + 1)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Nobody chose: the config forces an implementation, or the model is compiled.
+        self._announce(*self._without_choice())
+        if self.statistics.sums.keys() - (self.start or {}).keys():
+            # The first step, or adapters that were not active in it.
+            seen = {name: sums.gates().tolist() for name, sums in self._reduced().items()}
+            self.start = {**seen, **(self.start or {})}
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if "loss" not in (logs or {}) or not self.statistics.sums or self.start is None:
+            return
+        reduced = self._reduced()
+        self.statistics.clear()
+        summary, details = {}, {}
+        for name, sums in reduced.items():
+            prefix = "moice" if len(reduced) == 1 else f"moice/{name}"
+            drift = (sums.gates() - torch.tensor(self.start[name])).abs().sum(dim=-1) / 2
+            pooled = sums.pooled()
+            summary[f"{prefix}/balance_loss"] = pooled.balance_loss().item()
+            summary[f"{prefix}/entropy"] = pooled.entropy().item()
+            summary[f"{prefix}/max_load"] = pooled.loads().max().item()
+            summary[f"{prefix}/drift"] = drift.mean().item()
+            for row, index in enumerate(sums.layer_indices):
+                layer = f"{prefix}/layer_{index:02d}"
+                for expert in range(sums.num_experts):
+                    details[f"{layer}/load_{expert}"] = sums.loads()[row, expert].item()
+                    details[f"{layer}/gate_{expert}"] = sums.gates()[row, expert].item()
+                details[f"{layer}/entropy"] = sums.entropy()[row].item()
+                details[f"{layer}/balance_loss"] = sums.balance_loss()[row].item()
+                details[f"{layer}/drift"] = drift[row].item()
+        # The method of the base class: trainers that extend it flush metrics of their own.
+        Trainer.log(self.trainer, summary)
+        reporters: tuple[type[TrainerCallback], ...] = tuple(INTEGRATION_TO_CALLBACK.values())
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, reporters):
+                callback.on_log(args, state, control, logs=details, model=self.trainer.model)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        path = self._start_path(args, state)
+        if self.start is not None and state.is_world_process_zero and path.parent.is_dir():
+            path.write_text(json.dumps(self.start))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._hooks().observer = None
+        self._announcing.close()
+        self.statistics.clear()
+
+    def _announce(self, implementation: str, reason: str) -> None:
+        """Log the line of the start, once."""
+        self._announcing.close()
+        if not self._announced and self.trainer.is_world_process_zero():
+            assert self.trainer.model is not None
+            logger.info("%s; attention by %s (%s)", describe_training(self.trainer.model), implementation, reason)
+        self._announced = True
+
+    def _without_choice(self) -> tuple[str, str]:
+        """The implementation where "auto" did not choose, and why."""
+        assert self.trainer.model is not None
+        layers = [layer for layer in self.trainer.model.modules() if isinstance(layer, MixesAngles)]
+        forced = {share.spec.implementation for layer in layers for share in layer.shares()} - {"auto"}
+        return (", ".join(sorted(forced)), "asked for by the config") if forced else ("delegated", "it is compiled")
+
+    def _hooks(self) -> RouterHooks:
+        assert self.trainer.model is not None
+        return hooks_of(self.trainer.model)
+
+    def _reduced(self) -> "dict[str, LayerSums]":
+        """The sums over all processes, on the CPU."""
+        return {
+            name: LayerSums(self.trainer.accelerator.reduce(sums.values).cpu(), sums.num_experts, sums.layer_indices)
+            for name, sums in self.statistics.sums.items()
+        }
+
+    def _start_path(self, args: TrainingArguments, state: TrainerState) -> Path:
+        """Where a checkpoint keeps the mean gates of the first step."""
+        return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / _START_FILE
+
+
+def _create_model_card(trainer: Trainer, create: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    create(*args, **kwargs)
+    if trainer.is_world_process_zero():
+        assert trainer.model is not None
+        add_to_card(trainer.model, str(trainer.args.output_dir))
+
+
+def _is_logged(args: TrainingArguments, state: TrainerState, step: int) -> bool:
+    """Whether Trainer may log after optimizer step `step`, counted from 1."""
+    if step == 1 and args.logging_first_step:
+        return True
+    if args.logging_strategy == "epoch":
+        return True  # an epoch may end at any step: with its data, the last step of all, or early stopping
+    return args.logging_strategy == "steps" and step % state.logging_steps == 0
+
+
+class LayerSums:
+    """Sums over tokens and heads, for each of L layers.
+
+    Args:
+        values: `[L, 3 N + 2]`: picks, gates and probabilities of N experts, entropy, and the number of summands.
+        num_experts: N.
+        layer_indices: the layers' indices in the model.
+    """
+
+    def __init__(self, values: torch.Tensor, num_experts: int, layer_indices: list[int]):
+        self.values = values
+        self.num_experts = num_experts
+        self.layer_indices = layer_indices
+
+    def pooled(self) -> "LayerSums":
+        """All layers as one."""
+        return LayerSums(self.values.sum(dim=0), self.num_experts, [])
+
+    def loads(self) -> torch.Tensor:
+        """Share `[L, N]` of tokens and heads that have each expert among their picks."""
+        return self._mean(0)
+
+    def gates(self) -> torch.Tensor:
+        """Mean gates `[L, N]`."""
+        return self._mean(1)
+
+    def entropy(self) -> torch.Tensor:
+        """Mean entropy `[L]` of the routers' probabilities, in nats."""
+        return self.values[..., -2] / self.values[..., -1].clamp(min=1)
+
+    def balance_loss(self) -> torch.Tensor:
+        """Balance loss `[L]` of each layer alone."""
+        return self.num_experts * (self.loads() * self._mean(2)).sum(dim=-1)
+
+    def _mean(self, part: int) -> torch.Tensor:
+        start = part * self.num_experts
+        return self.values[..., start : start + self.num_experts] / self.values[..., -1:].clamp(min=1)
+
+
+class RouterStatistics:
+    """Sums over the forward passes since it was cleared, by router name. Called with each of them.
+
+    Attributes:
+        enabled: whether passes are counted. Default: False.
+        sums: the sums.
+    """
+
+    def __init__(self) -> None:
+        self.enabled = False
+        self.sums: dict[str, LayerSums] = {}
+
+    def clear(self) -> None:
+        self.sums = {}
+
+    @torch.no_grad()
+    def __call__(self, passed: PassRecords) -> None:
+        if not self.enabled:
+            return
+        for name, records in passed.records.items():
+            num_experts = records[0][1].logits.shape[-1]
+            values = torch.stack(
+                [
+                    _sums_of_layer(record, passed.token_mask(layer, record)).to(records[0][1].logits.device)
+                    for layer, record in records
+                ]
+            )
+            if name in self.sums:
+                self.sums[name].values += values
+            else:
+                # Layers that do not know their index are counted.
+                indices = [i if layer.layer_idx is None else layer.layer_idx for i, (layer, _) in enumerate(records)]
+                self.sums[name] = LayerSums(values, num_experts, indices)
+
+
+def _sums_of_layer(record: RouterRecord, mask: torch.Tensor | None) -> torch.Tensor:
+    """One row of [`LayerSums`] over the tokens of `mask` `[B, S]`."""
+    top_k, gates = record.share.spec.top_k, record.gates
+    log_probs = torch.log_softmax(record.logits, dim=-1, dtype=torch.float32)
+    probs = log_probs.exp()
+    picks = torch.zeros_like(probs).scatter_(-1, torch.topk(probs, top_k, dim=-1).indices, 1.0)
+    entropy = -(probs * log_probs).sum(dim=-1, keepdim=True)
+    values = torch.cat((picks, gates, probs, entropy, torch.ones_like(entropy)), dim=-1).sum(dim=1)  # [B, S, 3 N + 2]
+    if mask is not None:
+        values = values * mask.to(values.device)[..., None]
+    return values.sum(dim=(0, 1))

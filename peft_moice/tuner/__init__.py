@@ -1,0 +1,1 @@
+"""The PEFT tuner: its config, its layer, its model, and verbs on adapters."""

@@ -1,0 +1,161 @@
+"""What an adapter will do to a model, found out and checked before anything is replaced."""
+
+import copy
+import logging
+
+from torch import nn
+
+from ..probing import LayerPlan, LayerProbe, attention_module_names, explain_no_targets
+from .config import MoICEConfig
+from .layer import MoICELayer
+from .targets import is_target
+
+logger = logging.getLogger(__name__)
+
+
+class LayerPlans:
+    """How the attention modules of `model` are adapted, each looked at when it is asked for first.
+
+    Args:
+        model: the model, with or without wrapped attention modules.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self._probe = LayerProbe(model)
+        self._plans: dict[str, LayerPlan] = {}
+
+    def of(self, name: str) -> LayerPlan:
+        """The plan for the module called `name`; that of the wrapper where an earlier adapter has wrapped it.
+
+        Raises:
+            ValueError: the layer cannot be adapted, see [`LayerProbe.plan`].
+        """
+        if name not in self._plans:
+            target = self.model.get_submodule(name)
+            if isinstance(target, MoICELayer):
+                target.rope.check_config()
+                self._plans[name] = LayerPlan(target.rope, target.num_heads, target.head_dim)
+            else:
+                self._plans[name] = self._probe.plan(name)
+        return self._plans[name]
+
+
+def plan_layers(config: MoICEConfig, model: nn.Module) -> LayerPlans:
+    """Probe the layers that `config` targets and resolve in `config` what it leaves open.
+
+    Raises:
+        ValueError: no module matches, or one that cannot be adapted does, or angles that do not fit the model.
+    """
+    _check_heads_are_here(config, model)
+    plans = LayerPlans(model)
+    if config.target_modules is None:
+        _choose_targets(config, plans)
+    names = _targeted(config, model)
+    _check_layers_to_transform(config, names)
+    for name in names:
+        _check_not_on_disk(model, name)
+    without_rope = [name for name in names if plans.of(name).rope is None]
+    if without_rope:
+        logger.info("MoICE leaves out %d attention modules without a rotary embedding.", len(without_rope))
+    if names and len(without_rope) == len(names):
+        raise ValueError(
+            f"None of the targeted modules has a rotary embedding: {without_rope[:3]} ... MoICE works on models "
+            "with RoPE only."
+        )
+    thetas: dict[str | None, float] = {}
+    for name in names:
+        rope = plans.of(name).rope
+        if rope is not None and thetas.setdefault(rope.layer_type, rope.rope_theta) != rope.rope_theta:
+            raise ValueError(
+                f"{name} has rope_theta {rope.rope_theta}, other targeted layers have "
+                f"{thetas[rope.layer_type]}. Adapt them as two adapters, with `target_modules`."
+            )
+    if thetas:
+        config.resolve_bases(thetas)
+    for entry in config.modules_to_save or ():
+        for name in names:
+            if name.endswith(entry):
+                raise ValueError(
+                    f"`modules_to_save` holds {entry!r}, which means the adapted attention module {name!r} too, "
+                    "because PEFT takes every module whose name ends so. Write more of the name, or leave the "
+                    "attention module out with `exclude_modules`."
+                )
+    return plans
+
+
+def _choose_targets(config: MoICEConfig, plans: LayerPlans) -> None:
+    """Target every attention module of the decoder that has a rotary embedding, as far as the config lets it."""
+    everywhere = copy.copy(config)
+    # An attention module that an earlier adapter has wrapped goes by its wrapper's name.
+    every = [name.removesuffix(".base_layer") for name in attention_module_names(plans.model)]
+    everywhere.target_modules = set(every)
+    names = [name for name in every if is_target(everywhere, name)]
+    if every and not names:
+        fields = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+        given = {name: getattr(config, name) for name in fields if getattr(config, name) is not None}
+        raise ValueError(
+            f"The config leaves out all of the model's attention modules ({every[0]!r} and so on): {given}. "
+            "Indices of layers start at 0; leave out what excludes the modules that you want to adapt."
+        )
+    lacks = {plans.of(name).lacks for name in names}
+    names = [name for name in names if plans.of(name).rope is not None]
+    if not names:
+        raise ValueError(explain_no_targets(plans.model, lacks))
+    everywhere.target_modules = {name.rpartition(".")[2] for name in names}
+    suffices = _targeted(everywhere, plans.model) == names
+    config.target_modules = everywhere.target_modules if suffices else set(names)
+
+
+def _targeted(config: MoICEConfig, model: nn.Module) -> list[str]:
+    """Names of the modules that `config` targets, those inside of wrapped attention modules left out."""
+    names = [name for name, _ in model.named_modules()]
+    return [name for name in names if name and "base_layer" not in name.split(".") and is_target(config, name)]
+
+
+def _check_layers_to_transform(config: MoICEConfig, names: list[str]) -> None:
+    """Raise if an index matches none of the targeted modules `names` while others do."""
+    if not names:
+        return  # PEFT raises where nothing matches at all.
+    one_layer = copy.copy(config)
+    indices = config.layers_to_transform
+    for index in [indices] if isinstance(indices, int) else indices or ():
+        one_layer.layers_to_transform = [index]
+        if not any(is_target(one_layer, name) for name in names):
+            raise ValueError(
+                f"`layers_to_transform` names layer {index}, but no targeted module lies in one of that index. "
+                "Indices start at 0; leave out those that the model does not have, and layers without a rotary "
+                "embedding."
+            )
+
+
+def _check_heads_are_here(config: MoICEConfig, model: nn.Module) -> None:
+    """Raise a ValueError if the adapter has weights per head, but tensor parallelism has spread the heads."""
+    parts = config.members or [{"router_scope": config.router_scope, "identity": config.init_weights == "identity"}]
+    if (getattr(model, "tp_size", None) or 1) > 1 and any(
+        part["router_scope"] == "head" or part["identity"] for part in parts
+    ):
+        raise ValueError(
+            "The adapter has weights per head (router_scope='head' or init_weights='identity'), but the model was "
+            "loaded with tensor parallelism, where every process holds a part of the heads. Load it without "
+            "`tp_plan`, or use an adapter with router_scope='layer' and init_weights=True."
+        )
+
+
+def _check_not_on_disk(model: nn.Module, name: str) -> None:
+    """Raise if the weights of the module called `name` are offloaded to disk.
+
+    PEFT looks offloaded weights up under names that hold for adapters of linear layers only, and transformers' loader
+    leaves the adapter of a layer that is on disk at its random start.
+    """
+    device_map = getattr(model, "hf_device_map", None) or {}
+    on_disk = any(
+        device == "disk" and (not key or f"{name}.".startswith(f"{key}.") or key.startswith(f"{name}."))
+        for key, device in device_map.items()
+    )
+    if on_disk and any(parameter.is_meta for parameter in model.get_submodule(name).parameters()):
+        raise ValueError(
+            f"The weights of {name!r} are offloaded to disk, where an adapter cannot be loaded. Keep the attention "
+            "modules in memory with another `device_map`, or merge the adapter on a machine with more memory "
+            "(`merge_and_unload().save_pretrained(...)`) and offload the result."
+        )
