@@ -154,6 +154,21 @@ class TestInfo:
         assert "10000, 2500, 5000, 40000 (1, 0.25, 0.5, 4 times the first)" in printed
         assert "2 of 4 per head and token" in printed
 
+    def test_layers_are_in_the_order_of_their_numbers_and_the_version_is_said(self, capsys, tmp_path):
+        deep, folder = save_tiny_model(tmp_path / "deep", num_hidden_layers=11), str(tmp_path / "adapter")
+        adapted_model(deep).save_pretrained(folder)
+        found = run_json(capsys, "info", folder)
+        assert found["layers"] == [f"model.layers.{i}.self_attn" for i in range(11)]
+        assert found["versions"]["peft_moice"] == found["card"]["peft_moice_version"] == peft_moice.__version__
+        assert main(["info", folder]) == 0
+        printed = capsys.readouterr().out
+        assert "11: model.layers.0.self_attn to model.layers.10.self_attn" in printed
+        assert f"peft_moice {peft_moice.__version__}\n" in printed
+        card = Path(folder, "README.md")
+        assert f"| peft_moice | {peft_moice.__version__} |" in card.read_text().replace("\\_", "_")
+        card.unlink()  # as a version that did not write it
+        assert run_json(capsys, "info", folder)["versions"]["peft_moice"] is None
+
     def test_angles_by_layer_type_and_several_routers(self, capsys, tmp_path):
         gemma = save_tiny_model(tmp_path / "gemma", "gemma3")
         model = get_peft_model(load(gemma), wide_config(), adapter_name="a")
