@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 from byte_models import CHAT_TEMPLATE, byte_tokenizer, tiny_llama
-from peft import get_peft_model
+from peft import PromptTuningConfig, get_peft_model
 from tokenizers import processors
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
@@ -246,10 +246,11 @@ def models_that_read():
         sliding_window=8,
         layer_types=["sliding_attention", "full_attention"],
     )
-    return {"plain": tiny_llama(), "adapted": adapted, "sliding": Gemma3ForCausalLM(config)}
+    prompt = get_peft_model(tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    return {"plain": tiny_llama(), "adapted": adapted, "sliding": Gemma3ForCausalLM(config), "prompt": prompt}
 
 
-@pytest.mark.parametrize("kind", ["plain", "adapted", "sliding"])
+@pytest.mark.parametrize("kind", ["plain", "adapted", "sliding", "prompt"])
 def test_reader_gives_the_logits_of_whole_sequences(kind):
     model = models_that_read()[kind].eval()
     rng = random.Random(0)

@@ -28,7 +28,7 @@ from ..evaluation.trial import try_task
 from ..training.data import read_text
 from .models import Dtype, base_of, load_model, load_tokenizer
 from .parsing import Outcome, Parser, UsageError, output_folder
-from .tables import score_table, verdict
+from .tables import difference, score_table, verdict
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +59,9 @@ class Arguments:
     """What to measure."""
 
     model: str | None = field(default=None, metadata={"help": "Folder or Hub id. Default: the base of --adapter."})
-    adapter: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of any adapter of PEFT, measured beside its base model."}
+    adapter: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Folders or Hub ids of adapters of PEFT, of any type, measured beside their base."},
     )
     documents: list[str] = field(default_factory=list, metadata={"help": "Files of your own text."})
     tasks: list[str] | None = field(default=None, metadata={"help": "What to ask, see below."})
@@ -90,7 +91,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     parser = Parser(
         "measure",
         (Arguments,),
-        usage="--model MODEL [--adapter ADAPTER] [--documents FILE ...] [options] [--json]",
+        usage="--model MODEL [--adapter ADAPTER ...] [--documents FILE ...] [options] [--json]",
         description=f"{SUMMARY[0].upper()}{SUMMARY[1:]}.",
         epilog=_EPILOG,
     )
@@ -105,11 +106,13 @@ class Measured:
 
     Attributes:
         name: of the model.
+        adapter: folder or Hub id of its adapter; None for the base model.
         results: by task.
         losses: on the documents by position, None without enough text.
     """
 
     name: str
+    adapter: str | None = None
     results: dict[str, Result] = field(default_factory=dict)
     losses: PositionLosses | None = None
 
@@ -117,10 +120,9 @@ class Measured:
 def run(args: Arguments) -> Outcome:
     """Check, load, measure, report."""
     text = "\n\n".join(read_text(file) for file in args.documents)
-    base = base_of(args.model, args.adapter)
+    base, tokenizer = common_base(args.model, args.adapter)
     names = chosen_tasks(args, text)
     output_dir = output_folder(args.output_dir)
-    tokenizer = load_tokenizer(base, args.adapter)
     tasks = make_tasks(names, args, text, tokenizer)
     for task, lengths in tasks:
         # What cannot be asked shows before a model is loaded.
@@ -136,13 +138,19 @@ def run(args: Arguments) -> Outcome:
     if not can_draw:
         logger.warning("Without matplotlib no pictures are drawn: pip install 'peft_moice[plot]'.")
 
-    measured, interrupted = [], False
+    asked = sum(len(lengths) for _, lengths in tasks) * len(args.positions) * args.questions
+    logger.info("%s questions, put to %d models in turn.", f"{asked:,}", 1 + len(args.adapter))
+    measured: list[Measured] = []
+    interrupted = False
     try:
         model = load_model(base, args.dtype)
         for name, adapter in variants(base, args.adapter):
+            if isinstance(model, PeftModel):
+                # Virtual tokens are no modules in the base model, which is as it was.
+                model = model.unload() if hasattr(model.base_model, "unload") else model.get_base_model()
             if adapter is not None:
                 model = PeftModel.from_pretrained(model, adapter)
-            measured.append(Measured(name))
+            measured.append(Measured(name, adapter))
             running = text if num_tokens >= args.chunk_length else ""
             for _ in measure(model, tokenizer, tasks, running, args, measured[-1]):
                 write(measured, output_dir)
@@ -190,10 +198,34 @@ def make_tasks(names: list[str], args: Arguments, text: str, tokenizer: Any) -> 
     return tasks
 
 
-def variants(base: str, adapter: str | None) -> list[tuple[str, str | None]]:
+def common_base(model: str | None, adapters: Sequence[str]) -> tuple[str, Any]:
+    """Name of the model to measure, which all adapters are of, and its tokenizer.
+
+    Raises:
+        UsageError: adapters are named twice, or have different base models or chat templates.
+    """
+    if len(set(adapters)) < len(adapters):
+        raise UsageError(f"--adapter {' '.join(adapters)} names one twice. Drop it.")
+    each: Sequence[str | None] = adapters or [None]
+    bases = dict.fromkeys(base_of(model, adapter) for adapter in each)
+    if len(bases) > 1:
+        raise UsageError(
+            f"the adapters have different base models, {', '.join(bases)}. Measure them one by one, or name the "
+            "model for all with --model."
+        )
+    (base,) = bases
+    tokenizers = [load_tokenizer(base, adapter) for adapter in each]
+    if len({tokenizer.chat_template for tokenizer in tokenizers}) > 1:
+        raise UsageError("the adapters were trained with different chat templates. Measure them one by one.")
+    return base, tokenizers[0]
+
+
+def variants(base: str, adapters: Sequence[str]) -> list[tuple[str, str | None]]:
     """Names of the models to measure, and their adapters."""
     name = Path(base).name
-    return [(name, None)] if adapter is None else [(name, None), (f"{name} with {Path(adapter).name}", adapter)]
+    short = [Path(adapter).name for adapter in adapters]
+    names = short if len(set(short)) == len(short) else adapters
+    return [(name, None), *((f"{name} with {own}", adapter) for own, adapter in zip(names, adapters, strict=True))]
 
 
 def measure(
@@ -267,11 +299,25 @@ def _as_text(measured: list[Measured], where: str, interrupted: bool) -> str:
         for one in measured
         if one.losses is not None
     ]
-    parts += [verdict(result) for result in measured[0].results.values() if result.positions]
+    base, *adapted = measured
+    parts += [verdict(result) for result in base.results.values() if result.positions]
+    parts += ["\n".join(lines) for one in adapted if (lines := _changes(one, base))]
     if interrupted:
         parts.append("Interrupted: this is what was finished.")
     parts.append(where)
     return "\n\n".join(parts)
+
+
+def _changes(one: Measured, base: Measured) -> list[str]:
+    """What an adapter changed, a line for each task; the cost on ordinary text stands at the end of each."""
+    cost = ""
+    if one.losses is not None and base.losses is not None:
+        cost = f", perplexity {one.losses.perplexity / base.losses.perplexity - 1:+.1%}"
+    return [
+        difference(one.name.removeprefix(f"{base.name} with "), result, base.results[task]) + cost + "."
+        for task, result in one.results.items()
+        if result.lengths == base.results[task].lengths
+    ]
 
 
 def _as_values(measured: list[Measured], output_dir: Path) -> dict[str, Any]:

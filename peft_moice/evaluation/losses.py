@@ -68,7 +68,7 @@ def chunks_of(tokenizer: Any, text: str, length: int, max_chunks: int | None = N
 def token_losses(model: Any, chunk: torch.Tensor) -> torch.Tensor:
     """Losses `[length - 1]` in float32 of the tokens of `chunk` `[length]` but the first."""
     chunk = chunk.to(model.device)
-    logits = model(input_ids=chunk[None], use_cache=False).logits[0, :-1]
+    logits = model(input_ids=chunk[None], use_cache=False).logits[0, -len(chunk) : -1]  # behind virtual tokens
     # In parts: the loss holds another copy of its logits, gigabytes of them for a long chunk.
     parts = zip(logits.split(_PART), chunk[1:].to(logits.device).split(_PART), strict=True)
     return torch.cat([nn.functional.cross_entropy(part.float(), tokens, reduction="none") for part, tokens in parts])
