@@ -10,6 +10,7 @@ count for its loss. One line of JSON for each text and method; those that the fi
 
 import argparse
 import gzip
+import itertools
 import json
 import random
 import sys
@@ -79,13 +80,10 @@ def run(args: argparse.Namespace, text: int, method: str) -> dict:
     seconds = time.perf_counter() - started
     edges = [0, *(int(end * window) for end in ENDS)]
     spans = {}
-    for first, end in zip(edges, edges[1:], strict=False):
+    for first, end in itertools.pairwise(edges):
         kept = losses[max(first - 1, 0) : end - 1][counts[max(first, 1) : end]]
         spans[f"{first} to {end}"] = kept.mean().item() if first >= start or method != "cut" else None
-    asked = {
-        str(distance): ask(model, tokenizer, cache, of_distance)
-        for distance, of_distance in facts.items()
-    }
+    asked = {str(distance): ask(model, tokenizer, cache, of_distance) for distance, of_distance in facts.items()}
     return {
         "text": text,
         "method": method,
