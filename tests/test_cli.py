@@ -80,7 +80,7 @@ class TestHelp:
 
 class TestErrors:
     def test_unknown_commands_and_arguments(self, capsys):
-        assert "there is no command 'mesure'. Choose one of measure, train" in error(capsys, "mesure")
+        assert "there is no command 'mesure'. Choose one of extend, measure, train" in error(capsys, "mesure")
         assert "Did you mean --lengths?" in error(capsys, "measure", "--length", "5")
         assert "required: ADAPTER" in error(capsys, "info")
         assert "invalid choice: 'chat'" in error(capsys, "train", "--preset", "chat", "--model", "m")
