@@ -1,5 +1,6 @@
 """The documentation as a site: every page has its place and a link to it, and says what the code says."""
 
+import ast
 import importlib
 import inspect
 import os
