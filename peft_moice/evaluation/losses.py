@@ -81,8 +81,9 @@ def losses_by_position(
     *,
     chunk_length: int = 2048,
     max_chunks: int | None = None,
+    edges: Sequence[int] | None = None,
 ) -> PositionLosses:
-    """Mean loss of the tokens of `text` by their position in chunks, in buckets that double: 1, 2-3, 4-7, ...
+    """Mean loss of the tokens of `text` by their position in chunks.
 
     Args:
         model: a causal language model of transformers.
@@ -90,16 +91,21 @@ def losses_by_position(
         text: text of at least one chunk; a rest shorter than a chunk is dropped.
         chunk_length: number of tokens in a chunk, at least 2. Default: 2048.
         max_chunks: number of chunks to read. Default: all.
+        edges: positions at which buckets end, ascending from 2 on to `chunk_length`. Default: buckets that double, 1,
+            2-3, 4-7, ...
 
     Raises:
         ValueError: the text is shorter than one chunk, or a value is out of its range.
     """
+    if edges is None:
+        edges = [min(2**power, chunk_length) for power in range(1, (chunk_length - 1).bit_length() + 1)]
+    if not edges or edges[0] < 2 or edges[-1] != chunk_length or min(_sizes(edges)) < 1:
+        raise ValueError(f"`edges` are {list(edges)}, but have to ascend from 2 on to {chunk_length}, `chunk_length`.")
     chunks = chunks_of(tokenizer, text, chunk_length, max_chunks)
     total = torch.zeros(chunk_length - 1, dtype=torch.float64)
     with evaluating(model):
         for chunk in tqdm(chunks, desc="loss of text", unit="chunk"):
             total += token_losses(model, chunk).double().cpu()
-    edges = [min(2**power, chunk_length) for power in range(1, (chunk_length - 1).bit_length() + 1)]
     losses = [part.mean().item() / len(chunks) for part in torch.split(total, _sizes(edges))]
     return PositionLosses(tuple(edges), tuple(losses), len(chunks))
 
