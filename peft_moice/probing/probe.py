@@ -65,7 +65,7 @@ class LayerProbe:
         # Some families hand keys and values from layer to layer; one such hand-over per angle and set of positions.
         self._shared_keys: dict[tuple[float, tuple[int, ...]], dict[torch.dtype, dict[str, Any]]] = {}
         self._observations: dict[nn.Module, Observation] | None = None
-        self._failure: UnobservedError | None = None
+        self._why_unobserved: str | None = None
         # Whether attention modules of a class run without position embeddings too.
         self._optional: dict[type[nn.Module], bool] = {}
 
@@ -272,17 +272,18 @@ class LayerProbe:
 
     def _observation(self, module: nn.Module) -> Observation:
         """What `module` receives when the model runs on three tokens."""
-        if self._observations is None and self._failure is None:
+        if self._why_unobserved is not None:
+            raise UnsupportedLayerError(self._why_unobserved)
+        if self._observations is None:
             try:
                 self._observations = observe(self.model)
             except UnobservedError as error:
-                self._failure = error
-        if self._failure is not None:
-            raise UnsupportedLayerError(
-                "what this layer receives depends on the model, and the model could not be run to see "
-                f"({self._failure})"
-            ) from self._failure.__cause__
-        observation = (self._observations or {}).get(module)
+                # Not the error itself, whose traceback holds the model.
+                self._why_unobserved = (
+                    f"what this layer receives depends on the model, and the model could not be run to see ({error})"
+                )
+                raise UnsupportedLayerError(self._why_unobserved) from error.__cause__
+        observation = self._observations.get(module)
         if observation is None:
             raise UnsupportedLayerError("what this layer receives depends on the model, and running it did not tell")
         return observation

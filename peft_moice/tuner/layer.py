@@ -230,7 +230,7 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
         # `nn.DataParallel` sets `__dict__` itself, before there is anything else.
         if name.startswith("_") or hasattr(type(self), name):
             return False
-        if any(name in names for names in (vars(self), self._modules, self._parameters, self._buffers)):
+        if name in vars(self) or name in self._modules or name in self._parameters or name in self._buffers:
             return False
         base_layer = self._modules.get("base_layer")
         return base_layer is not None and hasattr(base_layer, name)

@@ -90,6 +90,7 @@ class MoICEModel(BaseTuner):
             )
         self._kept_out: list[tuple[nn.Module, str, nn.Module]] = []
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        del self._plans
         for parent, child_name, layer in self._kept_out:
             setattr(parent, child_name, layer)
         del self._kept_out
