@@ -78,8 +78,9 @@ def build_in(attention: nn.Module, rope: LayerRope, num_heads: int, shares: list
     for share in shares:
         # Made anew, because a copy would take along what others have hooked onto the adapter's router. In float32
         # whatever the model's dtype, as PEFT keeps adapters, so that a reloaded model chooses the same experts.
-        router = MoICERouter.from_spec(share.spec, rope.layer_type, num_heads, share.router.head_dim)
-        router.to(share.router.gate_proj.device, torch.float32).load_state_dict(share.router.state_dict())
+        with torch.device(share.router.gate_proj.device):
+            router = MoICERouter.from_spec(share.spec, rope.layer_type, num_heads, share.router.head_dim)
+        router.to(torch.float32).load_state_dict(share.router.state_dict())
         routers.append(router.requires_grad_(False))
     BuiltInRouters(routers, specs, rope, num_heads).install(attention)
 

@@ -88,7 +88,7 @@ class PassRecords:
         if num_items is not None and labels is not None:
             sum_tokens, items = self._items(labels)
             shares = items / num_items
-        loss, late = torch.zeros(()), []
+        loss, late = torch.zeros((), device="cpu"), []
         aux_loss: torch.Tensor | None = None
         learning = self.learning_routers()
         for name in self._balanced_routers():

@@ -66,7 +66,11 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
         """Add the routers of `adapter_name`, or replace them."""
         specs = config.router_specs()
         check_size(specs, self.rope.layer_type, self.num_heads, self.head_dim, self.base_layer)
-        routers = [MoICERouter.from_spec(spec, self.rope.layer_type, self.num_heads, self.head_dim) for spec in specs]
+        device, _ = self._get_base_layer_device_and_dtype(self.base_layer)
+        with torch.device(device or "cpu"):
+            routers = [
+                MoICERouter.from_spec(spec, self.rope.layer_type, self.num_heads, self.head_dim) for spec in specs
+            ]
         self._release_rotations(adapter_name)
         self.router_specs[adapter_name] = specs
         self.moice_router[adapter_name] = nn.ModuleList(routers) if config.members is not None else routers[0]
@@ -143,11 +147,12 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
             )
         shares = []
         for name in dict.fromkeys(adapter_names):
-            rows = torch.tensor([float(row == name) for row in adapter_names])
+            rows = torch.tensor([float(row == name) for row in adapter_names], device="cpu")
             for share in self._shares_of([name]):
                 share.weight = share.weight * rows
                 shares.append(share)
-        return shares, torch.tensor([float(row not in self.moice_router) for row in adapter_names])
+        others = [float(row not in self.moice_router) for row in adapter_names]
+        return shares, torch.tensor(others, device="cpu")
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Build the routers of `adapter_names` (default: the active ones) into the attention module.
