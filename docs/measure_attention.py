@@ -30,7 +30,7 @@ from peft_moice.tuner.config import RELEASED_MULTIPLIERS
 
 HEADS, KV_HEADS, HEAD_DIM, ROPE_THETA = 9, 3, 64, 100000.0
 TOP_KS = (7, 2, 1)
-COMPARED = ("native", "grouped", "delegated", "folded")
+COMPARED = ("native", "delegated", "folded")
 
 
 def rotations() -> RotationTable:
@@ -55,7 +55,7 @@ def candidates(length: int, args: argparse.Namespace) -> dict[str, Callable[[], 
     def mixture(top_k: int) -> Callable[[], None]:
         gates = select_experts(torch.randn(1, HEADS, length, len(RELEASED_MULTIPLIERS)), top_k)
         gates.requires_grad_(args.backward)
-        options = {"rotations": table, "implementation": args.implementation}
+        options = {"rotations": table, "implementation": "native"}
         return lambda: finish(mixed_attention(query, key, value, gates, **options)[0])
 
     return {"sdpa": sdpa, **{f"K = {top_k}": mixture(top_k) for top_k in TOP_KS}}
@@ -88,7 +88,7 @@ def compared(queries: int, keys: int, top_k: int, args: argparse.Namespace) -> s
                 output.backward(output)
 
         fastest[name] = min(seconds(run) for _ in range(args.repetitions + 1))
-    best, taken = min(fastest.values()), choose(call)
+    best, taken = min(fastest.values()), choose(call)[0]
     cells = [f"{fastest[name] * 1000:.1f} ms" if name in fastest else "" for name in COMPARED]
     return " | ".join((f"| {queries:,}", f"{keys:,}", str(top_k), *cells, f"{taken} {fastest[taken] / best:.2f} |"))
 
@@ -115,7 +115,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8192], help="tokens of the sequence")
     parser.add_argument("--repetitions", type=int, default=5, help="of which the fastest counts")
-    parser.add_argument("--implementation", default="native", choices=["native", "grouped"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--backward", action="store_true", help="with the gradients of everything")
     parser.add_argument("--compare", action="store_true", help='all implementations, and which one "auto" takes')

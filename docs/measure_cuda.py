@@ -5,7 +5,8 @@ It has not been run on one yet: none was at hand.
     python docs/measure_cuda.py
 
 1. the tests of the Triton kernels, on the device;
-2. `certify()`: the kernels against `reference`, by dtype, head size and layout;
+2. every implementation against `reference` on random problems, in outputs and gradients, by dtype, head size and
+   layout, up to 1,000 queries and 5,000 keys (several tiles of each kernel);
 3. one layer's attention in bfloat16 at the shapes of Llama-2-7B and Llama-3-8B, N = 7 rope bases: prefill, training
    and one decoded token for every implementation, beside PyTorch's attention under one base; with the share of the
    device's peak rate, for which all K attentions are counted;
@@ -18,9 +19,11 @@ left out, and named.
 
 import argparse
 import copy
+import dataclasses
 import functools
 import itertools
 import json
+import math
 import shutil
 import statistics
 import subprocess
@@ -35,8 +38,8 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_moice import MoICEConfig
-from peft_moice.attention import mixed_attention
-from peft_moice.attention.certification import certify
+from peft_moice.attention import IMPLEMENTATIONS, mixed_attention
+from peft_moice.attention.call import AttentionCall
 from peft_moice.evaluation.reader import cache_keyword
 from peft_moice.rope import RotaryLayout, RotationTable
 from peft_moice.routing.router import select_experts
@@ -46,9 +49,11 @@ SHAPES = {"Llama-2-7B": (32, 32, 10000.0), "Llama-3-8B": (32, 8, 500000.0)}
 """Query heads, key-value heads, rope_theta; all heads have 128 dimensions."""
 HEAD_DIM = 128
 NUM_EXPERTS = len(RELEASED_MULTIPLIERS)
-IMPLEMENTATIONS = ("triton", "folded", "delegated")
+TIMED = ("triton", "folded", "delegated")
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "L40S": 362.0, "4090": 165.0}
 """Dense bfloat16 rates by a part of the device's name, from NVIDIA's data sheets."""
+MOST_ERROR = {torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+"""Largest difference to `reference` that is taken for rounding, as a share of the largest value."""
 TESTS = Path(__file__).parent.parent / "tests"
 Figure = dict[str, Any]
 
@@ -59,11 +64,100 @@ def device_tests(args: argparse.Namespace) -> Iterator[Figure]:
     yield {"status": done.returncode, "end": done.stdout.strip().splitlines()[-3:]}
 
 
-def certification(args: argparse.Namespace) -> Iterator[Figure]:
-    for dtype, head_dim in itertools.product((torch.bfloat16, torch.float16, torch.float32), (64, HEAD_DIM)):
-        for verdict in certify(args.device, [dtype], [head_dim]):
-            layout = "interleaved" if verdict.layout.interleaved else "half"
-            yield {"dtype": str(dtype), "head_dim": head_dim, "layout": layout, "fault": verdict.fault}
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A random problem on which implementations are compared with `reference`."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    top_k: int
+    mask: str | None
+
+
+PROBLEMS = (
+    Problem(1, 2, 2, 40, 40, 4, None),
+    Problem(2, 6, 2, 33, 70, 2, None),
+    Problem(2, 4, 1, 20, 50, 1, "boolean"),
+    Problem(1, 4, 4, 17, 17, 2, "additive"),
+    Problem(2, 6, 2, 1, 90, 2, None),
+    Problem(1, 4, 2, 1000, 5000, 2, None),
+    Problem(1, 2, 1, 1000, 5000, 4, "boolean"),
+    Problem(2, 6, 2, 1, 5000, 2, None),
+)
+
+
+def comparison(args: argparse.Namespace) -> Iterator[Figure]:
+    names = sorted(set(IMPLEMENTATIONS) - {"reference"})
+    for dtype, head_dim, interleaved in itertools.product(args.dtypes, args.head_dims, (False, True)):
+        for problem in PROBLEMS:
+            call = random_call(problem, args.device, getattr(torch, dtype), RotaryLayout(0, head_dim, interleaved))
+            expected = with_gradients("reference", call)
+            for name in names:
+                where = {"dtype": dtype, "layout": "interleaved" if interleaved else "half"}
+                figure = {"implementation": name, **where, "head_dim": head_dim, **dataclasses.asdict(problem)}
+                yield {**figure, **compared(name, call, expected)}
+
+
+def compared(name: str, call: AttentionCall, expected: dict[str, torch.Tensor]) -> Figure:
+    """What is wrong with the implementation `name` on `call`, under "fault"; None if nothing is."""
+    reason = IMPLEMENTATIONS[name].why_not(call)
+    if reason is not None:
+        return {"refused": reason}
+    try:
+        actual = with_gradients(name, call)
+    except Exception as error:
+        # A compiler or driver that fails does so with errors of its own.
+        return {"fault": f"{type(error).__name__}: {str(error)[:300]}"}
+    worst = {}
+    for part, ours in actual.items():
+        error, largest = ((x.float()).abs().max().item() for x in (ours.float() - expected[part], expected[part]))
+        worst[part] = error / max(largest, 1e-3)
+    part = max(worst, key=lambda part: math.inf if math.isnan(worst[part]) else worst[part])
+    right = worst[part] <= MOST_ERROR[call.query.dtype]
+    return {"error": worst[part], "fault": None if right else f"{part} is off by {worst[part]:.1e}"}
+
+
+def random_call(problem: Problem, device: str, dtype: torch.dtype, layout: RotaryLayout) -> AttentionCall:
+    generator = torch.Generator().manual_seed(0)
+    bases = (1e4, 2.5e3, 4e4, 1.6e5)
+    shapes = (problem.heads, problem.queries), (problem.kv_heads, problem.keys), (problem.kv_heads, problem.keys)
+    query, key, value = (
+        torch.randn(problem.batch, *shape, layout.size, generator=generator).to(device, dtype) for shape in shapes
+    )
+    logits = torch.randn(problem.batch, problem.heads, problem.queries, len(bases), generator=generator)
+    pairs = torch.arange(0, layout.size, 2, dtype=torch.float64) / layout.size
+    frequencies = torch.stack([base**-pairs for base in bases])
+    start, order = problem.keys - problem.queries, torch.arange(problem.keys)
+    visible = order <= start + torch.arange(problem.queries)[:, None]
+    mask = None if problem.mask is None else visible & (order % 7 != 3) | (order == 0)
+    if mask is not None:
+        mask = mask.expand(problem.batch, 1, -1, -1)
+        low = torch.finfo(dtype).min
+        mask = mask if problem.mask == "boolean" else torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, low)
+        mask = mask.to(device)
+    gates = select_experts(logits, problem.top_k).to(device)
+    rotations = RotationTable(frequencies - frequencies[0], layout)
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any) -> tuple[torch.Tensor, None]:
+        mask = visible.to(device) if mask is None else mask
+        output = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
+        return output.transpose(1, 2), None
+
+    return AttentionCall(query, key, value, gates, rotations, start, attend=attend, attention_mask=mask)
+
+
+def with_gradients(name: str, call: AttentionCall) -> dict[str, torch.Tensor]:
+    """The output, and the gradients of query, key, value and gates of its sum under fixed weights."""
+    names = ("query", "key", "value", "gates")
+    leaves = {part: getattr(call, part).detach().requires_grad_() for part in names}
+    output, _ = IMPLEMENTATIONS[name].run(dataclasses.replace(call, **leaves))
+    weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output.device)
+    grads = dict(zip(names, torch.autograd.grad((output.float() * weight).sum(), leaves.values()), strict=True))
+    # Gates of experts that a row did not pick may have a gradient or not.
+    return {"output": output.detach(), **grads, "gates": grads["gates"] * call.picks()}
 
 
 def attention(args: argparse.Namespace) -> Iterator[Figure]:
@@ -76,7 +170,7 @@ def attention(args: argparse.Namespace) -> Iterator[Figure]:
             for count in (heads, kv_heads, kv_heads)
         ]
         logits = torch.randn(1, heads, tokens, NUM_EXPERTS, device=args.device)
-        for name, top_k in (("sdpa", 1), *itertools.product(IMPLEMENTATIONS, (NUM_EXPERTS, 2, 1))):
+        for name, top_k in (("sdpa", 1), *itertools.product(TIMED, (NUM_EXPERTS, 2, 1))):
             gates = select_experts(logits, top_k)
             for job in ("prefill", "decode", "training"):
                 run = functools.partial(attend, tensors, gates, rotations, name, job)
@@ -167,7 +261,7 @@ def timed(run: Callable[[], Any], args: argparse.Namespace, operations: float = 
 
 PARTS = {
     "tests": device_tests,
-    "certification": certification,
+    "comparison": comparison,
     "attention": attention,
     "whole model": whole_model,
     "sanitizer": sanitizer,
@@ -177,6 +271,9 @@ PARTS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 32768])
+    dtypes = ["bfloat16", "float16", "float32"]
+    parser.add_argument("--dtypes", nargs="+", default=dtypes, choices=dtypes, help="of the comparison")
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[64, HEAD_DIM], help="of the comparison")
     parser.add_argument("--repetitions", type=int, default=10)
     parser.add_argument("--seconds", type=int, default=480, help="for everything together")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))

@@ -117,7 +117,7 @@ class TestRegularRowsKeepTheFastPath:
     @torch.no_grad()
     def test_without_a_mask(self, position_ids):
         arguments = {"input_ids": tokens(length=8), "position_ids": torch.tensor([position_ids]), "use_cache": False}
-        assert_close(mixture(implementation="grouped")(**arguments).logits, mixture()(**arguments).logits)
+        assert_close(mixture(implementation="native")(**arguments).logits, mixture()(**arguments).logits)
 
     @pytest.mark.parametrize(
         "position_ids, start, end",
@@ -129,7 +129,7 @@ class TestRegularRowsKeepTheFastPath:
     )
     @torch.no_grad()
     def test_padding(self, position_ids, start, end):
-        model, ids = mixture(implementation="grouped"), tokens(length=8)
+        model, ids = mixture(implementation="native"), tokens(length=8)
         mask = torch.ones(2, 8, dtype=torch.long)
         mask[1, :start] = mask[1, end:] = 0
         rows = torch.tensor([list(range(8)), position_ids])
@@ -139,7 +139,7 @@ class TestRegularRowsKeepTheFastPath:
     @torch.no_grad()
     def test_others_do_not(self):
         with pytest.raises(ValueError, match="these tokens stand elsewhere"):
-            mixture(implementation="grouped")(**case("gap"))
+            mixture(implementation="native")(**case("gap"))
 
 
 def test_gradients_with_checkpointing_when_other_positions_come_in_between():

@@ -173,7 +173,7 @@ class TestPaddedRows:
         ids, padding = tokens(batch=3, length=12), torch.tensor([[0], [3], [5]])
         mask = (torch.arange(12) >= padding).long()
         place = positions_of(mask)
-        model, cache, found, start = mixture(family, implementation="grouped"), None, [], 0
+        model, cache, found, start = mixture(family, implementation="native"), None, [], 0
         cache = dynamic_cache(model)
         for length in parts:
             end = start + length
@@ -256,7 +256,7 @@ def test_rows_that_are_repeated_selected_or_permuted():
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 @torch.no_grad()
 def test_padded_rows_that_are_selected_count_on(family, rows):
-    model, mask = mixture(family, implementation="grouped"), (torch.arange(14) >= torch.tensor([[0], [3], [1]])).long()
+    model, mask = mixture(family, implementation="native"), (torch.arange(14) >= torch.tensor([[0], [3], [1]])).long()
     ids, place, rows = tokens(batch=3, length=14), positions_of(mask), torch.tensor(rows)
     cache = dynamic_cache(model)
     run(model, cache, ids[:, :11], place[:, :11], mask[:, :11])

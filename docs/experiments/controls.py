@@ -7,7 +7,7 @@ import torch
 from peft_moice import MoICELayer
 from peft_moice.attention import operator
 from peft_moice.attention.call import AttentionCall
-from peft_moice.attention.masks import additive
+from peft_moice.attention.reference import additive
 from peft_moice.attention.rotating import rotated_pairs
 
 
