@@ -23,6 +23,7 @@ from ..routing.mixture import watch_positions
 from ..standalone.built_in import BuiltInRouters
 from ..standalone.models import make_standalone
 from ..training import register_hooks, remove_hooks
+from .beside_routers import check_stored_beside, fields_beside
 from .check import unwatch_first_pass, watch_first_pass
 from .combining import combine_routers, combined_config
 from .config import MoICEConfig, as_moice_config
@@ -87,12 +88,23 @@ class MoICEModel(BaseTuner):
                 f"{type(model).__name__} has routers built in already. Put an adapter on the base model that it was "
                 "merged from."
             )
+        config = as_moice_config(self.peft_config[adapter_name])
+        if not config.awaits_weights and any(adapter_name in layer.moice_router for layer in self._layers()):
+            raise ValueError(
+                f"The model has routers of an adapter called {adapter_name!r} already, which new ones would replace. "
+                "Go on with the `PeftModel` that `get_peft_model` returned; add another adapter to it with "
+                "`add_adapter(name, config)`; take all of them out with its `unload()`; or replace them by saved ones "
+                "with `PeftModel.from_pretrained(model, folder)`."
+            )
         self._kept_out: list[tuple[nn.Module, str, nn.Module]] = []
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         del self._plans
         for parent, child_name, layer in self._kept_out:
             setattr(parent, child_name, layer)
         del self._kept_out
+        stored = config.stored_beside if config.awaits_weights else None
+        if stored is not None and stored.names is not None and stored.fields == fields_beside(config):
+            check_stored_beside(model, adapter_name, stored.names)
         # Not in `_post_injection_hook`, which PEFT does not call for later adapters.
         register_hooks(model)
         watch_positions(model)

@@ -6,6 +6,7 @@ import logging
 from torch import nn
 
 from ..probing import LayerPlan, LayerProbe, attention_module_names, explain_no_targets
+from .beside_routers import check_beside_routers
 from .config import MoICEConfig
 from .layer import MoICELayer
 from .targets import is_target
@@ -73,14 +74,7 @@ def plan_layers(config: MoICEConfig, model: nn.Module) -> LayerPlans:
             )
     if thetas:
         config.resolve_bases(thetas)
-    for entry in config.modules_to_save or ():
-        for name in names:
-            if name.endswith(entry):
-                raise ValueError(
-                    f"`modules_to_save` holds {entry!r}, which means the adapted attention module {name!r} too, "
-                    "because PEFT takes every module whose name ends so. Write more of the name, or leave the "
-                    "attention module out with `exclude_modules`."
-                )
+    check_beside_routers(config, model, names)
     return plans
 
 
