@@ -70,10 +70,11 @@ def run_up_to_attention(
     with _on_real_weights(module) as runnable, undisturbed(runnable):
 
         def run_with(weights: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-            return [
-                _run(runnable, weights, found, rotary, layer_type, positions, keys)
-                for rotary, keys in zip(rotaries, shared_keys, strict=True)
-            ]
+            captured = []
+            for rotary, keys in zip(rotaries, shared_keys, strict=True):
+                with _in_place_of(found, rotary):
+                    captured.append(_run(runnable, weights, rotary, layer_type, positions, keys))
+            return captured
 
         in_float32 = _in_float32(runnable)
         if in_float32:
@@ -86,13 +87,12 @@ def run_up_to_attention(
 def _run(
     module: nn.Module,
     weights: dict[str, torch.Tensor],
-    found: OwnRotary | None,
     rotary: nn.Module | None,
     layer_type: str | None,
     positions: tuple[int, ...],
     shared_keys: dict[torch.dtype, dict[str, Any]],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As [`run_up_to_attention`], with `weights` in place of the module's own."""
+    """As [`run_up_to_attention`] under `rotary`, which hangs in its place, with `weights` for the module's own."""
     weight = next((p for p in module.parameters() if p.is_floating_point() and not p.is_meta), None)
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     device = torch.device(device if device is not None else (weight.device if weight is not None else "cpu"))
@@ -115,7 +115,7 @@ def _run(
 
     intercept(module)
     try:
-        with _in_place_of(found, rotary), torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False):
             capture = _call(module, _with_uneven_vectors(module, weights), hidden_states, arguments)
     finally:
         restore(module)

@@ -25,7 +25,7 @@ from ..standalone.models import make_standalone
 from ..training import register_hooks, remove_hooks
 from .beside_routers import check_stored_beside, fields_beside
 from .check import unwatch_first_pass, watch_first_pass
-from .combining import combine_routers, combined_config
+from .combining import Combination, combine_routers, combined_config
 from .config import MoICEConfig, as_moice_config
 from .layer import BASE_MODEL_NAME, MoICELayer
 from .loading import check_stored_routers, discard_if_never_loaded
@@ -265,14 +265,13 @@ class MoICEModel(BaseTuner):
         if adapter_name in self.peft_config:
             raise ValueError(f"There is an adapter called {adapter_name!r} already. Delete it or choose another name.")
         configs = [as_moice_config(self.peft_config[name]) for name in adapters]
-        config = combined_config(adapters, configs, weights, combination_type, density)
+        combination = Combination(adapters, weights, combination_type, density, majority_sign_method)
+        config = combined_config(combination, configs)
         self.peft_config[adapter_name] = config
         self.inject_adapter(self.model, adapter_name)
         for layer in self._layers():
             if adapter_name in layer.moice_router:
-                combine_routers(
-                    layer, adapters, weights, adapter_name, combination_type, density, majority_sign_method
-                )
+                combine_routers(layer, adapter_name, combination)
 
     @all_or_nothing
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:

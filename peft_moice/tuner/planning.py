@@ -50,9 +50,7 @@ def plan_layers(config: MoICEConfig, model: nn.Module) -> LayerPlans:
     """
     _check_heads_are_here(config, model)
     plans = LayerPlans(model)
-    if config.target_modules is None:
-        _choose_targets(config, plans)
-    names = _targeted(config, model)
+    names = _choose_targets(config, plans) if config.target_modules is None else _targeted(config, model)
     _check_layers_to_transform(config, names)
     for name in names:
         _check_not_on_disk(model, name)
@@ -78,8 +76,11 @@ def plan_layers(config: MoICEConfig, model: nn.Module) -> LayerPlans:
     return plans
 
 
-def _choose_targets(config: MoICEConfig, plans: LayerPlans) -> None:
-    """Target every attention module of the decoder that has a rotary embedding, as far as the config lets it."""
+def _choose_targets(config: MoICEConfig, plans: LayerPlans) -> list[str]:
+    """Target every attention module of the decoder that has a rotary embedding, as far as the config lets it.
+
+    Returns the names of the modules that are targeted then.
+    """
     everywhere = copy.copy(config)
     # An attention module that an earlier adapter has wrapped goes by its wrapper's name.
     every = [name.removesuffix(".base_layer") for name in attention_module_names(plans.model)]
@@ -97,8 +98,11 @@ def _choose_targets(config: MoICEConfig, plans: LayerPlans) -> None:
     if not names:
         raise ValueError(explain_no_targets(plans.model, lacks))
     everywhere.target_modules = {name.rpartition(".")[2] for name in names}
-    suffices = _targeted(everywhere, plans.model) == names
-    config.target_modules = everywhere.target_modules if suffices else set(names)
+    if _targeted(everywhere, plans.model) == names:
+        config.target_modules = everywhere.target_modules
+        return names
+    config.target_modules = set(names)
+    return _targeted(config, plans.model)
 
 
 def _targeted(config: MoICEConfig, model: nn.Module) -> list[str]:
