@@ -13,7 +13,7 @@ from transformers import StaticCache
 from transformers.models.llama.modeling_llama import LlamaModel, LlamaRotaryEmbedding
 
 from peft_moice import MoICEConfig, MoICELayer
-from peft_moice.rope.positions import query_start
+from peft_moice.rope.positions import positions_of_pass
 
 LENGTH = 12
 
@@ -270,21 +270,24 @@ def test_text_at_positions_of_several_dimensions_may_stand_anywhere():
     assert_close(actual, rotated("qwen3_vl")(input_ids=tokens(length=8), position_ids=positions).logits)
 
 
+def query_start(layer: int, length: int, **kwargs) -> int | torch.Tensor | None:
+    return positions_of_pass(layer, (torch.zeros(1, length, 64),), kwargs).query_start
+
+
 def test_query_start_in_a_static_cache():
-    config = tiny_model("llama").config
-    cache = StaticCache(config=config, max_cache_len=16)
+    cache = StaticCache(config=tiny_model("llama").config, max_cache_len=16)
     keys = torch.zeros(1, 2, 5, 16)
-    assert query_start(0, (torch.zeros(1, 5, 64),), {"past_key_values": cache}) == 0
+    assert query_start(0, 5, past_key_values=cache) == 0
     cache.update(keys, keys, 0)
-    assert query_start(0, (torch.zeros(1, 1, 64),), {"past_key_values": cache}) == 5
-    assert query_start(1, (torch.zeros(1, 5, 64),), {"past_key_values": cache}) == 0
-    assert query_start(0, (torch.zeros(1, 1, 64),), {"past_key_values": cache, "logits_to_keep": 1}) == 5
+    assert query_start(0, 1, past_key_values=cache) == 5
+    assert query_start(1, 5, past_key_values=cache) == 0
+    assert query_start(0, 1, past_key_values=cache, logits_to_keep=1) == 5
     # A family that shares its attention modules names the layer in the call.
-    assert query_start(1, (torch.zeros(1, 1, 64),), {"past_key_values": cache, "layer_idx": 0}) == 5
+    assert query_start(1, 1, past_key_values=cache, layer_idx=0) == 5
 
 
 def test_query_start_without_a_static_cache_is_left_to_the_keys():
-    assert query_start(0, (torch.zeros(1, 5, 64),), {}) is None
+    assert query_start(0, 5) is None
 
 
 @torch.no_grad()

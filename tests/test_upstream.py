@@ -25,7 +25,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.llama import modeling_llama
 from versions import needs_adapter_verbs_of_transformers
 
-from peft_moice.rope.positions import find_cache
+from peft_moice.rope.positions import caches_among
 
 
 def parameters_of(function) -> list[str]:
@@ -180,10 +180,10 @@ def test_a_cache_reaches_attention_as_a_keyword_that_holds_one():
     model, seen = tiny_model("llama"), []
     attention = model.model.layers[1].self_attn
     attention.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(find_cache(args, kwargs)), with_kwargs=True
+        lambda module, args, kwargs: seen.append(caches_among(args, kwargs)[0]), with_kwargs=True
     )
     model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(find_cache(args, kwargs)), with_kwargs=True
+        lambda module, args, kwargs: seen.append(caches_among(args, kwargs)[0]), with_kwargs=True
     )
     cache = DynamicCache(config=model.config)
     model(tokens(), past_key_values=cache, use_cache=True)
@@ -198,7 +198,7 @@ def test_a_cache_reaches_attention_as_a_keyword_that_holds_one():
 def test_the_inner_cache_of_encoder_decoder_models():
     own = DynamicCache()
     assert isinstance(EncoderDecoderCache(own, DynamicCache()), Cache)
-    assert find_cache((), {"anything": EncoderDecoderCache(own, DynamicCache())}) is own
+    assert caches_among((), {"anything": EncoderDecoderCache(own, DynamicCache())})[0] is own
 
 
 def test_static_caches_say_where_their_keys_begin():

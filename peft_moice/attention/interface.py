@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedConfig
 
 from ..rope import RotationTable
-from ..rope.positions import Positions, packed_query_start, paged_cache
+from ..rope.positions import Positions, caches_among, packed_query_start
 from .call import Attend, AttentionCall
 from .operator import compute
 
@@ -134,8 +134,7 @@ class MixtureCall:
             places = packed_query_start(options["cu_seq_lens_q"], options["cu_seq_lens_k"], query, key), None, None
             implementation = _implementation_for_packed(implementation)
         else:
-            batch, _, num_queries, _ = query.shape
-            places = self.positions.resolve(batch, num_queries, key.shape[2], attention_mask)
+            places = self.positions.among_keys(query.shape[-2], key.shape[-2])
         # Under autocast, rotated queries and keys may be in float32 and values in half precision.
         if not query.dtype == key.dtype == value.dtype:
             dtype = functools.reduce(torch.promote_types, (query.dtype, key.dtype, value.dtype))
@@ -210,7 +209,7 @@ def _write_once(
             "MoICE has to see the keys of continuous batching, which stay in the cache when decoding uses block "
             "tables. Pass `ContinuousBatchingConfig(max_blocks_per_request=0)` as `continuous_batching_config`."
         )
-    cache = paged_cache((), kwargs)
+    cache = caches_among((), kwargs)[1]
     if cache is not None:
         update: Callable[..., tuple[torch.Tensor, torch.Tensor]] = cache.update
         if "kwargs" not in inspect.signature(update).parameters:

@@ -54,7 +54,7 @@ def mixed_attention(
         value: `[B, G, T, Dv]`.
         gates: `[B, H, S, N]`, weights of the experts, summing to one.
         rotations: further rotations of the N experts.
-        query_start: index of the first query among the keys, see [`positions.query_start`]. Default: 0.
+        query_start: index of the first query among the keys, see [`AttentionCall`]. Default: 0.
         query_positions: `[B or 1, S]`, positions of the queries where they are not in the order of the keys. Default:
             None, query s stands at `query_start + s`.
         key_positions: `[B or 1, T]`, likewise; given together with `query_positions`.

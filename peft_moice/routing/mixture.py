@@ -216,6 +216,7 @@ class MixesAngles(nn.Module):
         """Make sure that `call` was computed, and hand its records over."""
         if not call.records:
             raise bypassed(f"The attention module of layer {layer_idx} did not ask for its mixture")
+        call.positions.leave()
         if self.recorder is not None:
             self.recorder.take(self, call.records)
 

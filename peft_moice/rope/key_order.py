@@ -13,35 +13,33 @@ class Order:
     """
     Attributes:
         holds: every query stands as far from every key that it sees as their indices do.
-        continues: besides, every row is one sequence that counts up, so that a next token which goes on counting will
-            find the same. None where a row ends in padding, so that only the next token can tell.
+        continues: besides, every row is one sequence that counts up to its last token, so that a next token which goes
+            on counting will find the same. Not so where a row ends in padding.
     """
 
     holds: bool
-    continues: bool | None
+    continues: bool
 
 
-def judge_order(ids: torch.Tensor, keys: torch.Tensor | None, start: int, batch: int, attention_mask: Any) -> Order:
+def judge_order(ids: torch.Tensor, keys: torch.Tensor, start: int, batch: int, attention_mask: Any) -> Order:
     """Compare positions with indices. Waits for the device.
 
     Args:
         ids: `[B or 1, S]`, positions of the queries.
-        keys: `[B or 1, T]`, positions of the keys; None if not known, and those before the queries are trusted.
+        keys: `[B or 1, T]`, positions of the keys.
         start: index of the first query among the keys.
         batch: B.
         attention_mask: what the attention function received: `[B or 1, 1 or H, S, T]`, boolean or additive, `[B, T]`,
             or None. Under masks of other kinds no pair is taken as hidden.
     """
     num_queries = ids.shape[-1]
-    if keys is None:
-        keys, start = ids, 0
     num_keys, device = keys.shape[-1], ids.device
     # Constant within a stretch of tokens that count up.
     of_queries = ids - start - torch.arange(num_queries, device=device)
     of_keys = keys.to(device) - torch.arange(num_keys, device=device)
     last = of_queries[:, -1:]
     if bool(((of_queries == last).all(dim=-1) & (of_keys == last).all(dim=-1)).all()):
-        return Order(True, True if _ends_in_tokens(attention_mask, start + num_queries - 1) else None)
+        return Order(True, _ends_in_tokens(attention_mask, start + num_queries - 1))
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape[-1] != num_keys:
         return Order(False, False)
     of_queries, of_keys = (offsets.expand(batch, -1) for offsets in (of_queries, of_keys))
@@ -56,7 +54,7 @@ def _under_padding(of_keys: torch.Tensor, last: int, real: torch.Tensor) -> Orde
     """Padding, where `real` `[B, T]` is false, is left out; tokens see all others up to themselves."""
     first_real = real.int().argmax(dim=-1, keepdim=True)
     holds = not bool((real & (of_keys != of_keys.gather(-1, first_real))).any())
-    return Order(holds, (True if _ends_in_tokens(real, last) else None) if holds else False)
+    return Order(holds, holds and _ends_in_tokens(real, last))
 
 
 def _under_mask(of_queries: torch.Tensor, of_keys: torch.Tensor, start: int, mask: torch.Tensor) -> Order:
@@ -73,9 +71,8 @@ def _under_mask(of_queries: torch.Tensor, of_keys: torch.Tensor, start: int, mas
         seen |= visible.any(dim=-2)
     if bool(wrong):
         return Order(False, False)
-    if not _ends_in_tokens(mask, start + num_queries - 1):
-        return Order(True, None)
-    return Order(True, not bool((seen & (of_keys != of_queries[:, -1:])).any()))
+    ends_in_tokens = _ends_in_tokens(mask, start + num_queries - 1)
+    return Order(True, ends_in_tokens and not bool((seen & (of_keys != of_queries[:, -1:])).any()))
 
 
 def _ends_in_tokens(mask: Any, last: int) -> bool:
