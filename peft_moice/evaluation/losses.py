@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..probing.evaluating import evaluating
+from ..probing.evaluation_mode import evaluating
 
 _PART = 512
 

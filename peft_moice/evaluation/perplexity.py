@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..probing.evaluating import evaluating
+from ..probing.evaluation_mode import evaluating
 from .losses import chunks_of, token_losses
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..probing.evaluating import evaluating
+from ..probing.evaluation_mode import evaluating
 from .facts import EncodedChat, encode_chat, sample_facts
 from .intervals import wilson_interval
 from .reader import Reader

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .attention_modules import attention_module_names, decoder_of
 from .running import undisturbed
-from .targets import attention_module_names, decoder_of
 
 _NUM_TOKENS = 3
 _NUM_ENCODER_STATES = 5

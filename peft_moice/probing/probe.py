@@ -19,10 +19,10 @@ from ..attention.interface import uses_attention_interface
 from ..rope import LayerRope, RotaryLayout
 from ..rope.frequencies import inverse_frequencies, original_length, rope_parameters, rotary_with_theta
 from ..rope.own_rotary import OwnRotary
+from .attention_modules import explain_target
 from .layouts import Capture, best_layout, error_of, explains
 from .observing import Observation, UnobservedError, observe
 from .running import UnsupportedLayerError, position_embeddings_of, run_up_to_attention
-from .targets import explain_target
 
 logger = logging.getLogger(__name__)
 
