@@ -14,7 +14,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--all-families",
         action="store_true",
-        help="check every feature on every family that transformers knows, for docs/make_support_matrix.py",
+        help="check every feature on every family that transformers knows, for .ci/make_support_matrix.py",
     )
 
 

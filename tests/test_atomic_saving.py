@@ -70,6 +70,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 def test_a_merged_model_is_whole_between_any_two_renames(llama, tmp_path, monkeypatch):
     old, new = (adapted_model(llama) for _ in range(2))
     decide(new, seed=1)

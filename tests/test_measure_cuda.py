@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "docs" / "measure_cuda.py"
+SCRIPT = Path(__file__).parents[1] / "examples" / "benchmarks" / "measure_cuda.py"
 
 
 @pytest.mark.slow

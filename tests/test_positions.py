@@ -9,6 +9,7 @@ import torch
 from families import tiny_model, tokens
 from peft import get_peft_model, inject_adapter_in_model
 from position_models import FACTOR, additive, assert_close, causal, mixture, one_angle, positions_of, rotated
+from representatives import slow_but
 from transformers import StaticCache
 from transformers.models.llama.modeling_llama import LlamaModel, LlamaRotaryEmbedding
 
@@ -16,6 +17,8 @@ from peft_moice import MoICEConfig, MoICELayer
 from peft_moice.rope.positions import positions_of_pass
 
 LENGTH = 12
+FEW = ("gap in one row", "packed under a mask of ones", "two continuations", "a gap behind left padding")
+"""Cases that are not marked slow: rows apart, steps back, a tree, and padding."""
 
 
 def siblings() -> torch.Tensor:
@@ -71,7 +74,15 @@ def real_logits(model, arguments: dict[str, torch.Tensor]) -> torch.Tensor:
 # Eager attention adds its mask, which cannot be boolean then.
 @pytest.mark.parametrize(
     "name, attention",
-    [*((name, "sdpa") for name in CASES), *((name, "eager") for name in CASES if "boolean" not in name)],
+    slow_but(
+        [(name, "sdpa") for name in FEW],
+        [
+            (name, attention)
+            for attention in ("sdpa", "eager")
+            for name in CASES
+            if attention == "sdpa" or "boolean" not in name
+        ],
+    ),
 )
 @torch.no_grad()
 def test_one_angle_equals_a_model_with_that_rope_theta(name, attention):
@@ -85,7 +96,7 @@ def test_one_angle_equals_a_model_with_that_rope_theta(name, attention):
     assert_close(real_logits(model, arguments), expected)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(FEW, CASES))
 @torch.no_grad()
 def test_mixtures_equal_their_reference(name):
     """`reference` rotates by explicit positions wherever these are given, so it is held to a single angle as well."""
@@ -95,7 +106,10 @@ def test_mixtures_equal_their_reference(name):
         assert_close(real_logits(mixture(implementation=implementation), arguments), expected)
 
 
-@pytest.mark.parametrize("family", ["mistral", "gemma3_text", "gpt_neox", "deepseek_v3", "persimmon", "llama4_text"])
+@pytest.mark.parametrize(
+    "family",
+    slow_but(["gemma3_text"], ["mistral", "gemma3_text", "gpt_neox", "deepseek_v3", "persimmon", "llama4_text"]),
+)
 @torch.no_grad()
 def test_other_families(family):
     """Windows, several kinds of layers, other keywords, latent attention, and layers that get no `position_ids`."""

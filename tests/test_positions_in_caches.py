@@ -9,6 +9,7 @@ import torch
 from families import tiny_model, tokens
 from peft import get_peft_model
 from position_models import FACTOR, Waits, additive, assert_close, mixture, one_angle, positions_of, rotated
+from representatives import slow_but
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.llama.modeling_llama import rotate_half
@@ -68,7 +69,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize("make_cache", [dynamic_cache, static_cache])
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "gpt_neox", "persimmon"])
+@pytest.mark.parametrize("family", slow_but(["llama"], ["llama", "mistral", "gemma3_text", "gpt_neox", "persimmon"]))
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_one_angle_equals_a_model_with_that_rope_theta(name, family, make_cache):

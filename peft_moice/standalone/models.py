@@ -136,9 +136,6 @@ def _model_class(original: type[PreTrainedModel], standalone_config: type[PreTra
                 remove_hooks(module)
             register_hooks(self)
             watch_positions(self)
-            from ..tuner.check import watch_first_pass
-
-            watch_first_pass(self)
 
         def save_pretrained(
             self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args: Any, **kwargs: Any
