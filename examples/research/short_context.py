@@ -23,7 +23,7 @@ from methods import halve
 
 from peft_moice.evaluation import Result, evaluate
 from peft_moice.evaluation.losses import token_losses
-from peft_moice.probing.evaluating import evaluating
+from peft_moice.probing.evaluation_mode import evaluating
 
 FILES = ("coursera", "tpo", "sci_fi")
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..probing.evaluating import evaluating
+from ..probing.evaluation_mode import evaluating
 
 _PART = 512
 
@@ -56,7 +56,7 @@ def chunks_of(tokenizer: Any, text: str, length: int, max_chunks: int | None = N
             f"`chunk_length` has to be at least 2 and `max_chunks` at least 1, not {length} and {max_chunks}."
         )
     tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    chunks = torch.tensor(tokens)[: len(tokens) // length * length].view(-1, length)[:max_chunks]
+    chunks = torch.tensor(tokens, device="cpu")[: len(tokens) // length * length].view(-1, length)[:max_chunks]
     if not len(chunks):
         raise ValueError(
             f"The text has {len(tokens)} tokens, fewer than one chunk of {length}. Give more text or lower "
@@ -102,7 +102,7 @@ def losses_by_position(
     if not edges or edges[0] < 2 or edges[-1] != chunk_length or min(_sizes(edges)) < 1:
         raise ValueError(f"`edges` are {list(edges)}, but have to ascend from 2 on to {chunk_length}, `chunk_length`.")
     chunks = chunks_of(tokenizer, text, chunk_length, max_chunks)
-    total = torch.zeros(chunk_length - 1, dtype=torch.float64)
+    total = torch.zeros(chunk_length - 1, dtype=torch.float64, device="cpu")
     with evaluating(model):
         for chunk in tqdm(chunks, desc="loss of text", unit="chunk"):
             total += token_losses(model, chunk).double().cpu()

@@ -248,7 +248,7 @@ def plot_waveforms(head_dim: int, rope_bases: Sequence[float], context_length: i
         raise ValueError(f"`rope_bases` holds {len(rope_bases)} angles; draw 1 to {len(_COLORS)} in a picture.")
     waveforms = torch.stack([attention_waveform(head_dim, base, context_length) for base in rope_bases])
     # Means over buckets of equal width on the axis: finer waves would hide each other in solid bands.
-    edges = torch.unique(torch.logspace(0, math.log10(context_length), _BUCKETS + 1).round().long())
+    edges = torch.unique(torch.logspace(0, math.log10(context_length), _BUCKETS + 1, device="cpu").round().long())
     sizes = edges.diff().tolist()
     smooth = torch.stack([part.mean(dim=-1) for part in torch.split(waveforms[:, 1:], sizes, dim=-1)], dim=-1).numpy()
     distances = ((edges[:-1] + edges[1:] - 1) / 2).tolist()

@@ -108,7 +108,7 @@ class Reader:
         rests = [ids[shared:] for ids, _ in batch]
         longest = max(map(len, rests))
         # What stands behind a sequence changes nothing before it, so any token fills the rows up.
-        inputs = torch.tensor([[*rest, *[rest[-1]] * (longest - len(rest))] for rest in rests])
+        inputs = torch.tensor([[*rest, *[rest[-1]] * (longest - len(rest))] for rest in rests], device="cpu")
         output = self.model(input_ids=inputs.to(self.model.device), use_cache=True, **{self._keyword: cache})
         logits = [output.logits[row, : len(rest)] for row, rest in enumerate(rests)]
         return [part[first - 1 - shared :].float() for part, (_, first) in zip(logits, batch, strict=True)]

@@ -1,4 +1,4 @@
-"""Whether the file of an adapter's weights can be read, before a model is changed for it."""
+"""What the file of an adapter's weights holds, before a model is changed for it."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 
-def check_readable(folder: Path) -> None:
-    """Raise if `folder` holds weights that cannot be read. Of safetensors only the header is.
+def names_of_weights(folder: Path) -> set[str] | None:
+    """Names of the weights in `folder`, of which only names are read; None if there are no weights.
 
     Raises:
         SafetensorError: the file is damaged.
@@ -17,9 +17,10 @@ def check_readable(folder: Path) -> None:
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if path.is_file():
         try:
-            with safe_open(path, "pt"):
-                return
+            with safe_open(path, "pt") as file:
+                return set(file.keys())
         except SafetensorError as error:
             raise SafetensorError(f"{path} is damaged ({error}). Get it anew, from where it came from.") from error
     if (folder / WEIGHTS_NAME).is_file():
-        torch.load(folder / WEIGHTS_NAME, map_location="meta", weights_only=True)
+        return set(torch.load(folder / WEIGHTS_NAME, map_location="meta", weights_only=True))
+    return None

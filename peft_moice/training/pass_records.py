@@ -90,8 +90,8 @@ class PassRecords:
         if num_items is not None and labels is not None:
             sum_tokens, items = self._items(labels)
             # Where nothing is predicted in the whole batch, no sequence has a share.
-            shares = items / torch.as_tensor(num_items).clamp(min=1)
-        loss = torch.zeros(())
+            shares = items / torch.as_tensor(num_items, device=items.device).clamp(min=1)
+        loss = torch.zeros((), device="cpu")
         aux_loss: torch.Tensor | None = None
         learning = self.learning_routers()
         for name in self._balanced_routers():

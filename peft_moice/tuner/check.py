@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..attention.interface import bypassed
-from ..probing.evaluating import evaluating
+from ..probing.evaluation_mode import evaluating
 from ..routing.mixture import MixesAngles
 from ..standalone.built_in import ROUTERS_NAME, BuiltInRouters
 

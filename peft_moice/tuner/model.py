@@ -23,7 +23,8 @@ from ..routing.mixture import watch_positions
 from ..standalone.built_in import BuiltInRouters
 from ..standalone.models import make_standalone
 from ..training import register_hooks, remove_hooks
-from .combining import combine_routers, combined_config
+from .beside_routers import check_stored_beside, fields_beside
+from .combining import Combination, combine_routers, combined_config
 from .config import MoICEConfig, as_moice_config
 from .layer import BASE_MODEL_NAME, MoICELayer
 from .loading import check_stored_routers, discard_if_never_loaded
@@ -89,11 +90,23 @@ class MoICEModel(BaseTuner):
                 f"{type(model).__name__} has routers built in already. Put an adapter on the base model that it was "
                 "merged from."
             )
+        config = as_moice_config(self.peft_config[adapter_name])
+        if not config.awaits_weights and any(adapter_name in layer.moice_router for layer in self._layers()):
+            raise ValueError(
+                f"The model has routers of an adapter called {adapter_name!r} already, which new ones would replace. "
+                "Go on with the `PeftModel` that `get_peft_model` returned; add another adapter to it with "
+                "`add_adapter(name, config)`; take all of them out with its `unload()`; or replace them by saved ones "
+                "with `PeftModel.from_pretrained(model, folder)`."
+            )
         self._kept_out: list[tuple[nn.Module, str, nn.Module]] = []
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        del self._plans
         for parent, child_name, layer in self._kept_out:
             setattr(parent, child_name, layer)
         del self._kept_out
+        stored = config.stored_beside if config.awaits_weights else None
+        if stored is not None and stored.names is not None and stored.fields == fields_beside(config):
+            check_stored_beside(model, adapter_name, stored.names)
         # Not in `_post_injection_hook`, which PEFT does not call for later adapters.
         register_hooks(model)
         watch_positions(model)
@@ -253,14 +266,13 @@ class MoICEModel(BaseTuner):
         if adapter_name in self.peft_config:
             raise ValueError(f"There is an adapter called {adapter_name!r} already. Delete it or choose another name.")
         configs = [as_moice_config(self.peft_config[name]) for name in adapters]
-        config = combined_config(adapters, configs, weights, combination_type, density)
+        combination = Combination(adapters, weights, combination_type, density, majority_sign_method)
+        config = combined_config(combination, configs)
         self.peft_config[adapter_name] = config
         self.inject_adapter(self.model, adapter_name)
         for layer in self._layers():
             if adapter_name in layer.moice_router:
-                combine_routers(
-                    layer, adapters, weights, adapter_name, combination_type, density, majority_sign_method
-                )
+                combine_routers(layer, adapter_name, combination)
 
     @all_or_nothing
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
