@@ -16,8 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, Gemma3Config
 
 from peft_moice.standalone.transformers_server import add_model_class, main
 from peft_moice.standalone.vllm.folder import check_merged, refuse_adapter
-from peft_moice.standalone.vllm.options import chosen_cache
-from peft_moice.standalone.vllm.refusals import refuse_other_classes, refuse_unserved
+from peft_moice.standalone.vllm.refusals import refuse_other_caches, refuse_other_classes, refuse_unserved
 
 
 @pytest.fixture(scope="module")
@@ -167,13 +166,11 @@ def test_longrope_is_not_served(tmp_path):
         refuse_unserved(model.config)
 
 
-def test_caches():
-    assert chosen_cache({}, "cpu") == chosen_cache(None, "cuda") == "folded"
-    assert chosen_cache({"moice_cache": "rotating"}, "cpu") == "rotating"
-    with pytest.raises(ValueError, match=r"'once'.*folded, rotating"):
-        chosen_cache({"moice_cache": "once"}, "cpu")
-    with pytest.raises(ValueError, match=r"runs on the CPU.*'cuda'"):
-        chosen_cache({"moice_cache": "rotating"}, "cuda")
+def test_a_cache_that_there_is_not():
+    for config in (None, {}, {"moice_cache": "folded"}):
+        refuse_other_caches(config)
+    with pytest.raises(ValueError, match=r"'rotating', but there is one way .*Leave the option out"):
+        refuse_other_caches({"moice_cache": "rotating"})
 
 
 def test_transformers_own_server_finds_the_class(merged, monkeypatch):

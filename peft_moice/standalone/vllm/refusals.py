@@ -24,6 +24,20 @@ def refuse_other_classes(config: PreTrainedConfig) -> None:
         _refuse(f"its class is {architecture or 'not named in the config'!r}, and only causal language models are")
 
 
+def refuse_other_caches(additional_config: Any) -> None:
+    """Raise a ValueError if vLLM's `--additional-config` asks for a cache that there is not.
+
+    Args:
+        additional_config: vLLM's options for plugins. May be anything.
+    """
+    asked = additional_config.get("moice_cache", "folded") if isinstance(additional_config, dict) else "folded"
+    if asked != "folded":
+        raise ValueError(
+            f"`moice_cache` in --additional-config is {asked!r}, but there is one way to keep keys and values: a copy "
+            "per base angle ('folded'). Leave the option out."
+        )
+
+
 def refuse_unserved(config: PreTrainedConfig) -> None:
     """Raise a ValueError with the reason if vLLM would not compute a merged model as transformers does.
 
