@@ -4,6 +4,7 @@ Configs come from files, and files from anywhere. What one says of routers is ch
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from reprlib import repr as shortened
 from typing import Any, NamedTuple
@@ -111,6 +112,13 @@ def described_layers(model: PreTrainedModel, description: dict[str, Any]) -> Ite
             raise ValueError(
                 f"`{where}` has the layer_type {shortened(layer_type)}, of which the model's rotary embedding knows "
                 "nothing. Load the checkpoint with the config.json that it was saved with."
+            )
+        own_theta = rope_parameters(rotary.config, layer_type)["rope_theta"]
+        if rope_theta is not None and not math.isclose(rope_theta, own_theta, rel_tol=1e-6):
+            raise ValueError(
+                f"The routers of {described!r} were made for the rope_theta {rope_theta:.12g}, and the model now has "
+                f"{own_theta:.12g}. Load it without another `rope_parameters` or `rope_theta`; or train an adapter "
+                "over a base model that has this one."
             )
         if direction not in (1, -1) or not (length is None or (type(length) is int and length > 0)):
             raise ValueError(

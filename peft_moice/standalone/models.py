@@ -8,11 +8,13 @@ the base model.
 
 import copy
 import functools
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
+import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import modeling_auto
@@ -20,14 +22,18 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..attention import exchange_config, own_config
+from ..files.atomic import write_text
 from ..hub.card import shared_name
 from ..routing.mixture import watch_positions
 from ..training import register_hooks, remove_hooks
 from .built_in import ROUTERS_NAME, BuiltInRouters
 from .described import check_loaded, describe_routers, install_described
 from .saving import auto_map, has_tokenizer, put_model_card, put_tokenizer, staged_model, write_stub
+from .sealing import sealed, unsealed
 
 MODEL_TYPE = "moice"
+_PREFIX = "MoICE"
+"""What stands before a class's name in that of its standalone models."""
 
 
 def make_standalone(model: PreTrainedModel) -> PreTrainedModel:
@@ -92,6 +98,16 @@ def standalone_config_class(original: type[PreTrainedConfig]) -> type[PreTrained
             self.put_in_card(folder)
             super().save_pretrained(str(folder), *args, **kwargs)
 
+        def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
+            """Write the config so that no class without routers reads it, see `PreTrainedConfig`."""
+            fields = sealed(json.loads(self.to_json_string(use_diff)))
+            write_text(Path(json_file_path), json.dumps(fields, indent=2, sort_keys=True) + "\n")
+
+        @classmethod
+        def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+            """Make a config from fields as they are in a file, see `PreTrainedConfig`."""
+            return super().from_dict(unsealed(config_dict), **kwargs)
+
         def put_in_card(self, folder: str | os.PathLike[str]) -> None:
             """Say in the model card of `folder` what the model is."""
             put_model_card(Path(folder), self, _auto_class_of(self))
@@ -99,7 +115,7 @@ def standalone_config_class(original: type[PreTrainedConfig]) -> type[PreTrained
         def __reduce__(self) -> tuple[Any, ...]:
             return _new_instance, (standalone_config_class, original), self.__dict__
 
-    StandaloneConfig.__name__ = StandaloneConfig.__qualname__ = f"MoICE{original.__name__}"
+    StandaloneConfig.__name__ = StandaloneConfig.__qualname__ = f"{_PREFIX}{original.__name__}"
     for auto_class in _AUTO_CLASSES:
         if original in auto_class._model_mapping:
             found = auto_class._model_mapping[original]
@@ -111,6 +127,16 @@ def standalone_config_class(original: type[PreTrainedConfig]) -> type[PreTrained
 def standalone_model_class(original: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The class of standalone models whose base is of class `original`."""
     return _model_class(original, standalone_config_class(_config_class_of(original)))
+
+
+def __getattr__(name: str) -> type[PreTrainedModel] | type[PreTrainedConfig]:
+    # The classes made above by the names that adapters, pickles and servers know them by.
+    original = getattr(transformers, name.removeprefix(_PREFIX), None) if name.startswith(_PREFIX) else None
+    if isinstance(original, type) and issubclass(original, PreTrainedModel):
+        return standalone_model_class(original)
+    if isinstance(original, type) and issubclass(original, PreTrainedConfig):
+        return standalone_config_class(original)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _config_class_of(model_class: type[PreTrainedModel]) -> type[PreTrainedConfig]:
@@ -182,7 +208,7 @@ def _model_class(original: type[PreTrainedModel], standalone_config: type[PreTra
         def __reduce__(self) -> tuple[Any, ...]:
             return _new_instance, (standalone_model_class, original), self.__dict__
 
-    StandaloneModel.__name__ = StandaloneModel.__qualname__ = f"MoICE{original.__name__}"
+    StandaloneModel.__name__ = StandaloneModel.__qualname__ = f"{_PREFIX}{original.__name__}"
     # Families whose checkpoints differ from their modules (fused experts, ...) stay in their checkpoint format.
     for identifier in (original.__name__, _config_class_of(original).model_type):
         conversions = get_checkpoint_conversion_mapping(identifier)
