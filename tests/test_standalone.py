@@ -35,7 +35,8 @@ from transformers import (
 
 from peft_moice import MoICEConfig
 from peft_moice.standalone import models
-from peft_moice.standalone.models import install_described, standalone_config_class
+from peft_moice.standalone.installing import install_described
+from peft_moice.standalone.models import standalone_config_class
 from peft_moice.tuner.pretraining import add_routers
 
 FAMILIES = {
@@ -111,7 +112,7 @@ def test_config(llama, tmp_path):
 )
 def test_a_class_without_routers_refuses_the_folder(llama, tmp_path, read, options):
     merged(llama)[0].save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="this model has MoICE routers.*auto class, such as AutoModelForCausalLM"):
+    with pytest.raises(ValueError, match=r"this model has MoICE routers.*auto class, such as AutoModelForCausalLM"):
         read.from_pretrained(tmp_path, **options)
 
 
@@ -135,7 +136,7 @@ def test_another_rope_theta_is_refused(family, tmp_path):
     rope = {"rope_type": "default", "rope_theta": 5e5}
     if family == "gemma3":
         rope = {"sliding_attention": rope, "full_attention": {"rope_type": "default", "rope_theta": 1e6}}
-    with pytest.raises(ValueError, match="made for the rope_theta 10+, and the model now has 500000"):
+    with pytest.raises(ValueError, match=r"made for the rope_theta 10+, and the model now has 500000"):
         load(tmp_path / "merged", rope_parameters=rope)
 
 
@@ -402,8 +403,9 @@ def test_routers_of_a_mean_keep_their_own_coefficients_of_the_balance_loss(llama
     assert [router["router_aux_loss_coef"] for router in built.config.moice["routers"]] == [0.1, 0.2]
 
 
-def test_a_description_that_meets_a_model_without_rotary_embedding():
+def test_a_description_that_meets_a_model_without_rotary_embedding(llama):
     model = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=32))
-    description = {"routers": [], "layers": {"transformer.h.0.attn": {"rope_theta": 1e4}}}
+    described = merged(llama)[0].config.moice
+    described["layers"] = {"transformer.h.0.attn": described["layers"]["model.layers.0.self_attn"]}
     with pytest.raises(ValueError, match=r"'transformer.h.0.attn', but that of GPT2LMHeadModel has no rotary embed"):
-        install_described(model, description)
+        install_described(model, described)

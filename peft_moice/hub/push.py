@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import unwrap_model
 
 from ..files.atomic import write_text
+from ..files.weights import read_json
 from ..routing.spec import PEFT_TYPE_NAME
 from .card import CARD_NAME, adapter_part, table, values_table
 
@@ -203,5 +204,4 @@ def _base_model_of(model: PeftModel, adapter_name: str, base_model: str | None) 
 
 def _rename_base_model(folder: Path, base_model: str) -> None:
     file = folder / CONFIG_NAME
-    config = json.loads(file.read_text(encoding="utf-8"))
-    write_text(file, json.dumps({**config, "base_model_name_or_path": base_model}, indent=2))
+    write_text(file, json.dumps({**read_json(file), "base_model_name_or_path": base_model}, indent=2))

@@ -27,7 +27,8 @@ from ..hub.card import shared_name
 from ..routing.mixture import watch_positions
 from ..training import register_hooks, remove_hooks
 from .built_in import ROUTERS_NAME, BuiltInRouters
-from .described import check_loaded, describe_routers, install_described
+from .description import describe_routers
+from .installing import check_loaded, install_described
 from .saving import auto_map, has_tokenizer, put_model_card, put_tokenizer, staged_model, write_stub
 from .sealing import sealed, unsealed
 

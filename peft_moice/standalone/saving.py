@@ -15,7 +15,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..files.atomic import staged, write_text
 from ..hub.card import CARD_NAME, merged_part, put_card, shared_name
-from .described import described_specs
+from .description import read_description
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def write_stub(folder: Path) -> None:
 def put_model_card(folder: Path, config: PreTrainedConfig, auto_class: str) -> None:
     """Say in the card of `folder` what the model of `config` is, and that `auto_class` loads it."""
     base_model = shared_name(config.base_model_name_or_path)
-    put_card(folder, merged_part(described_specs(config.moice), base_model=base_model, auto_class=auto_class))
+    put_card(folder, merged_part(read_description(config.moice).routers, base_model=base_model, auto_class=auto_class))
 
 
 def put_tokenizer(folder: Path, source: str | None) -> None:

@@ -1,7 +1,7 @@
 """Makes the config.json of a model with routers built in unreadable to classes that would leave the routers out.
 
 transformers lets the family's own class read a config of another model type, with a notice, if it finds no better one.
-So the file holds, for every class that might, a config that raises: under a key of its own for the family's, and within
+So the file holds, for every class that might, a config that raises: under a key of its own for the family's, and in
 the configs that a model is composed of for theirs. Everything else in the file is as the family writes it.
 """
 
@@ -25,9 +25,7 @@ def sealed(fields: dict[str, Any]) -> dict[str, Any]:
 
 def unsealed(fields: dict[str, Any]) -> dict[str, Any]:
     """What [`sealed`] was given. Other configs stay as they are."""
-    return {
-        name: _without_notice(part) if _is_config(part) else part for name, part in fields.items() if name != _KEY
-    }
+    return {name: _without_notice(part) if _is_config(part) else part for name, part in fields.items() if name != _KEY}
 
 
 def _with_notice(config: dict[str, Any]) -> dict[str, Any]:

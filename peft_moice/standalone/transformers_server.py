@@ -22,7 +22,7 @@ def add_model_class(source: str) -> None:
     """Put the class of the merged model at `source`, a folder or a name on the Hub, into the package `transformers`.
 
     Raises:
-        ValueError: it is not a merged model, or its files are damaged; says what to do.
+        ValueError, TypeError: it is not a merged model, or its files are damaged; says what to do.
         OSError: there is no model.
     """
     is_folder = os.path.isdir(source)
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(_USAGE)
     try:
         add_model_class(arguments[0])
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         sys.exit(str(error))
     from transformers.cli.transformers import app
 

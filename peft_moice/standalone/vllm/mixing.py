@@ -18,7 +18,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from ...rope.rotation import rotate
 from ...routing.mixture import LayerMixture, RouterShare
 from ..built_in import ROUTERS_NAME
-from ..described import DescribedLayer
+from ..installing import DescribedLayer
 
 ATTENTION_NAME = "moice_vllm"
 """Name of [`attention_forward`] in transformers' attention interface."""

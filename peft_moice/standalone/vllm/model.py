@@ -10,7 +10,7 @@ from vllm.model_executor.models.transformers import TransformersForCausalLM, Tra
 from vllm.model_executor.models.utils import maybe_prefix
 
 from ..built_in import ROUTERS_NAME
-from ..described import described_layers
+from ..installing import described_layers
 from .mixing import ATTENTION_NAME, ServedRouters
 from .refusals import refuse_other_caches, refuse_unserved
 
