@@ -147,7 +147,9 @@ class TestInfo:
         assert [router["weight"] for router in found["routers"]] == [0.25, 0.75]
         assert main(["info", str(tmp_path / "both")]) == 0
         printed = capsys.readouterr().out
-        assert "router 2, share 0.75: base angles full_attention  " in printed
+        assert re.search(
+            r"Router 2 of 2, share 0.75: Base angles \(`rope_theta`\) +\w+_attention: 10000, .*; full_at", printed
+        )
 
 
 class TestMerge:

@@ -227,7 +227,7 @@ def test_the_card_names_angles_by_layer_type_and_routers_of_a_mean(llama, tmp_pa
     model.add_weighted_adapter(["one", "two"], [0.75, 0.25], "both")
     text = write_model_card(model, tmp_path, adapter_name="both", base_model=BASE_ID).read_text()
     assert "Router 1 of 2, share 0.75: Base angles" in text
-    assert "Router 2 of 2, share 0.25: Base angles (`rope_theta`) | 10000, 30000 |" in text
+    assert "Router 2 of 2, share 0.25: Base angles (`rope_theta`) | 10000, 30000 (1, 3 times" in text
 
 
 def test_the_card_replaces_any_other(adapted, tmp_path):

@@ -1,5 +1,6 @@
 """What an adapter is, in words and numbers: from its files, without its base model."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from huggingface_hub import ModelCard, snapshot_download
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ..files.weights import read_header, read_json
+from ..routing.describing import router_facts
 from ..routing.spec import PEFT_TYPE_NAME, RouterSpec
 from ..standalone.built_in import ROUTERS_NAME
 from ..standalone.description import read_description
@@ -25,9 +27,9 @@ def describe_saved(source: str) -> dict[str, Any]:
 
     Returns:
         In JSON's types: `kind` ("adapter" or "merged model"), `base_model`, `routers` (base angles, K and shape of
-        each), `layers` (names of the attention modules that have routers), `parameters` and `dtypes` of the routers
-        (None without weights at hand), `bytes` of all weights, `versions` that it was saved with, and `card`, the
-        metadata of its model card or None.
+        each; `in_words` says the same), `layers` (names of the attention modules that have routers), `parameters` and
+        `dtypes` of the routers (None without weights at hand), `bytes` of all weights, `versions` that it was saved
+        with, and `card`, the metadata of its model card or None.
 
     Raises:
         ValueError, TypeError: it is neither, or damaged.
@@ -58,7 +60,7 @@ def _describe_adapter(source: str, folder: Path) -> dict[str, Any]:
     return {
         "kind": "adapter",
         "base_model": config.base_model_name_or_path,
-        "routers": [_describe_router(spec) for spec in config.router_specs()],
+        **_describe_routers(config.router_specs()),
         **_describe_weights([weights] if weights.is_file() else [], _ADAPTER_ROUTERS),
         "also_saved": list(config.modules_to_save or []),
         "versions": {"peft": fields.get("peft_version")},
@@ -77,7 +79,7 @@ def _describe_merged(source: str, folder: Path) -> dict[str, Any]:
     return {
         "kind": "merged model",
         "base_model": f"built in ({config.get('base_model_type')})",
-        "routers": [_describe_router(spec) for spec in described.routers],
+        **_describe_routers(described.routers),
         **weights,
         "layers": list(described.layers),
         "also_saved": [],
@@ -85,18 +87,9 @@ def _describe_merged(source: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def _describe_router(spec: RouterSpec) -> dict[str, Any]:
-    return {
-        "rope_bases": spec.rope_bases,
-        "top_k": spec.top_k,
-        "num_experts": spec.num_experts,
-        "router_scope": spec.router_scope,
-        "router_dim": spec.router_dim,
-        "hidden_act": spec.hidden_act,
-        "identity": spec.identity,
-        "router_aux_loss_coef": spec.router_aux_loss_coef,
-        "weight": spec.weight,
-    }
+def _describe_routers(specs: list[RouterSpec]) -> dict[str, Any]:
+    routers = [{**dataclasses.asdict(spec), "num_experts": spec.num_experts} for spec in specs]
+    return {"routers": routers, "in_words": router_facts(specs)}
 
 
 def _describe_weights(files: list[Path], marker: str) -> dict[str, Any]:
