@@ -15,7 +15,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 VLLM_INSTALL = $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
     --constraint constraints-vllm.txt
 
-.PHONY: demo test quick lint docs check-wheel vllm test-vllm clean
+.PHONY: demo test quick test-research lint docs check-wheel vllm test-vllm clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/repair_lost_in_the_middle.py $(DEMO_OPTIONS)
@@ -25,6 +25,10 @@ test: $(VENV)/test
 
 quick: $(VENV)/test
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest $(PYTEST_OPTIONS) -m 'not slow'
+
+# Those of RULER are skipped where `lm_eval` and `wonderwords` are not installed.
+test-research: $(VENV)/test
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest $(PYTEST_OPTIONS) examples/research/tests
 
 vllm: $(VLLM_VENV)/vllm
 
@@ -40,11 +44,11 @@ lint: $(VENV)/dev
 
 docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --site-dir outputs/site
-	$(BIN)/python docs/check_site.py outputs/site
+	$(BIN)/python .ci/check_site.py outputs/site
 	@echo The pages are in outputs/site/index.html
 
 check-wheel: $(VENV)/dev
-	TORCH_OPTIONS="$(TORCH_OPTIONS)" docs/check_wheel.sh $(BIN)/python
+	TORCH_OPTIONS="$(TORCH_OPTIONS)" .ci/check_wheel.sh $(BIN)/python
 
 # torch first: another package's requirement would take a build with CUDA.
 $(VENV)/torch: $(CONSTRAINTS)

@@ -14,7 +14,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--all-families",
         action="store_true",
-        help="check every feature on every family that transformers knows, for docs/make_support_matrix.py",
+        help="check every feature on every family that transformers knows, for .ci/make_support_matrix.py",
     )
 
 
@@ -56,7 +56,7 @@ def model(llama) -> PeftModel:
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Positions of single tokens are not looked at, as on a device that Python would have to wait for."""
-    from peft_moice.rope import cache_note, positions, told
+    from peft_moice.rope import given_positions, noted_keys, positions
 
-    for module in (told, cache_note, positions):
+    for module in (given_positions, noted_keys, positions):
         monkeypatch.setattr(module, "can_look", lambda ids: ids.shape[-1] > 1)

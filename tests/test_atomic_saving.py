@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from saving_until_killed import states
 from tiny_models import adapted_model, decide, load, logits_of
 
-from peft_moice import atomic_files
+from peft_moice.files import atomic
 from peft_moice.files.atomic import staged, write_text
 
 
@@ -70,6 +70,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 def test_a_merged_model_is_whole_between_any_two_renames(llama, tmp_path, monkeypatch):
     old, new = (adapted_model(llama) for _ in range(2))
     decide(new, seed=1)
@@ -86,14 +87,14 @@ def test_a_merged_model_is_whole_between_any_two_renames(llama, tmp_path, monkey
                 raise Killed
             replace(*names)
 
-        monkeypatch.setattr(atomic_files.os, "replace", stop_at)
+        monkeypatch.setattr(atomic.os, "replace", stop_at)
         try:
             new.save_pretrained(tmp_path)
             break
         except Killed:
             pass
         finally:
-            monkeypatch.setattr(atomic_files.os, "replace", replace)
+            monkeypatch.setattr(atomic.os, "replace", replace)
         found = logits_of(load(tmp_path))
         seen.append(next(index for index, logits in enumerate(outcomes) if torch.equal(found, logits)))
     assert len(seen) > 5 and seen == sorted(seen)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from tiny_models import load, save_tiny_model
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))
+BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
 
 import benchmark  # noqa: E402
 from benchmark import Row  # noqa: E402
@@ -27,7 +27,7 @@ def test_table_json_and_picture(folder, tmp_path):
     output = tmp_path / "results" / "benchmark.json"
     lengths = {"prefill": 64, "decode": 40, "train": 32, "identity": 24, "memory": 48, "curve": 16}
     options = {**lengths, "repetitions": 1, "model": folder, "output": output, "threads": 1, "top_ks": 2}
-    command = [sys.executable, str(EXAMPLES / "benchmark.py"), "--buckets"]
+    command = [sys.executable, str(BENCHMARKS / "benchmark.py"), "--buckets"]
     command += [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     rows = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("|")]

@@ -178,6 +178,7 @@ class TestAngles:
     def options(self, tmp_path) -> list[str]:
         return [*self.OPTIONS, "--output_dir", str(tmp_path / "out")]
 
+    @pytest.mark.slow
     def test_measures_and_searches(self, capsys, tmp_path, options):
         folder = save_tiny_model(tmp_path / "model", max_position_embeddings=1024)
         found = run_json(capsys, "angles", "--model", folder, *options)
@@ -188,11 +189,13 @@ class TestAngles:
         assert len(found["by_measurement"]["mean_losses"]) == 8
         assert (tmp_path / "out" / "waveforms.png").is_file()
 
+    @pytest.mark.slow
     def test_partial_rotary_counts_the_rotated_dimensions(self, capsys, tmp_path, options):
         folder = save_tiny_model(tmp_path / "model", "phi", max_position_embeddings=1024)
         (searched,) = run_json(capsys, "angles", "--model", folder, *options)["by_waveform"]
         assert searched["rope_bases"] == search_angles(8, 10_000.0, 64, 3) != search_angles(16, 10_000.0, 64, 3)
 
+    @pytest.mark.slow
     def test_angles_by_layer_type_are_searched_one_by_one(self, capsys, tmp_path, options):
         folder = save_tiny_model(tmp_path / "model", "gemma3", max_position_embeddings=1024)
         assert main(["angles", "--model", folder, *options]) == 0
@@ -202,6 +205,7 @@ class TestAngles:
         assert "Nothing is measured" in printed
         assert (tmp_path / "out" / "waveforms_full_attention.png").is_file()
 
+    @pytest.mark.slow
     def test_without_a_model_the_released_angles_are_beside(self, capsys, tmp_path):
         assert main(["angles", "--output_dir", str(tmp_path)]) == 0
         assert "The official release has [10000.0, 17500.0, " in capsys.readouterr().out

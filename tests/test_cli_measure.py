@@ -52,6 +52,7 @@ def error(capsys, *argv: str) -> str:
     return line
 
 
+@pytest.mark.slow
 def test_table_scores_and_pictures_of_an_adapter_beside_its_base(model, adapter, document, options, tmp_path, capsys):
     argv = ["measure", "--adapter", adapter, "--documents", document, "--tasks", "needles", "key_values", *options]
     assert main(argv) == 0

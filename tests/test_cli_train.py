@@ -82,6 +82,7 @@ def test_every_format_trains_and_leaves_an_adapter_with_a_card(model, tmp_path, 
     assert all(weight.abs().max() > 0.1 for name, weight in trained.named_parameters() if "moice_router" in name)
 
 
+@pytest.mark.slow
 def test_the_chat_template_of_the_training_stays_with_the_adapter(model, tmp_path, capsys):
     template, folder, merged = tmp_path / "template.jinja", str(tmp_path / "out"), str(tmp_path / "merged")
     template.write_text(TEMPLATE)
@@ -169,6 +170,7 @@ class TestPresets:
         assert (config.top_k, config.router_dim, config.router_aux_loss_coef) == (7, 7, 0.3)
         assert config.init_weights is True
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("preset", "data_format"), [("retrieval", "documents"), ("chats", "sharegpt")])
     def test_ours_reach_the_adapter(self, model, tmp_path, capsys, preset, data_format):
         file, folder = write_data(tmp_path, data_format), tmp_path / "out"
@@ -216,6 +218,7 @@ class TestPresets:
         assert "--sequences_per_step 128 has to be a multiple" in error(capsys, argv)
 
 
+@pytest.mark.slow
 def test_resuming_ends_where_the_straight_run_does(model, tmp_path):
     file = write_data(tmp_path, "documents")
     options = {"preset": "retrieval", "keep_tokens": 32, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
@@ -231,6 +234,7 @@ def test_resuming_ends_where_the_straight_run_does(model, tmp_path):
     assert not all(torch.equal(weight, at_two[name]) for name, weight in expected.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "option"), [("rope_bases", {"angles": [1, 0.25, 0.5, 2, 8]}), ("init_weights", {"init": "normal"})]
 )
@@ -270,6 +274,7 @@ class TestCtrlC:
 
         monkeypatch.setattr(train.RouterTrainer, "training_step", interrupted)
 
+    @pytest.mark.slow
     def test_one_finishes_the_step_and_resuming_ends_where_the_straight_run_does(
         self, model, tmp_path, capsys, monkeypatch
     ):

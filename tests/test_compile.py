@@ -29,6 +29,7 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_a_prompt_is_one_graph(family):
@@ -41,6 +42,7 @@ def test_a_prompt_is_one_graph(family):
     assert graphs.frame_count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_decoding_with_a_static_cache_takes_no_more_graphs_than_the_base_model(family):
@@ -77,6 +79,7 @@ def test_generation_compiles_by_itself_with_a_static_cache():
     assert torch.equal(model.generate(input_ids=ids, cache_implementation="static", **options), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merged", [False, True])
 @torch.no_grad()
 def test_exported_programs_compute_the_same(merged):
@@ -95,6 +98,7 @@ class TestKernels:
 
     pytestmark = pytest.mark.skipif(isinstance(library.load(), str), reason="the kernels cannot be had here")
 
+    @pytest.mark.slow
     def test_output_and_gradients_are_those_without_compilation(self):
         for length, keys in ((9, 9), (2, 30)):
             leaves = [x.requires_grad_() for x in inputs(length, keys)]

@@ -3,7 +3,8 @@
 import math
 
 import pytest
-from peft import PeftConfig
+from families import tiny_model
+from peft import PeftConfig, get_peft_model
 
 from peft_moice import MoICEConfig
 from peft_moice.tuner.config import RELEASED_MULTIPLIERS
@@ -167,3 +168,10 @@ def test_a_config_does_not_change_what_it_was_given():
     config = MoICEConfig(rope_bases=bases)
     config.rope_bases["full_attention"].append(3.0)
     assert bases == {"full_attention": [1000000, 2000000]}
+
+
+def test_the_name_of_an_implementation_that_there_was_reads_as_auto():
+    config = MoICEConfig(base_multipliers=[1.0, 4.0], implementation="grouped")
+    with pytest.warns(FutureWarning, match="no implementation 'grouped' any more"):
+        model = get_peft_model(tiny_model("llama"), config)
+    assert model.peft_config["default"].implementation == "auto"

@@ -30,7 +30,7 @@ def test_named_tests_exist(document):
 
 
 def test_features_name_tests_that_exist():
-    sections = tomllib.loads((ROOT / "docs" / "features.toml").read_text())["section"]
+    sections = tomllib.loads((ROOT / ".ci" / "features.toml").read_text())["section"]
     for test in (test for section in sections for row in section["row"] for test in row["tests"]):
         file, _, name = test.partition("[")[0].partition("::")
         existing = names_of_tests(ROOT / "tests" / file)

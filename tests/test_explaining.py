@@ -87,6 +87,7 @@ def test_its_picture(adapted, tokenizer):
         explanation.plot(layer=3)
 
 
+@pytest.mark.slow
 def test_every_name_is_there_and_the_dear_ones_come_late():
     assert set(peft_moice.__all__) <= set(dir(peft_moice))
     for name in peft_moice.__all__:

@@ -1,7 +1,7 @@
 """Families of decoders with rotary embeddings: found by themselves, exact, with and without a cache.
 
 `--all-families` checks every feature on every family that the installed transformers knows. A test that passes is
-exact; one that is skipped says who refuses, the library or the base model, and why. docs/make_support_matrix.py
+exact; one that is skipped says who refuses, the library or the base model, and why. .ci/make_support_matrix.py
 renders the results.
 """
 
@@ -35,11 +35,15 @@ ALL = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 IN_EVERY_FAMILY = ["one angle", "mixture", "both with a cache"]
 """What is tested on all of `EXACT` in every run; the other features on a few families."""
 SAMPLE = ["llama", "gemma3_text", "deepseek_v3", "gpt_neox"]
-"""Plain, with sliding layers and angles of their own, latent, and with keywords of its own."""
+"""Plain, with sliding layers and angles of their own, latent, and with keywords of its own: what is not slow."""
 NEEDS = {
     "cohere_compass_text": needs_transformers("5.21", "asks Cohere Compass for sections of mRoPE"),
     "gemma2": needs_transformers("5.21", "leaves Gemma 2's softcap out of sdpa, and `reference` does not"),
 }
+
+
+def marks_of(name: str) -> tuple[pytest.MarkDecorator, ...]:
+    return (*([NEEDS[name]] if name in NEEDS else []), *([] if name in SAMPLE else [pytest.mark.slow]))
 
 
 def pytest_generate_tests(metafunc):
@@ -51,7 +55,7 @@ def pytest_generate_tests(metafunc):
         cases += [(family, feature) for family in SAMPLE for feature in rest]
         cases += [("qwen2_vl", "positions of images"), ("granite_swa", "merged model reloads")]
         cases += [("paligemma", "bfloat16"), ("llava_onevision", "static cache")]
-        cases = [family_case(name, feature, marks=NEEDS.get(name, ())) for name, feature in cases]
+        cases = [family_case(name, feature, marks=marks_of(name)) for name, feature in cases]
     metafunc.parametrize("family, feature", cases)
 
 

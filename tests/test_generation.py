@@ -5,6 +5,7 @@ import pytest
 import torch
 from families import tiny_model, tokens
 from peft import get_peft_model
+from representatives import slow_but
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, QuantizedCache, StaticCache
 from versions import needs_transformers
 
@@ -54,7 +55,7 @@ def unaware_cache(model) -> DynamicCache:
 
 
 @pytest.mark.parametrize("make_cache", [dynamic_cache, unaware_cache, static_cache])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_but(["gemma3_text"], FAMILIES))
 @pytest.mark.parametrize("pieces", [(17, 1, 1, 1), (5, 6, 7, 2), (1,) * 20])
 @torch.no_grad()
 def test_a_prompt_in_pieces_gives_the_logits_of_the_whole(family, make_cache, pieces):
@@ -106,7 +107,7 @@ def test_one_angle_with_quantized_keys_is_close_to_a_model_with_that_rope_theta(
 
 
 @pytest.mark.parametrize("cache", [None, "static", "dynamic"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_but(["llama"], FAMILIES))
 @torch.no_grad()
 def test_generation_equals_search_without_a_cache(family, cache):
     model, ids = adapted(family), tokens(length=11)
@@ -116,6 +117,7 @@ def test_generation_equals_search_without_a_cache(family, cache):
     assert torch.equal(generated(model, ids, **options), greedy(model, ids))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["lfm2", "qwen3_next", "falcon_h1"])
 @torch.no_grad()
 def test_generation_with_the_caches_of_hybrid_models(family):
@@ -124,7 +126,7 @@ def test_generation_with_the_caches_of_hybrid_models(family):
     assert torch.equal(generated(model, ids), greedy(model, ids))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_but(["llama"], FAMILIES))
 @torch.no_grad()
 def test_left_padded_rows_equal_single_rows(family):
     model, ids = adapted(family), tokens(batch=3, length=11)
@@ -218,6 +220,7 @@ def test_the_cache_holds_what_the_base_model_would_keep():
         assert torch.equal(layer.keys, own_layer.keys) and torch.equal(layer.values, own_layer.values)
 
 
+@pytest.mark.slow
 @needs_transformers("5.19", "lets continuous batching write its cache in another way, which is refused")
 @pytest.mark.parametrize("attention", ["sdpa", "paged|eager"])
 @pytest.mark.parametrize("family", ["llama", "mistral"])

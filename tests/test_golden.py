@@ -128,6 +128,7 @@ def test_cached_decoding(golden, implementation):
     assert_close(decoded, model(input_ids=input_ids).logits)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_head_scope_with_equal_weights_is_the_shared_router(golden, implementation):
     shared = golden.model(implementation).eval()

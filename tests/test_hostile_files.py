@@ -26,6 +26,7 @@ def judge():
         yield Judge()
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=cases())
 def test_a_sample(judge, case):

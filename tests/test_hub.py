@@ -16,7 +16,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import decide, load, logits_of, router_state, token_ids, wide_config
 
-from peft_moice import MoICEConfig, hub, push_to_hub, write_model_card
+from peft_moice import MoICEConfig, push_to_hub, write_model_card
+from peft_moice.hub import push
 
 ROOT = Path(__file__).parents[1]
 BASE_ID = "tiny/llama"
@@ -82,7 +83,7 @@ class FakeHub:
 def fake_hub(tmp_path, llama, monkeypatch):
     fake = FakeHub(tmp_path / "home")
     fake.upload_folder(repo_id=BASE_ID, folder_path=llama)
-    monkeypatch.setattr(hub, "HfApi", fake)
+    monkeypatch.setattr(push, "HfApi", fake)
     return fake
 
 

@@ -106,6 +106,7 @@ def test_the_loss_is_the_sum_of_its_parts(llama, tmp_path):
     assert logged["loss"] == pytest.approx(sum(logged[f"loss/{part}"] for part in ("task", "balance", "divergence")))
 
 
+@pytest.mark.slow
 def test_the_order_of_mixins_and_passes_aside_change_nothing(llama, tmp_path, recwarn):
     """The balance loss is that of the batch alone: the text for the divergence is not balanced, and nobody warns."""
     logs = []
@@ -124,6 +125,7 @@ def test_the_order_of_mixins_and_passes_aside_change_nothing(llama, tmp_path, re
     assert not [warning for warning in recwarn if "balance loss" in str(warning.message)]
 
 
+@pytest.mark.slow
 def test_noise_in_the_embeddings_is_no_divergence(llama, tmp_path):
     """NEFTune draws it anew for every pass, unless both draw the same."""
     values = []
@@ -134,6 +136,7 @@ def test_noise_in_the_embeddings_is_no_divergence(llama, tmp_path):
     assert values[1] == pytest.approx(values[0], rel=0.5)
 
 
+@pytest.mark.slow
 def test_a_compiled_model(llama, tmp_path):
     logs = []
     for arguments in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
@@ -145,6 +148,7 @@ def test_a_compiled_model(llama, tmp_path):
         assert logs[1][name] == pytest.approx(logs[0][name], rel=1e-4), name
 
 
+@pytest.mark.slow
 def test_a_training_that_ended_between_two_logs_adds_nothing_to_the_next(llama, tmp_path):
     trainer = trainer_of(CloseBalancedTrainer, decided(llama, coef=0.5), tmp_path, learning_rate=0.0)
     trainer.args.max_steps, trainer.args.logging_steps = 3, 2
@@ -157,6 +161,7 @@ def test_a_training_that_ended_between_two_logs_adds_nothing_to_the_next(llama, 
         assert logs[1][name] == pytest.approx(logs[0][name], rel=1e-5), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [(2, 4), (1, 8)])
 def test_accumulation_changes_neither_steps_nor_logs(llama, tmp_path, cut):
     def run(batch: int, accumulation: int):
@@ -179,6 +184,7 @@ def test_accumulation_changes_neither_steps_nor_logs(llama, tmp_path, cut):
         assert log[name] == pytest.approx(expected_log[name], rel=1e-4), name
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_a_mean_over_micro_batches(llama, tmp_path):
     """Where the model takes no number of items, Trainer divides the loss by the accumulation, and the log agrees."""
 
@@ -199,6 +205,7 @@ def test_a_loss_that_is_a_mean_over_micro_batches(llama, tmp_path):
         assert cut[name] == pytest.approx(whole[name], rel=1e-4), name
 
 
+@pytest.mark.slow
 def test_it_keeps_the_model_close(llama, tmp_path):
     def divergence_after(weight: float) -> float:
         torch.manual_seed(0)
@@ -211,6 +218,7 @@ def test_it_keeps_the_model_close(llama, tmp_path):
     assert divergence_after(30.0) < 0.5 * divergence_after(0.0)
 
 
+@pytest.mark.slow
 def test_nothing_is_added_or_logged_without_weight_or_in_evaluation(llama, tmp_path):
     trainer = trainer_of(CloseTrainer, decided(llama), tmp_path, keep_weight=0.0, keep_text=None)
     trainer.train()
@@ -257,6 +265,7 @@ def test_a_model_without_an_adapter_is_refused(llama, tmp_path):
         trainer_of(CloseTrainer, load(llama), tmp_path).train()
 
 
+@pytest.mark.slow
 def test_with_trl(llama, tmp_path):
     """SFTTrainer computes the loss outside the model, and logs by itself."""
     trl = pytest.importorskip("trl")

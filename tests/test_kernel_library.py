@@ -60,6 +60,7 @@ def test_it_is_compiled_once(fresh):
     assert sorted(path.suffix for path in fresh.iterdir()) == [".sha256", ".so"]
 
 
+@pytest.mark.slow
 def test_other_flags_make_another_one(fresh, monkeypatch):
     made = compiled(fresh)
     monkeypatch.setenv(library.FLAGS, "-O1")
@@ -93,6 +94,7 @@ def exchange(path: Path) -> None:
     path.with_suffix(".sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spoil", [truncate, fill_with_zeros, remove_checksum, let_others_write, exchange])
 def test_what_was_not_compiled_here_is_not_loaded(fresh, spoil):
     made = compiled(fresh)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "docs" / "measure_cuda.py"
+SCRIPT = Path(__file__).parents[1] / "examples" / "benchmarks" / "measure_cuda.py"
 
 
 @pytest.mark.slow
@@ -38,3 +38,15 @@ def test_what_does_not_fit_the_time_is_named(tmp_path):
     assert {figure["part"] for figure in figures if "for want of time" in figure.get("left out", "")} >= {
         "whole model"
     }
+
+
+@pytest.mark.slow
+def test_implementations_are_compared_with_the_reference(tmp_path):
+    options = ["--device", "cpu", "--head-dims", "8", "--dtypes", "float32", "--parts", "comparison"]
+    command = [sys.executable, str(SCRIPT), *options, "--output", str(tmp_path / "cuda.json")]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    _, *figures = (json.loads(line) for line in printed.splitlines())
+    assert max(figure["keys"] for figure in figures) == 5000
+    assert {figure["implementation"] for figure in figures if "refused" not in figure} >= {"delegated", "folded"}
+    assert [figure for figure in figures if figure.get("fault") is not None] == []
+    assert all("it is for CUDA" in figure["refused"] for figure in figures if figure["implementation"] == "triton")

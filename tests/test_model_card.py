@@ -36,6 +36,7 @@ def blocks_of(text: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
+@pytest.mark.slow
 @given(st.text(max_size=60) | st.sampled_from(NASTY), st.text(max_size=60) | st.sampled_from(NASTY))
 @example(NASTY[0], NASTY[1])
 def test_names_stay_names(base_model, source):

@@ -4,9 +4,10 @@ import pytest
 import torch
 from test_operator import LAYOUTS, attend, inputs, table
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils import checkpoint
 
-from peft_moice.attention import mixed_attention
+from peft_moice.attention import mixed_attention, operator
 from peft_moice.attention.call import AttentionCall
 from peft_moice.attention.native import kernel, library
 from peft_moice.attention.operator import choose
@@ -22,15 +23,13 @@ def chosen(
     backend: str = "sdpa",
     length: int = 9,
     keys: int = 9,
-    top_k: int | None = None,
     **options,
 ) -> str:
     query, key, value, gates = inputs(length, keys)
     tensors = (x.to(dtype) for x in (query, key, value))
     rotations = table(LAYOUTS["half"])
-    return choose(
-        AttentionCall(*tensors, gates, rotations, backend=backend, attend=attend, top_k=top_k, options=options)
-    )
+    call = AttentionCall(*tensors, gates, rotations, backend=backend, attend=attend, options=options)
+    return choose(call)[0]
 
 
 def test_they_are_chosen_where_they_compute_what_sdpa_would():
@@ -41,16 +40,18 @@ def test_they_are_chosen_where_they_compute_what_sdpa_would():
     assert chosen(dropout=0.1) == "delegated"
 
 
-def test_without_a_compiler_what_follows_k_is_chosen_where_it_is_faster(monkeypatch):
-    """By `PEFT_MOICE_NATIVE=0 python docs/measure_attention.py --compare`."""
-    monkeypatch.setenv(library.SWITCH, "0")
-    library.load.cache_clear()
-    try:
-        assert chosen(top_k=2) == chosen(length=1, keys=4096, top_k=2) == "grouped"
-        assert chosen(top_k=3) == chosen() == chosen(length=1, keys=256, top_k=1) == "delegated"
-        assert chosen(torch.bfloat16, top_k=2) == "delegated"
-    finally:
-        library.load.cache_clear()
+def test_one_line_says_what_was_chosen_and_why(caplog):
+    query, key, value, gates = inputs()
+    options = {"rotations": table(LAYOUTS["half"]), "attend": attend}
+    operator._say_once.cache_clear()
+    with caplog.at_level("INFO", logger="peft_moice"):
+        for backend in ("sdpa", "eager", "sdpa"):
+            mixed_attention(query, key, value, gates, backend=backend, **options)
+    assert [record.getMessage() for record in caplog.records] == [
+        "MoICE computes attention by native (compiled for this CPU; its cost follows K).",
+        "MoICE computes attention by delegated (the model's attention is 'eager', and the kernels for the CPU stand "
+        "in for sdpa).",
+    ]
 
 
 @pytest.mark.parametrize("length", [1, 50])
@@ -93,22 +94,20 @@ def test_strided_inputs_are_read_as_they_are():
     assert torch.equal(output, expected)
 
 
-@pytest.mark.parametrize("implementation", ["native", "grouped"])
-def test_queries_have_to_fit_the_keys(implementation):
+def test_queries_have_to_fit_the_keys():
     query, key, value, gates = inputs()
-    options = {"rotations": table(LAYOUTS["half"]), "attend": attend, "implementation": implementation}
+    options = {"rotations": table(LAYOUTS["half"]), "attend": attend, "implementation": "native"}
     for start in (-1, 4):
         with pytest.raises(ValueError, match=f"9 queries starting at position {start} do not fit 9 keys"):
             mixed_attention(query, key, value, gates, query_start=torch.tensor(start), **options)
 
 
-@pytest.mark.parametrize("implementation", ["native", "grouped"])
-def test_nothing_is_left_to_others(implementation):
+def test_nothing_is_left_to_others():
     query, key, value, gates = (x[:0] for x in inputs())
     options = {"rotations": table(LAYOUTS["half"]), "attend": attend, "backend": "sdpa"}
     assert mixed_attention(query, key, value, gates, **options)[0].shape == (0, 9, 4, 6)
     with pytest.raises(ValueError, match="there is nothing to attend to"):
-        mixed_attention(query, key, value, gates, implementation=implementation, **options)
+        mixed_attention(query, key, value, gates, implementation="native", **options)
 
 
 def test_exponentials_reach_far_below_zero():
@@ -126,24 +125,67 @@ def test_tensors_without_memory_of_their_own_are_left_to_others():
     rotations = table(LAYOUTS["half"])
     with FakeTensorMode() as mode:
         tensors = (mode.from_tensor(x) for x in inputs())
-        assert choose(AttentionCall(*tensors, rotations, backend="sdpa", attend=attend)) != "native"
+        assert choose(AttentionCall(*tensors, rotations, backend="sdpa", attend=attend))[0] != "native"
 
 
-@pytest.mark.parametrize("implementation", ["native", "grouped"])
-def test_second_derivatives_are_refused(implementation):
-    query, key, value, gates = inputs()
-    query.requires_grad_()
-    options = {"rotations": table(LAYOUTS["half"]), "query_start": 0, "attend": attend}
-    output, _ = mixed_attention(query, key, value, gates, implementation=implementation, **options)
-    (grad,) = torch.autograd.grad(output.square().sum(), query, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+def second(attention) -> dict[str, object]:
+    """Ways to second derivatives and forward mode, each a function of two tensors."""
+
+    def twice(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        (grad,) = torch.autograd.grad(attention(query, key), query, create_graph=True)
+        return torch.autograd.grad(grad.sum(), key)[0]
+
+    def backward(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        (grad,) = torch.autograd.grad(attention(query, key), query, create_graph=True)
         grad.sum().backward()
+        return key.grad
+
+    def forward_mode(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(query.detach(), torch.ones_like(query))
+            return forward_ad.unpack_dual(attention(dual, key.detach())).tangent
+
+    functional = torch.autograd.functional
+    return {
+        "twice": twice,
+        "backward": backward,
+        "forward mode": forward_mode,
+        "hessian": lambda query, key: functional.hessian(lambda x: attention(x, key.detach()), query.detach()),
+        "jvp": lambda query, key: functional.jvp(
+            lambda x: attention(x, key.detach()), query.detach(), torch.ones_like(query)
+        )[1],
+        "func.jvp": lambda query, key: torch.func.jvp(
+            lambda x: attention(x, key.detach()), (query.detach(),), (torch.ones_like(query),)
+        )[1],
+    }
 
 
-def outcome(implementation: str = "native", queries: int = 9, keys: int = 9, **options) -> list[torch.Tensor]:
+@pytest.mark.parametrize("way", second(None))
+def test_further_derivatives_are_right_or_refused(way):
+    """Under "auto" they may be left to the model's own attention; what the kernels lack must not read as zero."""
+    query, key, value, gates = inputs(3, 3)
+    options = {"rotations": table(LAYOUTS["half"]), "attend": attend, "backend": "sdpa"}
+
+    def found(implementation: str) -> torch.Tensor:
+        def attention(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            arguments = (query.tanh(), key, value, gates)
+            return mixed_attention(*arguments, implementation=implementation, **options)[0].square().sum()
+
+        return second(attention)[way](query.clone().requires_grad_(), key.clone().requires_grad_())
+
+    expected = found("reference")
+    with pytest.raises((NotImplementedError, ValueError), match=r"no second derivatives|forward mode|torch\.func"):
+        found("native")
+    try:
+        torch.testing.assert_close(found("auto"), expected, rtol=1e-4, atol=1e-4)
+    except NotImplementedError as error:
+        assert "implementation='reference'" in str(error)
+
+
+def outcome(implementation: str, queries: int = 9, keys: int = 9) -> list[torch.Tensor]:
     """The output and the gradients of all inputs."""
     leaves = [x.requires_grad_() for x in inputs(queries, keys)]
-    options = {"rotations": table(LAYOUTS["half"]), "query_start": keys - queries, "attend": attend, **options}
+    options = {"rotations": table(LAYOUTS["half"]), "query_start": keys - queries, "attend": attend}
     output, _ = mixed_attention(*leaves, implementation=implementation, **options)
     output.float().square().sum().backward()
     return [output.detach(), *(x.grad for x in leaves)]
@@ -180,13 +222,12 @@ def test_fewer_threads_may_run_than_were_asked_for(monkeypatch, lengths):
         library.load.cache_clear()
 
 
-@pytest.mark.parametrize("implementation", ["native", "grouped"])
 @pytest.mark.parametrize("queries", [2, 9])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_defaults_for_dtype_and_device_change_nothing(implementation, queries, dtype):
-    expected = outcome(implementation, queries)
+def test_defaults_for_dtype_and_device_change_nothing(queries, dtype):
+    expected = outcome("native", queries)
     leaves = [x.requires_grad_() for x in inputs(queries, 9)]
-    options = {"query_start": 9 - queries, "attend": attend, "implementation": implementation}
+    options = {"query_start": 9 - queries, "attend": attend, "implementation": "native"}
     rotations = table(LAYOUTS["half"])
     try:
         torch.set_default_dtype(dtype)
@@ -200,9 +241,8 @@ def test_defaults_for_dtype_and_device_change_nothing(implementation, queries, d
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("implementation", ["native", "grouped"])
 @pytest.mark.parametrize("queries", [2, 9])
-def test_any_strides_are_read(implementation, queries):
+def test_any_strides_are_read(queries):
     """Expanded heads, a last dimension with gaps, and gradients of outputs that are expanded numbers."""
     torch.manual_seed(0)
     query = torch.randn(2, 4, queries, 16)[..., ::2]
@@ -211,7 +251,7 @@ def test_any_strides_are_read(implementation, queries):
     gates = gates.transpose(1, 2).contiguous().transpose(1, 2)
     options = {"rotations": table(LAYOUTS["half"]), "query_start": 9 - queries, "attend": attend}
     results = []
-    for make, name in ((torch.Tensor.detach, implementation), (torch.Tensor.contiguous, "reference")):
+    for make, name in ((torch.Tensor.detach, "native"), (torch.Tensor.contiguous, "reference")):
         leaves = [make(x.detach()).requires_grad_() for x in (query, key, value)]
         output, _ = mixed_attention(*leaves, gates, implementation=name, **options)
         results.append([output, *torch.autograd.grad(output.sum(), leaves)])
@@ -219,8 +259,7 @@ def test_any_strides_are_read(implementation, queries):
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace:DeprecationWarning")
-@pytest.mark.parametrize("implementation", ["native", "grouped"])
-def test_transforms_and_traces_take_what_they_can_follow(implementation):
+def test_transforms_and_traces_take_what_they_can_follow():
     query, key, value, gates = inputs()
     options = {"rotations": table(LAYOUTS["half"]), "attend": attend, "backend": "sdpa"}
 
@@ -238,7 +277,7 @@ def test_transforms_and_traces_take_what_they_can_follow(implementation):
     torch.testing.assert_close(traced(other, gates), loss(other, gates), rtol=1e-5, atol=1e-4)
 
     def forced(query: torch.Tensor) -> torch.Tensor:
-        return mixed_attention(query, key, value, gates, implementation=implementation, **options)[0].sum()
+        return mixed_attention(query, key, value, gates, implementation="native", **options)[0].sum()
 
     with pytest.raises(ValueError, match=r"torch\.func cannot transform it"):
         torch.func.grad(forced)(query)

@@ -9,13 +9,16 @@ import torch
 from families import tiny_model, tokens
 from peft import get_peft_model, inject_adapter_in_model
 from position_models import FACTOR, additive, assert_close, causal, mixture, one_angle, positions_of, rotated
+from representatives import slow_but
 from transformers import StaticCache
 from transformers.models.llama.modeling_llama import LlamaModel, LlamaRotaryEmbedding
 
 from peft_moice import MoICEConfig, MoICELayer
-from peft_moice.rope.positions import query_start
+from peft_moice.rope.positions import positions_of_pass
 
 LENGTH = 12
+FEW = ("gap in one row", "packed under a mask of ones", "two continuations", "a gap behind left padding")
+"""Cases that are not marked slow: rows apart, steps back, a tree, and padding."""
 
 
 def siblings() -> torch.Tensor:
@@ -71,7 +74,15 @@ def real_logits(model, arguments: dict[str, torch.Tensor]) -> torch.Tensor:
 # Eager attention adds its mask, which cannot be boolean then.
 @pytest.mark.parametrize(
     "name, attention",
-    [*((name, "sdpa") for name in CASES), *((name, "eager") for name in CASES if "boolean" not in name)],
+    slow_but(
+        [(name, "sdpa") for name in FEW],
+        [
+            (name, attention)
+            for attention in ("sdpa", "eager")
+            for name in CASES
+            if attention == "sdpa" or "boolean" not in name
+        ],
+    ),
 )
 @torch.no_grad()
 def test_one_angle_equals_a_model_with_that_rope_theta(name, attention):
@@ -85,7 +96,7 @@ def test_one_angle_equals_a_model_with_that_rope_theta(name, attention):
     assert_close(real_logits(model, arguments), expected)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(FEW, CASES))
 @torch.no_grad()
 def test_mixtures_equal_their_reference(name):
     """`reference` rotates by explicit positions wherever these are given, so it is held to a single angle as well."""
@@ -95,7 +106,10 @@ def test_mixtures_equal_their_reference(name):
         assert_close(real_logits(mixture(implementation=implementation), arguments), expected)
 
 
-@pytest.mark.parametrize("family", ["mistral", "gemma3_text", "gpt_neox", "deepseek_v3", "persimmon", "llama4_text"])
+@pytest.mark.parametrize(
+    "family",
+    slow_but(["gemma3_text"], ["mistral", "gemma3_text", "gpt_neox", "deepseek_v3", "persimmon", "llama4_text"]),
+)
 @torch.no_grad()
 def test_other_families(family):
     """Windows, several kinds of layers, other keywords, latent attention, and layers that get no `position_ids`."""
@@ -117,7 +131,7 @@ class TestRegularRowsKeepTheFastPath:
     @torch.no_grad()
     def test_without_a_mask(self, position_ids):
         arguments = {"input_ids": tokens(length=8), "position_ids": torch.tensor([position_ids]), "use_cache": False}
-        assert_close(mixture(implementation="grouped")(**arguments).logits, mixture()(**arguments).logits)
+        assert_close(mixture(implementation="native")(**arguments).logits, mixture()(**arguments).logits)
 
     @pytest.mark.parametrize(
         "position_ids, start, end",
@@ -129,7 +143,7 @@ class TestRegularRowsKeepTheFastPath:
     )
     @torch.no_grad()
     def test_padding(self, position_ids, start, end):
-        model, ids = mixture(implementation="grouped"), tokens(length=8)
+        model, ids = mixture(implementation="native"), tokens(length=8)
         mask = torch.ones(2, 8, dtype=torch.long)
         mask[1, :start] = mask[1, end:] = 0
         rows = torch.tensor([list(range(8)), position_ids])
@@ -139,7 +153,7 @@ class TestRegularRowsKeepTheFastPath:
     @torch.no_grad()
     def test_others_do_not(self):
         with pytest.raises(ValueError, match="these tokens stand elsewhere"):
-            mixture(implementation="grouped")(**case("gap"))
+            mixture(implementation="native")(**case("gap"))
 
 
 def test_gradients_with_checkpointing_when_other_positions_come_in_between():
@@ -270,21 +284,24 @@ def test_text_at_positions_of_several_dimensions_may_stand_anywhere():
     assert_close(actual, rotated("qwen3_vl")(input_ids=tokens(length=8), position_ids=positions).logits)
 
 
+def query_start(layer: int, length: int, **kwargs) -> int | torch.Tensor | None:
+    return positions_of_pass(layer, (torch.zeros(1, length, 64),), kwargs).query_start
+
+
 def test_query_start_in_a_static_cache():
-    config = tiny_model("llama").config
-    cache = StaticCache(config=config, max_cache_len=16)
+    cache = StaticCache(config=tiny_model("llama").config, max_cache_len=16)
     keys = torch.zeros(1, 2, 5, 16)
-    assert query_start(0, (torch.zeros(1, 5, 64),), {"past_key_values": cache}) == 0
+    assert query_start(0, 5, past_key_values=cache) == 0
     cache.update(keys, keys, 0)
-    assert query_start(0, (torch.zeros(1, 1, 64),), {"past_key_values": cache}) == 5
-    assert query_start(1, (torch.zeros(1, 5, 64),), {"past_key_values": cache}) == 0
-    assert query_start(0, (torch.zeros(1, 1, 64),), {"past_key_values": cache, "logits_to_keep": 1}) == 5
+    assert query_start(0, 1, past_key_values=cache) == 5
+    assert query_start(1, 5, past_key_values=cache) == 0
+    assert query_start(0, 1, past_key_values=cache, logits_to_keep=1) == 5
     # A family that shares its attention modules names the layer in the call.
-    assert query_start(1, (torch.zeros(1, 1, 64),), {"past_key_values": cache, "layer_idx": 0}) == 5
+    assert query_start(1, 1, past_key_values=cache, layer_idx=0) == 5
 
 
 def test_query_start_without_a_static_cache_is_left_to_the_keys():
-    assert query_start(0, (torch.zeros(1, 5, 64),), {}) is None
+    assert query_start(0, 5) is None
 
 
 @torch.no_grad()

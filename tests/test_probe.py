@@ -4,6 +4,7 @@ import pytest
 import torch
 from families import tiny_model, tokens
 from peft import get_peft_model
+from representatives import slow_but
 from torch import nn
 from versions import family
 
@@ -147,7 +148,10 @@ def test_rope_types_keep_their_parameters_under_every_angle(rope_parameters):
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava", "gemma3", "mistral3", "internvl", "lfm2_vl"])
+@pytest.mark.parametrize(
+    "family",
+    slow_but(["gemma3"], ["qwen2_5_vl", "qwen3_vl", "llava", "gemma3", "mistral3", "internvl", "lfm2_vl"]),
+)
 @torch.no_grad()
 def test_vision_language_models_are_adapted_in_their_text_tower_alone(family):
     model = tiny_model(family)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from representatives import slow_but
 from safetensors.torch import load_file
 from tiny_models import (
     FAMILIES,
@@ -23,7 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from peft_moice import MoICEConfig, MoICELayer
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_but(["llama"], FAMILIES))
 @pytest.mark.parametrize("overrides", [{}, {"router_scope": "head", "init_weights": "identity", "router_dim": 3}])
 def test_a_saved_adapter_loads_into_an_equal_model(bases, tmp_path, family, overrides):
     model = get_peft_model(load(bases[family]), wide_config(**overrides)).eval()
@@ -97,6 +98,7 @@ def test_saving_one_of_several_adapters_leaves_the_others_out(llama, tmp_path):
     assert len(load_file(tmp_path / "two" / "adapter_model.safetensors")) == 9
 
 
+@pytest.mark.slow
 def test_adapter_names_that_look_like_parts_of_keys(llama, tmp_path):
     for name in ("gate_proj", "model", "0", "moice", "self_attn"):
         model = get_peft_model(load(llama), wide_config(), adapter_name=name).eval()

@@ -12,7 +12,7 @@ from versions import needs_transformers
 
 from peft_moice import MoICEConfig
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "docs"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
 
 import estimate_scale
 

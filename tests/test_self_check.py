@@ -168,6 +168,7 @@ def test_without_a_mixture_there_is_nothing_to_check():
         peft_moice.check(tiny_model("llama"))
 
 
+@pytest.mark.slow
 def test_compiled_layers_count():
     """Layers compiled one by one in a model that is not: what they note is seen outside."""
     torch.compiler.reset()

@@ -40,11 +40,13 @@ def description(folder: Path) -> dict:
     return json.loads((folder / "config.json").read_text())["moice"]
 
 
+@pytest.mark.slow
 def test_importing_the_package_imports_no_server():
     code = "import sys, peft_moice, peft_moice.standalone.vllm.plugin; sys.exit('vllm' in sys.modules)"
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_an_unmerged_adapter_is_refused_with_a_command_that_merges_it(base, tmp_path):
     folder = Path(shutil.copytree(base, tmp_path / "both"))
     model = adapted_model(base)

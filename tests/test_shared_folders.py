@@ -12,7 +12,7 @@ import torch
 from tiny_models import adapted_model, load, logits_of, save_tiny_model, token_ids
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from peft_moice import standalone_saving
+from peft_moice.standalone import saving
 
 ROOT = Path(__file__).parents[1]
 SAVED = Path(__file__).parent / "saved"
@@ -106,9 +106,9 @@ def test_no_code_from_the_folder_runs_where_the_package_is_imported(folder, tmp_
     assert not canary.exists()
     # Nor does it travel on.
     again.save_pretrained(tmp_path / "again")
-    assert json.loads((tmp_path / "again" / "config.json").read_text())["auto_map"] == standalone_saving.auto_map()
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["auto_map"] == saving.auto_map()
     stub = (tmp_path / "again" / "configuration_moice.py").read_text()
-    assert stub == Path(standalone_saving.__file__).with_name("configuration_moice.py").read_text()
+    assert stub == Path(saving.__file__).with_name("configuration_moice.py").read_text()
 
 
 def test_the_tokenizer_comes_along_where_it_is_at_hand(llama, folder, tmp_path):

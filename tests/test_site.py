@@ -18,7 +18,7 @@ from peft_moice.cli.main import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-sys.path.insert(0, str(DOCS))
+sys.path.insert(0, str(ROOT / ".ci"))
 
 import run_snippets  # noqa: E402
 
@@ -29,7 +29,7 @@ GENERATED = {
     "SECURITY.md": "security.md",
     "examples/measure_train_picture.ipynb": "guide/notebook.md",
 }
-"""Pages that docs/site_hooks.py makes of files outside of docs/."""
+"""Pages that .ci/site_hooks.py makes of files outside of docs/."""
 TROUBLESHOOTING = DOCS / "guide" / "troubleshooting.md"
 FOREIGN = {
     "Must flatten tensors with uniform dtype but got …": "torch/distributed/fsdp/_flat_param.py",
@@ -101,6 +101,7 @@ def test_quoted_messages_are_in_the_code(quote):
     assert any(says(text, quote) for text in texts_of(where))
 
 
+@pytest.mark.slow
 def test_without_the_import_peft_raises_what_is_quoted():
     assert "KeyError: 'MOICE'" in quoted_messages()
     code = f"import peft; peft.PeftConfig.from_pretrained({str(ROOT / 'tests' / 'saved' / 'adapter')!r})"

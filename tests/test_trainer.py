@@ -1,7 +1,6 @@
 """transformers' Trainer: equal steps however they are cut, resuming, evaluation, and the callback's logs."""
 
 import json
-import re
 from functools import partial
 from pathlib import Path
 
@@ -278,17 +277,8 @@ def test_bf16(llama, tmp_path):
 # --- the callback ---
 
 
-@pytest.mark.parametrize(
-    ("implementation", "backend", "expected"),
-    [
-        ("auto", "eager", r"delegated \(the model's attention is 'eager', and the kernels for the CPU"),
-        ("auto", "sdpa", r"(native|grouped) \((compiled for this CPU|not native, because)"),
-        ("reference", "sdpa", r"reference \(asked for by the config\)"),
-    ],
-)
-def test_callback_says_once_what_trains_and_how(llama, tmp_path, caplog, implementation, backend, expected):
-    model = adapted(llama, implementation=implementation)
-    model.get_base_model().set_attn_implementation(backend)
+def test_callback_says_once_what_trains(llama, tmp_path, caplog):
+    model = adapted(llama)
     trainer = trainer_of(model, tmp_path)
     trainer.add_callback(MoICECallback(trainer))
     with caplog.at_level("INFO", logger="peft_moice"):
@@ -296,8 +286,7 @@ def test_callback_says_once_what_trains_and_how(llama, tmp_path, caplog, impleme
     trainable, total = model.get_nb_trainable_parameters()
     (line,) = [record.message for record in caplog.records if record.message.startswith("training ")]
     assert line.startswith(f"training {trainable:,} of {total:,} parameters ({trainable / total:.3%}); ")
-    assert "routers in 3 layers: rope_theta 10000 times 1, 0.25, 0.5, 4, K = 2 of 4; attention by " in line
-    assert re.search(f"attention by {expected}", line)
+    assert "routers in 3 layers: rope_theta 10000 times 1, 0.25, 0.5, 4, K = 2 of 4" in line
 
 
 def test_callback_logs_what_the_routers_do(llama, tmp_path):

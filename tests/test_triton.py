@@ -179,6 +179,14 @@ class TestPrefill:
         first, second = (output_and_gradients(tensors, options) for _ in range(2))
         assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
+    def test_second_derivatives_are_refused(self):
+        tensors, options = problem(queries=3)
+        query, key, value, gates = (x.requires_grad_() for x in tensors)
+        output, _ = mixed_attention(query, key, value, gates, implementation="triton", **options)
+        (grad,) = torch.autograd.grad(output.square().sum(), query, create_graph=True)
+        with pytest.raises(NotImplementedError, match="no second derivatives"):
+            torch.autograd.grad(grad.sum(), key)
+
     def test_segments_equal_the_whole(self):
         tensors, options = problem(queries=40, heads=(2, 1))
         query, key, value, gates = tensors

@@ -5,9 +5,6 @@ Each test names one thing, so that after an upgrade the failures say what moved,
 
 import enum
 import inspect
-import os
-import subprocess
-import sys
 from typing import ClassVar
 
 import peft
@@ -28,8 +25,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.llama import modeling_llama
 from versions import needs_adapter_verbs_of_transformers
 
-from peft_moice.attention import grouped
-from peft_moice.rope.positions import find_cache
+from peft_moice.rope.positions import caches_among
 
 
 def parameters_of(function) -> list[str]:
@@ -184,10 +180,10 @@ def test_a_cache_reaches_attention_as_a_keyword_that_holds_one():
     model, seen = tiny_model("llama"), []
     attention = model.model.layers[1].self_attn
     attention.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(find_cache(args, kwargs)), with_kwargs=True
+        lambda module, args, kwargs: seen.append(caches_among(args, kwargs)[0]), with_kwargs=True
     )
     model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(find_cache(args, kwargs)), with_kwargs=True
+        lambda module, args, kwargs: seen.append(caches_among(args, kwargs)[0]), with_kwargs=True
     )
     cache = DynamicCache(config=model.config)
     model(tokens(), past_key_values=cache, use_cache=True)
@@ -202,7 +198,7 @@ def test_a_cache_reaches_attention_as_a_keyword_that_holds_one():
 def test_the_inner_cache_of_encoder_decoder_models():
     own = DynamicCache()
     assert isinstance(EncoderDecoderCache(own, DynamicCache()), Cache)
-    assert find_cache((), {"anything": EncoderDecoderCache(own, DynamicCache())}) is own
+    assert caches_among((), {"anything": EncoderDecoderCache(own, DynamicCache())})[0] is own
 
 
 def test_static_caches_say_where_their_keys_begin():
@@ -314,51 +310,3 @@ def test_hooks_are_kept_in_tables_by_module():
     module._forward_pre_hooks.clear()
     module._forward_hooks.clear()
     module(torch.zeros(2))
-
-
-def test_fused_attention_for_the_cpu():
-    """`grouped` calls it, and its backward, for the log-sum-exps that it gives."""
-    torch.manual_seed(0)
-    query, key, value = (torch.randn(1, 2, 8, 16) for _ in range(3))
-    forward, backward = (getattr(torch.ops.aten, grouped._FUSED + suffix) for suffix in ("", "_backward"))
-    output, log_sum = forward(query, key, value, 0.0, True, attn_mask=None, scale=0.25)
-    expected = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.25)
-    torch.testing.assert_close(output, expected)
-    scores = 0.25 * query @ key.transpose(-1, -2)
-    hidden = torch.ones(8, 8, dtype=torch.bool).triu(1)
-    torch.testing.assert_close(log_sum, scores.masked_fill(hidden, float("-inf")).logsumexp(-1))
-    grads = backward(output, query, key, value, output, log_sum, 0.0, True, attn_mask=None, scale=0.25)
-    assert [grad.shape for grad in grads] == [query.shape, key.shape, value.shape]
-
-
-def test_the_package_works_without_the_private_operator():
-    """It is looked up when it is used; without it another implementation runs."""
-    code = """
-import torch
-from torch._ops import _OpNamespace
-from families import tiny_model, tokens
-from peft import get_peft_model
-name = "_scaled_dot_product_flash_attention_for_cpu"
-find = _OpNamespace.__getattr__
-def without(self, key):
-    if key.startswith(name):
-        raise AttributeError(key)
-    return find(self, key)
-_OpNamespace.__getattr__ = without
-for key in [key for key in vars(torch.ops.aten) if key.startswith(name)]:
-    delattr(torch.ops.aten, key)
-import peft_moice
-model = get_peft_model(tiny_model("llama"), peft_moice.MoICEConfig(base_multipliers=[1.0, 4.0]))
-model(tokens(length=200), labels=tokens(length=200)).loss.backward()
-model = get_peft_model(
-    tiny_model("llama"), peft_moice.MoICEConfig(base_multipliers=[1.0, 4.0], implementation="grouped")
-)
-try:
-    model(tokens())
-except ValueError as error:
-    print(error)
-"""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr
-    assert "`aten::_scaled_dot_product_flash_attention_for_cpu`" in run.stdout

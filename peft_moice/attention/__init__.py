@@ -1,7 +1,7 @@
 """The operator: attention under several rotary base angles, mixed by gates."""
 
 from .interface import MixtureCall, bypassed, exchange_config, intercept, own_config, restore
-from .operator import IMPLEMENTATIONS, mixed_attention, observing_choices
+from .operator import IMPLEMENTATIONS, known_implementation, mixed_attention
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -9,8 +9,8 @@ __all__ = [
     "bypassed",
     "exchange_config",
     "intercept",
+    "known_implementation",
     "mixed_attention",
-    "observing_choices",
     "own_config",
     "restore",
 ]

@@ -5,11 +5,15 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from torch.autograd import forward_ad
 
 from ..rope import RotationTable
 
 Attend = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 """A model's own attention: maps `(query, key, value, attention_mask, **options)` to output and probabilities."""
+
+_NOT_PLAIN = ("softcap", "s_aux", "position_bias")
+"""Options that change what lies between scores and outputs."""
 
 
 @dataclass
@@ -54,40 +58,46 @@ class AttentionCall:
 
     def __post_init__(self) -> None:
         batch, heads, length, head_dim = self.query.shape
-        num_keys, expected = self.key.shape[2], (batch, heads, length, self.rotations.num_experts)
-        if tuple(self.gates.shape) != expected or (self.picked is not None and tuple(self.picked.shape) != expected):
+        kv_batch, kv_heads, num_keys, key_dim = self.key.shape
+        expected = (batch, heads, length, self.rotations.num_experts)
+        if self.gates.shape != expected or (self.picked is not None and self.picked.shape != expected):
             raise ValueError(
                 f"gates have shape {tuple(self.gates.shape)} and picks "
                 f"{None if self.picked is None else tuple(self.picked.shape)}, but queries of shape "
                 f"{tuple(self.query.shape)} under {self.rotations.num_experts} base angles need {expected}."
             )
         if (
-            self.key.shape[:3] != self.value.shape[:3]
-            or self.key.shape[0] != batch
-            or self.key.shape[3] != head_dim
-            or heads % self.key.shape[1]
+            self.value.shape[:3] != (batch, kv_heads, num_keys)
+            or kv_batch != batch
+            or key_dim != head_dim
+            or heads % kv_heads
         ):
             raise ValueError(
                 f"keys of shape {tuple(self.key.shape)} and values of shape {tuple(self.value.shape)} do not belong "
                 f"to queries of shape {tuple(self.query.shape)}: batch, number of keys and head size have to agree, "
                 "and the number of key-value heads has to divide that of query heads."
             )
-        if (self.query_positions is None) != (self.key_positions is None):
-            raise ValueError("`query_positions` and `key_positions` have to be given together.")
-        if self.query_positions is not None and self.key_positions is not None:
-            for name, positions, size in (
-                ("query", self.query_positions, length),
-                ("key", self.key_positions, num_keys),
-            ):
-                if positions.dim() != 2 or positions.shape[0] not in (1, batch) or positions.shape[1] != size:
-                    raise ValueError(
-                        f"`{name}_positions` have shape {tuple(positions.shape)}, but need ({batch} or 1, {size})."
-                    )
-        elif isinstance(self.query_start, int) and not 0 <= self.query_start <= num_keys - length:
+        start = self.query_start
+        if self.query_positions is not None or self.key_positions is not None:
+            self._check_positions()
+        elif isinstance(start, int) and not 0 <= start <= num_keys - length:
             raise ValueError(
-                f"{length} queries starting at position {self.query_start} do not fit {num_keys} keys: the cache "
+                f"{length} queries starting at position {start} do not fit {num_keys} keys: the cache "
                 "keeps keys in a layout whose positions cannot be told. Use one of transformers' own caches."
             )
+
+    def _check_positions(self) -> None:
+        batch, _, length, _ = self.query.shape
+        for name, positions, size in (
+            ("query", self.query_positions, length),
+            ("key", self.key_positions, self.key.shape[2]),
+        ):
+            if positions is None:
+                raise ValueError("`query_positions` and `key_positions` have to be given together.")
+            if positions.dim() != 2 or positions.shape[0] not in (1, batch) or positions.shape[1] != size:
+                raise ValueError(
+                    f"`{name}_positions` have shape {tuple(positions.shape)}, but need ({batch} or 1, {size})."
+                )
 
     @property
     def num_experts(self) -> int:
@@ -121,10 +131,15 @@ class AttentionCall:
         scaling between queries, keys and softmax.
         """
         options = self.options
-        if options.get("dropout") or any(
-            options.get(name) is not None for name in ("softcap", "s_aux", "position_bias")
-        ):
-            return "it knows no dropout, softcap, attention sinks or position bias"
+        no_plain = "it knows no dropout, softcap, attention sinks or position bias"
+        if options.get("dropout"):
+            return no_plain
+        for name in _NOT_PLAIN:
+            # Most options are not given at all.
+            if name in options and options[name] is not None:
+                return no_plain
+        if forward_ad._current_level >= 0:
+            return "it has no derivatives in forward mode"
         if options.get("output_attentions"):
             return "it does not give attention probabilities"
         if self.query_positions is not None:

@@ -8,7 +8,7 @@ of one forward pass travels to it as a keyword argument: no forward is copied an
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
 
@@ -18,12 +18,14 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedConfig
 
 from ..rope import RotationTable
-from ..rope.positions import Positions, packed_query_start, paged_cache
-from .call import Attend
-from .operator import mixed_attention
+from ..rope.positions import Positions, caches_among, packed_query_start
+from .call import Attend, AttentionCall
+from .operator import compute
 
 ATTENTION_NAME = "moice"
 _KEYWORD = "moice"
+_PACKED = "write_index"
+"""An option of attention functions that continuous batching alone gives: where to write the cache."""
 _BACKEND_ATTRIBUTE = "_moice_backend"
 _CONFIG = "config"
 """Where an attention module has its config. By name, because to type checkers attributes of modules are tensors."""
@@ -89,20 +91,21 @@ class MixtureCall:
     """What one forward pass of one layer asks of the attention function.
 
     Attributes:
-        gate: maps queries `[B, H, S, D]` to gates `[B, H, S, N]` and a mask of the picked experts (or None).
+        gate: maps queries `[B, H, S, D]` to gates `[B, H, S, N]`, a mask of the picked experts (or None), and records
+            of what was decided.
         rotations: further rotations of the N experts.
         positions: where queries and keys stand.
-        records: what `gate` decided, once it was asked.
         top_k: the most experts that a row picks.
         implementation: name of the operator's implementation.
+        records: those of `gate`, once it was asked.
     """
 
-    gate: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
+    gate: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None, list[Any]]]
     rotations: RotationTable
     positions: Positions
-    records: list[Any]
     top_k: int | None = None
     implementation: str = "auto"
+    records: list[Any] = field(default_factory=list)
 
     def as_keyword(self) -> dict[str, "MixtureCall"]:
         """The keyword argument under which an attention module passes the mixture on."""
@@ -126,37 +129,21 @@ class MixtureCall:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compute the mixture in place of `attend`, the model's own attention, which `backend` names."""
         implementation = self.implementation
-        query_start: int | torch.Tensor
-        query_positions = key_positions = None
-        if _is_packed(options):
-            query_start = packed_query_start(options["cu_seq_lens_q"], options["cu_seq_lens_k"], query, key)
+        places: tuple[int | torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+        if _PACKED in options:
+            places = packed_query_start(options["cu_seq_lens_q"], options["cu_seq_lens_k"], query, key), None, None
             implementation = _implementation_for_packed(implementation)
         else:
-            query_start, query_positions, key_positions = self.positions.resolve(
-                query.shape[0], query.shape[-2], key.shape[-2], attention_mask
-            )
+            places = self.positions.among_keys(query.shape[-2], key.shape[-2])
         # Under autocast, rotated queries and keys may be in float32 and values in half precision.
         if not query.dtype == key.dtype == value.dtype:
             dtype = functools.reduce(torch.promote_types, (query.dtype, key.dtype, value.dtype))
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        gates, picked = self.gate(query)
-        return mixed_attention(
-            query,
-            key,
-            value,
-            gates,
-            rotations=self.rotations,
-            query_start=query_start,
-            query_positions=query_positions,
-            key_positions=key_positions,
-            attend=attend,
-            attention_mask=attention_mask,
-            picked=picked,
-            implementation=implementation,
-            backend=backend,
-            top_k=self.top_k,
-            **options,
-        )
+        gates, picked, records = self.gate(query)
+        self.records.extend(records)
+        tensors = (query, key, value, gates, self.rotations)
+        call = AttentionCall(*tensors, *places, attend, attention_mask, picked, backend, self.top_k, options)
+        return compute(call, implementation)
 
 
 def moice_attention_forward(
@@ -176,19 +163,18 @@ def moice_attention_forward(
     backend = _backend(module.config)
     config = backend.config
     name = config._attn_implementation
-    view, function = _AttentionView(module, config), backend.function(name)
-    if moice is None:
-        return function(view, query, key, value, attention_mask, **kwargs)
 
     def attend(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, **options: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return function(view, q, k, v, mask, **options)
+        return backend.function(name)(_AttentionView(module, config), q, k, v, mask, **options)
 
+    if moice is None:
+        return attend(query, key, value, attention_mask, **kwargs)
     if kwargs.get("is_causal") is None and not getattr(module, "is_causal", True):
         # Attention functions read it from the module, the operator's implementations from the arguments.
         kwargs["is_causal"] = False
-    if _is_packed(kwargs):
+    if _PACKED in kwargs:
         key, value = _write_once(module, key, value, kwargs)
     output: tuple[torch.Tensor, torch.Tensor | None]
     output = moice.attend(attend, query, key, value, attention_mask, backend=name, **kwargs)
@@ -199,11 +185,6 @@ def _implementation_for_packed(name: str) -> str:
     if name not in ("auto", "delegated", "reference"):
         raise ValueError(f"`implementation` is {name!r}, which does not run in continuous batching; choose 'auto'.")
     return "delegated" if name == "auto" else name
-
-
-def _is_packed(kwargs: dict[str, Any]) -> bool:
-    """Whether an attention function is called by continuous batching, which alone says where to write the cache."""
-    return "write_index" in kwargs
 
 
 class _WrittenCache:
@@ -228,7 +209,7 @@ def _write_once(
             "MoICE has to see the keys of continuous batching, which stay in the cache when decoding uses block "
             "tables. Pass `ContinuousBatchingConfig(max_blocks_per_request=0)` as `continuous_batching_config`."
         )
-    cache = paged_cache((), kwargs)
+    cache = caches_among((), kwargs)[1]
     if cache is not None:
         update: Callable[..., tuple[torch.Tensor, torch.Tensor]] = cache.update
         if "kwargs" not in inspect.signature(update).parameters:

@@ -3,7 +3,6 @@
 import torch
 
 from .call import AttentionCall
-from .masks import additive
 from .rotating import rotated_pairs
 
 
@@ -53,3 +52,10 @@ def _bias(call: AttentionCall) -> torch.Tensor:
         index = call.query_start + torch.arange(num_queries, device=device)
         mask = torch.arange(num_keys, device=device) <= index[:, None]
     return additive(mask, torch.float32)
+
+
+def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A boolean mask (true: attend) as zeros and minus infinity; an additive one in `dtype`."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from .cache_note import CacheNote
 from .layer_rope import LayerRope
+from .noted_keys import NotedKeys
 from .positions import Positions
 
 
@@ -127,7 +127,7 @@ def _watch_compiled(positions: Positions, original_length: int, mixes: bool) -> 
     """As [`_watch`], by what can be told without looking at the device; None where only the device knows."""
     cache, ids, past = positions.cache, positions.ids, positions.past
     assert cache is not None and ids is not None
-    note = CacheNote.of(cache)
+    note = NotedKeys.of(cache)
     before: _Factors | None = None if note is None else note.longrope.get(original_length)
     if isinstance(past, torch.Tensor):
         if before is not None:

@@ -12,9 +12,9 @@ import torch
 from transformers.cache_utils import Cache, EncoderDecoderCache, StaticLayer
 from transformers.generation.continuous_batching import PagedAttentionCache
 
-from .cache_note import CacheNote
-from .order import Order, judge_order
-from .told import ToldPositions, can_look, positions_told
+from .given_positions import GivenPositions, can_look, given_positions
+from .key_order import judge_order
+from .noted_keys import NotedKeys
 
 
 @dataclass
@@ -23,108 +23,53 @@ class Positions:
 
     Attributes:
         ids: `[B or 1, S]`, positions of the queries, or None where they are not known.
-        query_start: see [`query_start`].
+        keys: `[B or 1, T]`, positions of the keys; None where the order of the keys gives every difference of
+            positions that attention reads.
+        query_start: in a static cache, whose keys end in unused places, the index of the first query among the keys,
+            an int or a scalar tensor. None where the queries belong to the last keys.
         cache: the cache of this pass, or None.
         layer_idx: the module's index in it.
         past: in compiled code, the number of keys in the cache before this pass, an int or a scalar tensor.
-        key_offset: in a static cache, the order of the first key that the attention function receives.
         note: the note on the cache, which holds the positions of this pass and those before.
-        in_order: whether the order of keys is known to hold without looking any further.
-        told: the positions as the rotary embedding got them.
         is_paged: whether this is a pass of continuous batching.
     """
 
     ids: torch.Tensor | None = None
+    keys: torch.Tensor | None = None
     query_start: int | torch.Tensor | None = None
     cache: Cache | None = None
     layer_idx: int = 0
     past: int | torch.Tensor = 0
-    key_offset: int | None = None
-    note: CacheNote | None = None
-    in_order: bool = False
-    told: ToldPositions | None = None
+    note: NotedKeys | None = None
     is_paged: bool = False
 
-    def resolve(
-        self, batch: int, num_queries: int, num_keys: int, attention_mask: Any
+    def among_keys(
+        self, num_queries: int, num_keys: int
     ) -> tuple[int | torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Index of the first query among the keys, and where needed the positions of queries and keys.
 
-        Waits for the device at passes of several tokens, and not at single tokens of sequences that count up.
-
         Args:
-            batch: B.
             num_queries: S.
-            num_keys: T, the number of keys that the attention function receives.
-            attention_mask: what it receives as a mask.
+            num_keys: T, the number of keys that the attention function received.
 
         Returns:
             The index, positions of the queries `[B or 1, S]` and of the keys `[B or 1, T]`; these are None where the
-            order of the keys gives every difference of positions that attention reads.
+            order of the keys is enough.
 
         Raises:
-            ValueError: tokens do not count up, and the positions of keys in the cache are not known.
+            ValueError: tokens do not count up, and there are keys whose positions are not known.
         """
         start = num_keys - num_queries if self.query_start is None else self.query_start
-        if self.ids is None or self.in_order:
+        if self.keys is None or self.ids is None:
             return start, None, None
-        keys = self._key_positions(num_keys, num_queries, attention_mask)
-        note = self.note
-        if note is not None and note.in_order is False and not can_look(self.ids):
-            order = Order(False, False)
-        else:
-            order = self._order(keys, int(start), batch, attention_mask)
-            if note is not None:
-                note.judged(order.continues)
-        if order.holds:
-            return start, None, None
-        if keys is None or (note is not None and note.is_guess):
-            raise ValueError(
-                f"The position_ids {_shown(self.ids)} do not count up from the keys in the cache, and MoICE cannot "
-                "tell where those stand: it did not see them come, or the rows of the batch have changed since. Run "
-                "the whole sequence through the adapted model with a cache of its own, or leave `position_ids` out."
-            )
-        return start, self.ids, keys
+        if self.keys.shape[-1] < num_keys:
+            raise _unknown_keys(self.ids)
+        return start, self.ids, self.keys[:, -num_keys:]
 
-    def _key_positions(self, num_keys: int, num_queries: int, mask: Any) -> torch.Tensor | None:
-        """Positions `[B or 1, T]` of the keys that the attention function received; None if they are not known."""
-        assert self.ids is not None
-        if self.note is None:
-            return self.ids if num_keys == num_queries else None
-        total = self.note.num_keys
-        offset = total - num_keys if self.key_offset is None else self.key_offset
-        return self.note.positions_of_keys(offset, num_keys, mask) if offset >= 0 else None
-
-    def _order(self, keys: torch.Tensor | None, start: int, batch: int, mask: Any) -> Order:
-        assert self.ids is not None and self.told is not None
-        num_keys = None if keys is None else keys.shape[-1]
-        place = (start, num_keys)
-        for known_mask, known_place, order in self.told.orders:
-            if known_mask is mask and known_place == place:
-                return order
-        order = judge_order(self.ids, keys, start, batch, mask)
-        self.told.orders.append((mask, place, order))
-        return order
-
-    def refuse_several_dimensions(self) -> None:
-        """Raise a ValueError if the positions of a token differ from dimension to dimension (mRoPE)."""
-        told = self.told
-        if (
-            torch.compiler.is_compiling()
-            or self.ids is None
-            or told is None
-            or told.ids.dim() < 3
-            or told.is_text
-            or not can_look(self.ids)
-        ):
-            return
-        differs = (told.ids != told.ids[:1]).any(dim=0).any(dim=-1)
-        told.is_text = not bool(differs.any())
-        if not told.is_text:
-            raise ValueError(
-                f"Row {int(differs.nonzero()[0])} has positions in more than one dimension (mRoPE), as images and "
-                "videos do. MoICE can only rotate text positions: use text alone, or `disable_adapter()`."
-            )
+    def leave(self) -> None:
+        """Note what the pass left in its cache. To be called after the attention module has run."""
+        if self.note is not None and self.cache is not None:
+            self.note.leave(self.cache, self.layer_idx)
 
 
 def positions_of_pass(
@@ -132,8 +77,9 @@ def positions_of_pass(
 ) -> Positions:
     """Where the tokens of this pass stand; notes it on the cache, if there is one.
 
-    Has to be called before the attention module runs (a static cache moves its length in place), and in passes that
-    mix no angles too.
+    Has to be called before the attention module runs (a static cache moves its length in place, and what is refused is
+    refused before the cache takes keys up), and in passes that mix no angles too. Waits for the device at passes of
+    several tokens, and not at single tokens of sequences that count up.
 
     Args:
         layer_idx: the attention module's own index in the cache.
@@ -145,37 +91,76 @@ def positions_of_pass(
             cache whose positions are not known; a static cache whose layer for this module cannot be told; compiled
             code that goes on with a cache whose keys do not count up.
     """
-    told, (cache, paged) = positions_told(args, kwargs), _caches(args, kwargs)
+    given, (cache, paged) = given_positions(args, kwargs), caches_among(args, kwargs)
     batch, num_queries = (args[0] if args else kwargs["hidden_states"]).shape[:2]
-    ids = None if told is None else told.of_tokens(batch, num_queries)
-    positions = Positions(ids, cache=cache, told=told, is_paged=paged is not None)
-    positions.in_order = torch.compiler.is_compiling()
-    if mixes:
-        positions.refuse_several_dimensions()
+    ids = None if given is None else given.of_tokens(batch, num_queries)
+    positions = Positions(ids, cache=cache, is_paged=paged is not None)
+    is_compiling = torch.compiler.is_compiling()
+    if mixes and given is not None and ids is not None and not is_compiling:
+        given.refuse_several_dimensions()
     # Families that share an attention module among layers name the layer in the call.
     layer_idx = kwargs.get("layer_idx", layer_idx)
-    if cache is None or layer_idx is None:
-        return positions
-    positions.layer_idx = layer_idx
-    if mixes:
-        positions.query_start, positions.key_offset = _static_place(layer_idx, args, kwargs, cache)
-    if torch.compiler.is_compiling():
+    key_offset = None
+    if cache is not None and layer_idx is not None:
+        positions.layer_idx = layer_idx
         if mixes:
-            CacheNote.refuse_compiled(cache)
-        positions.past = cache.get_seq_length(positions.layer_idx)
-        return positions
-    note = positions.note = CacheNote.on(cache)
-    past = note.num_past(cache, positions.layer_idx, num_queries, told)
-    if ids is None or told is None:
-        note.lose_track(past + num_queries)
-    else:
-        note.add(ids, past, batch, told)
-        positions.in_order = note.continues
-    if mixes and past > 0 and not positions.in_order:
-        # What has to be refused is refused before the cache takes keys up.
-        num_keys, _ = cache.get_mask_sizes(num_queries, positions.layer_idx)
-        positions.resolve(batch, num_queries, num_keys, _find_mask(args, kwargs))
+            positions.query_start, key_offset = _static_place(layer_idx, args, kwargs, cache)
+        if is_compiling:
+            if mixes:
+                NotedKeys.refuse_compiled(cache)
+            positions.past = cache.get_seq_length(layer_idx)
+            return positions
+        note = positions.note = NotedKeys.on(cache)
+        positions.past = note.begin(cache, layer_idx, (batch, num_queries), ids, given)
+    if mixes and given is not None and not is_compiling:
+        positions.keys = _keys_out_of_order(positions, given, batch, key_offset, _find_mask(args, kwargs))
     return positions
+
+
+def _keys_out_of_order(
+    positions: Positions, given: GivenPositions, batch: int, key_offset: int | None, mask: Any
+) -> torch.Tensor | None:
+    """Positions `[B or 1, T]` of the keys that the attention function will receive, where their order is not enough.
+
+    Args:
+        positions: what is known of the pass.
+        given: how the layer learned them.
+        batch: B.
+        key_offset: in a static cache, the number of the first of those keys.
+        mask: the attention mask.
+    """
+    ids, note, past = positions.ids, positions.note, positions.past
+    if ids is None or (note is not None and note.continues):
+        return None
+    keys, start = ids, 0
+    if note is not None:
+        assert positions.cache is not None and isinstance(past, int)
+        num_keys, total = note.num_keys, note.num_keys
+        if positions.layer_idx < len(positions.cache.layers):
+            num_keys = positions.cache.get_mask_sizes(ids.shape[-1], positions.layer_idx)[0]
+        if key_offset is None:
+            # Layers that come more than once in a pass find their keys in the cache already.
+            num_keys = min(num_keys, total)
+            key_offset = total - num_keys
+        keys, start = note.positions_of_keys(key_offset, num_keys, mask), past - key_offset
+    if note is None or note.counted != 0 or can_look(ids):
+        order = given.order_of(mask, (start, keys.shape[-1]), lambda: judge_order(ids, keys, start, batch, mask))
+        if note is not None:
+            note.judged(order.continues)
+        if order.holds:
+            return None
+    if note is not None and note.is_guess:
+        raise _unknown_keys(ids)
+    return keys
+
+
+def _unknown_keys(ids: torch.Tensor) -> ValueError:
+    return ValueError(
+        f"The position_ids {ids[:4, :32].tolist()} do not count up from the keys in the cache, and MoICE cannot "
+        "tell where those stand: it did not see them come, they were taken out, moved or written by others, or the "
+        "rows of the batch have changed since. Run the whole sequence through the adapted model with a cache of its "
+        "own, or leave `position_ids` out if its keys count up from 0."
+    )
 
 
 def _find_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -185,18 +170,9 @@ def _find_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return next((value for value in args if isinstance(value, torch.Tensor) and value.dim() == 4), None)
 
 
-def find_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
-    """The key-value cache among the arguments of a model or an attention module, whatever they call it."""
-    return _caches(args, kwargs)[0]
-
-
-def paged_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> PagedAttentionCache | None:
-    """The cache of continuous batching among the arguments of a module or an attention function."""
-    return _caches(args, kwargs)[1]
-
-
-def _caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Cache | None, PagedAttentionCache | None]:
-    """The first key-value cache and the first one of continuous batching among the arguments."""
+def caches_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Cache | None, PagedAttentionCache | None]:
+    """The first key-value cache and the first one of continuous batching among the arguments of a model, an attention
+    module or an attention function, whatever they call them."""
     cache = paged = None
     for value in (*kwargs.values(), *args):
         if not isinstance(value, (Cache, EncoderDecoderCache, PagedAttentionCache)):
@@ -208,33 +184,10 @@ def _caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Cache | None
     return cache, paged
 
 
-def query_start(layer_idx: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | torch.Tensor | None:
-    """Index of the first query among the keys that an attention function will receive.
-
-    Keys are numbered from 0 in the order in which they arrive, so query s stands at `query_start + s`.
-
-    Has to be called before the attention module runs: a static cache moves its length in place.
-
-    Args:
-        layer_idx: the attention module's own index in the cache.
-        args, kwargs: the module's arguments.
-
-    Returns:
-        None where the queries belong to the last keys, that is without a cache and with any cache that grows. With a
-        static cache, whose keys end in unused places, an int or a scalar tensor.
-
-    Raises:
-        ValueError: a static cache whose layer for this module cannot be told.
-    """
-    cache = find_cache(args, kwargs)
-    return None if cache is None else _static_place(layer_idx, args, kwargs, cache)[0]
-
-
 def _static_place(
     layer_idx: int, args: tuple[Any, ...], kwargs: dict[str, Any], cache: Cache
 ) -> tuple[int | torch.Tensor | None, int | None]:
-    """In a static cache, the index of the first query among the keys, and the order of the first key; else None."""
-    layer_idx = kwargs.get("layer_idx", layer_idx)
+    """In a static cache, the index of the first query among the keys, and the number of the first key; else None."""
     own = cache.layers[layer_idx : layer_idx + 1] or cache.layers
     if not any(isinstance(layer, StaticLayer) for layer in own):
         return None, None
@@ -256,7 +209,7 @@ def _static_place(
 def packed_query_start(
     cu_seq_lens_q: torch.Tensor, cu_seq_lens_k: torch.Tensor, query: torch.Tensor, key: torch.Tensor
 ) -> torch.Tensor:
-    """Like [`query_start`], for sequences that lie one after the other in one row, each with its own past.
+    """Index of the first query among the keys, where sequences with pasts of their own lie in one row.
 
     Args:
         cu_seq_lens_q: `[sequences + 1]`, where each sequence's queries begin, and where the last one's end.
@@ -271,7 +224,3 @@ def packed_query_start(
     sequence = torch.bucketize(order, cu_seq_lens_q[1:], right=True).clamp(max=cu_seq_lens_q.shape[0] - 2)
     from_end = cu_seq_lens_q[sequence + 1] - order
     return (cu_seq_lens_k[sequence + 1] - from_end).clamp(0, key.shape[-2] - 1) - order
-
-
-def _shown(ids: torch.Tensor) -> str:
-    return f"{ids[:4, :32].tolist()}"

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .given_positions import give_positions
 from .layer_rope import LayerRope
-from .told import tell_positions
 
 
 def attach_rotary_hooks(model: nn.Module, ropes: Iterable[LayerRope], mixes: Callable[[nn.Module], bool]) -> None:
@@ -23,7 +23,7 @@ def attach_rotary_hooks(model: nn.Module, ropes: Iterable[LayerRope], mixes: Cal
     rotaries = {(rope.rotary, id(rope.config)) for rope in ropes}
     for module in model.modules():
         if (type(module), id(getattr(module, "config", None))) in rotaries:
-            module.register_forward_hook(tell_positions, with_kwargs=True)
+            module.register_forward_hook(give_positions, with_kwargs=True)
             if "dynamic" in _rope_types(module).values():
                 module.register_forward_hook(functools.partial(_check_growth, model, mixes))
 
@@ -33,7 +33,7 @@ def detach_rotary_hooks(model: nn.Module) -> None:
     # Found by their function, because handles would not survive copies and pickles of the model.
     for module in model.modules():
         for handle_id, hook in list(module._forward_hooks.items()):
-            if getattr(hook, "func", hook) in (tell_positions, _check_growth):
+            if getattr(hook, "func", hook) in (give_positions, _check_growth):
                 del module._forward_hooks[handle_id]
                 module._forward_hooks_with_kwargs.pop(handle_id, None)
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from ..attention import MixtureCall, bypassed
+from ..attention import MixtureCall, bypassed, known_implementation
 from ..rope import LayerRope, RotationTable
 from ..rope.longrope import rope_of_pass
 from ..rope.positions import positions_of_pass
@@ -83,6 +83,7 @@ class LayerMixture:
     rope: LayerRope
     own_weight: float | torch.Tensor = 0.0
     _rope_bases: tuple[float, ...] | None = field(default=None, init=False, repr=False, compare=False)
+    _fixed: tuple[int, str] | None = field(default=None, init=False, repr=False, compare=False)
 
     def rope_bases(self) -> tuple[float, ...]:
         """The distinct base angles `[N]`: in the order of a single router, else the smallest first.
@@ -129,7 +130,7 @@ class LayerMixture:
 
     def implementation(self) -> str:
         """The implementation that the routers' configs force, or "auto"."""
-        forced = {share.spec.implementation for share in self.shares} - {"auto"}
+        forced = {known_implementation(share.spec.implementation) for share in self.shares} - {"auto"}
         if len(forced) > 1:
             raise ValueError(
                 f"The routers {[share.name for share in self.shares]} force different implementations "
@@ -154,17 +155,12 @@ class LayerMixture:
             return None
         rope_bases = self.rope_bases()
         rotations: RotationTable = rope.table(rope_bases)
-        records: list[RouterRecord] = []
-
-        def gate(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-            gating = self.gate(query, rope_bases)
-            records.extend(gating.records)
-            return gating.gates, gating.picked
-
-        # An identity scale adds the model's own angle to what its router picks.
-        top_k = sum(share.spec.top_k + share.spec.identity for share in self.shares)
-        top_k += isinstance(self.own_weight, torch.Tensor)
-        return MixtureCall(gate, rotations, positions, records, min(top_k, len(rope_bases)), self.implementation())
+        if self._fixed is None:
+            # An identity scale adds the model's own angle to what its router picks.
+            top_k = sum(share.spec.top_k + share.spec.identity for share in self.shares)
+            top_k += isinstance(self.own_weight, torch.Tensor)
+            self._fixed = min(top_k, len(rope_bases)), self.implementation()
+        return MixtureCall(lambda query: self.gate(query, rope_bases), rotations, positions, *self._fixed)
 
 
 class MixesAngles(nn.Module):
@@ -220,6 +216,7 @@ class MixesAngles(nn.Module):
         """Make sure that `call` was computed, and hand its records over."""
         if not call.records:
             raise bypassed(f"The attention module of layer {layer_idx} did not ask for its mixture")
+        call.positions.leave()
         if self.recorder is not None:
             self.recorder.take(self, call.records)
 

@@ -3,7 +3,6 @@
 import json
 import logging
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,8 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from ..attention import observing_choices
 from ..hub.push import add_to_card
-from ..routing.mixture import MixesAngles, RouterRecord
+from ..routing.mixture import RouterRecord
 from .balance import PassRecords
 from .describing import describe_training
 from .hooks import RouterHooks, hooks_of
@@ -46,9 +44,8 @@ class MoICECallback(TrainerCallback):
     counts nowhere. Only steps that are logged are measured, over all their micro-batches; where Trainer logs by epoch,
     it is the last step of each.
 
-    At the start, one line tells Python's log (`logging`, level INFO) what trains, the base angles, K, and which
-    attention implementation was chosen and why. With [`BalanceLossMixin`], Trainer's log also has the balance loss
-    apart from the rest of the loss.
+    At the start, one line tells Python's log (`logging`, level INFO) what trains, the base angles and K. With
+    [`BalanceLossMixin`], Trainer's log also has the balance loss apart from the rest of the loss.
 
     The model cards that this trainer writes also say what the routers are and how the model is loaded.
 
@@ -60,8 +57,6 @@ class MoICECallback(TrainerCallback):
         self.trainer = trainer
         self.statistics = RouterStatistics()
         self.start: dict[str, list[list[float]]] | None = None
-        self._announced = False
-        self._announcing = ExitStack()
         if not isinstance(trainer, BalanceLossMixin):
             create = partial(_create_model_card, trainer, trainer.create_model_card)
             trainer.create_model_card = create  # type: ignore[method-assign]
@@ -70,8 +65,9 @@ class MoICECallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._hooks().observer = self.statistics
-        self._announcing.close()
-        self._announcing.enter_context(observing_choices(self._announce))
+        if self.trainer.is_world_process_zero():
+            assert self.trainer.model is not None
+            logger.info("%s", describe_training(self.trainer.model))
         if state.global_step == 0:
             self.start = None  # of a training before this one
         elif self.start is None:
@@ -90,8 +86,6 @@ class MoICECallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # Nobody chose: the config forces an implementation, or the model is compiled.
-        self._announce(*self._without_choice())
         if self.statistics.sums.keys() - (self.start or {}).keys():
             # The first step, or adapters that were not active in it.
             seen = {name: sums.gates().tolist() for name, sums in self._reduced().items()}
@@ -142,23 +136,7 @@ class MoICECallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._hooks().observer = None
-        self._announcing.close()
         self.statistics.clear()
-
-    def _announce(self, implementation: str, reason: str) -> None:
-        """Log the line of the start, once."""
-        self._announcing.close()
-        if not self._announced and self.trainer.is_world_process_zero():
-            assert self.trainer.model is not None
-            logger.info("%s; attention by %s (%s)", describe_training(self.trainer.model), implementation, reason)
-        self._announced = True
-
-    def _without_choice(self) -> tuple[str, str]:
-        """The implementation where "auto" did not choose, and why."""
-        assert self.trainer.model is not None
-        layers = [layer for layer in self.trainer.model.modules() if isinstance(layer, MixesAngles)]
-        forced = {share.spec.implementation for layer in layers for share in layer.shares()} - {"auto"}
-        return (", ".join(sorted(forced)), "asked for by the config") if forced else ("delegated", "it is compiled")
 
     def _hooks(self) -> RouterHooks:
         assert self.trainer.model is not None

@@ -69,7 +69,7 @@ class MoICEConfig(PeftConfig):
             modules, as "norm" reaches `q_norm`.
         trainable_token_indices: token indices whose embeddings are trained, see PEFT's `LoraConfig`.
         implementation: "auto" (default), or the name of the attention implementation to force, see
-            [`attention.mixed_attention`]. On a GPU, "auto" first compares and times what can run.
+            [`attention.mixed_attention`].
         members: routers of an adapter that is a mean of others, written by
             `add_weighted_adapter(..., combination_type="cat")`, as the fields of [`RouterSpec`]. `rope_bases` then
             holds all of their angles and `top_k` the most that a token can pick; `router_dim`, `router_scope`,

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from reprlib import repr as shortened
 from typing import Any, Literal
 
 import torch
@@ -18,7 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..attention import IMPLEMENTATIONS
+from ..attention import known_implementation
 from ..rope.rotary_hooks import detach_rotary_hooks
 from ..routing.mixture import watch_positions
 from ..standalone.built_in import BuiltInRouters
@@ -110,11 +109,7 @@ class MoICEModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> MoICEConfig:
         config = as_moice_config(peft_config)
-        if not isinstance(config.implementation, str) or config.implementation not in ("auto", *IMPLEMENTATIONS):
-            raise ValueError(
-                f"`implementation` is {shortened(config.implementation)}; choose 'auto' or one of "
-                f"{sorted(IMPLEMENTATIONS)}."
-            )
+        config.implementation = known_implementation(config.implementation)
         if config.members is not None:
             return config
         if config.hidden_act is None:

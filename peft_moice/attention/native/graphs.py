@@ -11,7 +11,7 @@ import torch
 
 from ...rope import RotaryLayout, RotationTable
 from ..call import AttentionCall
-from .kernel import differentiate, forward
+from .kernel import differentiate, first_position, forward
 
 _MOST_TABLES = 16
 """Tables kept, one for each set of rope bases and layout."""
@@ -126,10 +126,7 @@ def _options(
     Raises:
         ValueError: queries that start there do not fit the keys.
     """
-    start = offset if query_start is None else int(query_start)
-    length, num_keys = query.shape[-2], key.shape[-2]
-    if not 0 <= start <= num_keys - length:
-        raise ValueError(f"{length} queries starting at position {start} do not fit {num_keys} keys.")
+    start = first_position(offset if query_start is None else query_start, query, key)
     return _table(deltas.numpy().tobytes(), deltas.shape[0], tuple(layout)), start
 
 

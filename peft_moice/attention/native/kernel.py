@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 
-from ...rope import RotaryLayout, RotationTable
+from ...rope import RotationTable
 from .library import Problem, load
 
 _MOST_DECODED = 8
 """Up to so many queries `decode.c` is faster than `attend.c`."""
 _FEWEST_ROTATIONS = 17
 """So many rows of the table of rotations are read, however few keys there are: one more than vectors have lanes."""
+_NO_MASK = (0, 0, 0, 0, 0, 0)
+"""Where there is none: its pointer, four strides, and whether it is boolean."""
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The dtypes of queries, keys and values, as `kernels.h` numbers them."""
 
@@ -69,6 +71,18 @@ def differentiate(
     return [*(None if grad is None else grad.to(query.dtype) for grad in (grad_query, *summed)), grad_gates]
 
 
+def first_position(query_start: int | torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> int:
+    """The index of the first query among the keys.
+
+    Raises:
+        ValueError: queries that start there do not fit the keys.
+    """
+    start, length, num_keys = int(query_start), query.shape[-2], key.shape[-2]
+    if not 0 <= start <= num_keys - length:
+        raise ValueError(f"{length} queries starting at position {start} do not fit {num_keys} keys.")
+    return start
+
+
 class _Kernel:
     """A `Problem` with the tensors that its pointers lead to."""
 
@@ -86,42 +100,21 @@ class _Kernel:
     ):
         batch, heads, length, head_dim = query.shape
         _, kv_heads, num_keys, value_dim = value.shape
-        layout = rotations.layout
-        query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+        query, key, value = _in_rows(query), _in_rows(key), _in_rows(value)
         gates = gates.contiguous()
+        layout, num_experts = rotations.layout, gates.shape[-1]
         cos, sin = rotations.at_least(max(num_keys, _FEWEST_ROTATIONS), query.device)
-        order = _order(layout, head_dim)
+        order = _order(layout.start, layout.size, layout.interleaved, head_dim)
         self.threads = torch.get_num_threads()
-        self.problem = Problem()
         self._kept = [query, key, value, gates, cos, sin]
-        self.problem.set(
-            {
-                "batch": batch,
-                "kv_heads": kv_heads,
-                "group": heads // kv_heads,
-                "queries": length,
-                "keys": num_keys,
-                "head_dim": head_dim,
-                "value_dim": value_dim,
-                "experts": gates.shape[-1],
-                "pairs": cos.shape[-1],
-                "query_start": query_start,
-                "is_causal": is_causal,
-                "is_ordered": layout.start == 0 and not layout.interleaved,
-                "type": TYPES[query.dtype],
-                "query": query.data_ptr(),
-                "query_stride": query.stride()[:3],
-                "key": key.data_ptr(),
-                "key_stride": key.stride()[:3],
-                "value": value.data_ptr(),
-                "value_stride": value.stride()[:3],
-                "gates": gates.data_ptr(),
-                "cos": cos.data_ptr(),
-                "sin": sin.data_ptr(),
-                "table_stride": cos.stride(0),
-                "order": order.data_ptr(),
-                "scaling": scaling,
-            }
+        is_ordered = layout.start == 0 and not layout.interleaved
+        # In the order of the fields, up to the last one that every call has.
+        self.problem = Problem(
+            *(batch, kv_heads, heads // kv_heads, length, num_keys, head_dim, value_dim, num_experts, cos.shape[-1]),
+            *(query_start, is_causal, is_ordered, TYPES[query.dtype]),
+            *(query.data_ptr(), *query.stride()[:3], key.data_ptr(), *key.stride()[:3]),
+            *(value.data_ptr(), *value.stride()[:3], gates.data_ptr(), *_NO_MASK),
+            *(cos.data_ptr(), sin.data_ptr(), cos.stride(0), order.data_ptr(), scaling),
         )
         if mask is not None:
             mask = mask if mask.dtype == torch.bool else mask.float()
@@ -131,9 +124,10 @@ class _Kernel:
 
     def point(self, **tensors: torch.Tensor | None) -> None:
         """Set further pointers by the names of the problem's fields."""
-        found = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        self.problem.set({name: tensor.data_ptr() for name, tensor in found.items()})
-        self._kept.extend(found.values())
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                self.problem.set({name: tensor.data_ptr()})
+                self._kept.append(tensor)
 
     def count_parts(self) -> int:
         """In how many parts the backward pass leaves the gradients of keys and values."""
@@ -149,6 +143,11 @@ class _Kernel:
         getattr(library, name)(self.problem.packed(), self.threads)
 
 
+def _in_rows(x: torch.Tensor) -> torch.Tensor:
+    """`x` with its last dimension in one piece."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def _library() -> Any:
     library = load()
     assert not isinstance(library, str), library
@@ -161,11 +160,11 @@ def _empty(*shape: int) -> torch.Tensor:
 
 
 @functools.cache
-def _order(layout: RotaryLayout, head_dim: int) -> torch.Tensor:
+def _order(start: int, size: int, interleaved: bool, head_dim: int) -> torch.Tensor:
     """The dimensions `[D]` as the kernels sort them: first of each pair, second of each pair, what does not rotate."""
     dims = list(range(head_dim))
-    rotated = dims[layout.start : layout.start + layout.size]
-    half = layout.size // 2
-    first, second = (rotated[0::2], rotated[1::2]) if layout.interleaved else (rotated[:half], rotated[half:])
-    rest = dims[: layout.start] + dims[layout.start + layout.size :]
+    rotated = dims[start : start + size]
+    half = size // 2
+    first, second = (rotated[0::2], rotated[1::2]) if interleaved else (rotated[:half], rotated[half:])
+    rest = dims[:start] + dims[start + size :]
     return torch.tensor(first + second + rest, dtype=torch.int32, device="cpu")

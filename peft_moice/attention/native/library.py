@@ -16,8 +16,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..cache_folder import cache_folder
-
 logger = logging.getLogger(__name__)
 
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("attend.c", "differentiate.c", "decode.c"))
@@ -46,14 +44,18 @@ _STRUCTURE = struct.Struct("@" + "".join(_FIELDS.values()))
 _COUNTS = [int(code[:-1] or 1) for code in _FIELDS.values()]
 _PLACES = dict(zip(_FIELDS, itertools.accumulate(_COUNTS, initial=0), strict=False))
 _LENGTHS = dict(zip(_FIELDS, _COUNTS, strict=True))
-_NOTHING: list[float] = [0] * sum(_COUNTS)
+_SIZE = sum(_COUNTS)
 
 
 class Problem:
-    """The values of the C structure of the same name, all 0 at first; faster to fill than a structure of ctypes."""
+    """The values of the C structure of the same name; faster to fill than a structure of ctypes.
 
-    def __init__(self) -> None:
-        self._values: list[float] = _NOTHING.copy()
+    Args:
+        values: of the first fields, in their order. The others are 0.
+    """
+
+    def __init__(self, *values: float):
+        self._values: list[float] = [*values, *(0,) * (_SIZE - len(values))]
 
     def set(self, fields: dict[str, Any]) -> None:
         """Set fields by their names: numbers, or as many as the field has places."""
@@ -140,6 +142,19 @@ def _target(compiler: list[str]) -> Path | None:
         logger.info("MoICE's kernels are compiled in every process: others can write %s, or this user cannot", folder)
         return None
     return folder / name
+
+
+def cache_folder() -> Path:
+    """`peft_moice` in the user's cache folder (`XDG_CACHE_HOME`, or `~/.cache`), made so that only the user can write.
+
+    Raises:
+        OSError: it cannot be made.
+        RuntimeError: there is no home folder.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft_moice"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
 
 
 def _is_private(path: Path) -> bool:

@@ -1,37 +1,54 @@
 """The operator by kernels in C: cost follows K, and decoding reads keys and values once."""
 
+import functools
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ...rope import RotationTable
 from ..call import AttentionCall
-from ..cpu_limits import first_position, why_not_on_cpu
+from ..first_order import FirstOrder
 from . import graphs
-from .kernel import TYPES, differentiate, forward
+from .kernel import TYPES, differentiate, first_position, forward
 from .library import load
 
 _MAX_HEAD_DIM = 256
+_NAMES = ("queries", "keys", "values", "gates")
 
 
 def why_not(call: AttentionCall) -> str | None:
     """See [`Implementation`]."""
     # Not while `torch.export` traces: who runs its programs may have nothing but PyTorch.
     in_graph = torch.compiler.is_dynamo_compiling()
-    reason = why_not_on_cpu(call, in_graph)
+    if call.query.device.type != "cpu":
+        return f"it is for the CPU, and the queries are on {call.query.device.type!r}"
+    if 0 in (*call.query.shape, *call.value.shape):
+        return "there is nothing to attend to"
+    reason = call.why_not_plain() or (None if in_graph else _why_not_now())
     if reason is not None:
         return reason
     if max(call.query.shape[-1], call.value.shape[-1]) > _MAX_HEAD_DIM:
         return f"it knows head sizes up to {_MAX_HEAD_DIM}"
     if in_graph and type(call.rotations) is not RotationTable:
         return "a graph of torch.compile cannot hand it rotations that change with the sequence"
-    for name, tensor in {"queries": call.query, "keys": call.key, "values": call.value, "gates": call.gates}.items():
+    for name, tensor in zip(_NAMES, (call.query, call.key, call.value, call.gates), strict=True):
         if type(tensor) is not torch.Tensor and not in_graph:
             return f"it reads the memory of plain tensors, and the {name} are a {type(tensor).__name__}"
         if tensor.dtype not in TYPES:
             return f"it computes in float32, and the {name} are in {tensor.dtype}"
     return _why_not_loaded()
+
+
+def _why_not_now() -> str | None:
+    """The reason why nothing but PyTorch's own operations may run here, or None."""
+    if torch.compiler.is_compiling():
+        return "it cannot be traced by torch.compile"
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return "it cannot be traced by torch.jit.trace"
+    # The transforms of torch.func (grad, vmap, jvp, ...) are active where there is a level of them.
+    if torch._C._functorch.maybe_current_level() is not None:
+        return "torch.func cannot transform it"
+    return None
 
 
 def _why_not_loaded() -> str | None:
@@ -56,7 +73,10 @@ def run(call: AttentionCall) -> tuple[torch.Tensor, None]:
     tensors = (query, key, value, call.gates.float())
     if torch.compiler.is_compiling():
         return graphs.run(call, *tensors).to(call.query.dtype), None
-    options = (call.rotations, first_position(call), call.scaling, call.is_causal)
+    start = call.query_start
+    if not isinstance(start, int):
+        start = first_position(start, query, key)
+    options = (call.rotations, start, call.scaling, call.is_causal)
     output: torch.Tensor
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         inputs = (*tensors, call.picks(), call.attention_mask, *options)
@@ -74,9 +94,9 @@ class _NativeAttention(torch.autograd.Function):
         return forward(query, key, value, gates, mask, *ctx.options)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, gates, picked, mask = ctx.saved_tensors
-        options, wanted = ctx.options, ctx.needs_input_grad[:4]
-        grads = differentiate(grad_output, query, key, value, gates, picked, mask, options, wanted)
+        *tensors, picked, mask = ctx.saved_tensors
+        known = {"picked": picked, "mask": mask, "options": ctx.options, "wanted": ctx.needs_input_grad[:4]}
+        gradients = functools.partial(differentiate, **known)
+        grads = FirstOrder.apply(gradients, grad_output, *tensors)  # type: ignore[no-untyped-call]
         return *grads, *(None,) * 6

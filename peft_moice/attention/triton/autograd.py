@@ -1,9 +1,9 @@
 """The kernels as a differentiable function."""
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ..call import AttentionCall
+from ..first_order import FirstOrder
 from .backward import gradients
 from .decoding import decode, fits
 from .picks import list_picks
@@ -51,13 +51,15 @@ class _MixedAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_output):
-        query, key, value, gates, picked, mask, output, row_max, row_sum = ctx.saved_tensors
-        problem = Problem(query, key, value, gates, mask, *ctx.options)
-        picks = list_picks(picked, key.shape[1])
-        with torch.cuda.device_of(query):
-            grads = gradients(problem, picks, output, row_max, row_sum, grad_output, ctx.needs_input_grad[:4])
-        dtypes = (query.dtype, key.dtype, value.dtype, gates.dtype)
-        cast = (None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True))
-        return (*cast, None, None, None, None, None)
+        *tensors, picked, mask, output, row_max, row_sum = ctx.saved_tensors
+
+        def differentiate(grad_output, query, key, value, gates):
+            problem = Problem(query, key, value, gates, mask, *ctx.options)
+            picks = list_picks(picked, key.shape[1])
+            with torch.cuda.device_of(query):
+                grads = gradients(problem, picks, output, row_max, row_sum, grad_output, ctx.needs_input_grad[:4])
+            dtypes = (query.dtype, key.dtype, value.dtype, gates.dtype)
+            return [None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
+
+        return (*FirstOrder.apply(differentiate, grad_output, *tensors), None, None, None, None, None)

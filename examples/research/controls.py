@@ -1,0 +1,56 @@
+"""Other ways to mix the scores of several bases, as implementations of the operator: controls of the mixture."""
+
+from types import ModuleType
+
+import torch
+
+from peft_moice import MoICELayer
+from peft_moice.attention import operator
+from peft_moice.attention.call import AttentionCall
+from peft_moice.attention.reference import additive
+from peft_moice.attention.rotating import rotated_pairs
+
+
+class ScoreMixture(ModuleType):
+    """One softmax over scores that were mixed before: their mean by the gates, or their greatest."""
+
+    def __init__(self, name: str, greatest: bool):
+        super().__init__(name)
+        self.greatest = greatest
+
+    def why_not(self, call: AttentionCall) -> str | None:
+        return call.why_not_plain()
+
+    def run(self, call: AttentionCall) -> tuple[torch.Tensor, None]:
+        groups = call.query.shape[1] // call.key.shape[1]
+        mixed = None
+        for expert, (query, key) in enumerate(rotated_pairs(call)):
+            scores = query @ key.repeat_interleave(groups, dim=1).mT * call.scaling
+            if self.greatest:
+                # The gates take part as logarithms: an expert that is not wanted is not greatest.
+                scores = scores + call.gates[..., expert, None].clamp(min=1e-6).log()
+                mixed = scores if mixed is None else torch.maximum(mixed, scores)
+            else:
+                scores = call.gates[..., expert, None] * scores
+                mixed = scores if mixed is None else mixed + scores
+        length, num_keys = call.query.shape[-2], call.key.shape[-2]
+        mask = call.attention_mask
+        if mask is None:
+            index = call.query_start + torch.arange(length)
+            mask = torch.arange(num_keys) <= index[:, None]
+        probs = (mixed + additive(mask, torch.float32)).softmax(-1)
+        output = probs @ call.value.repeat_interleave(groups, dim=1)
+        return output.transpose(1, 2).contiguous(), None
+
+
+SCORE_MIXTURES = {"mean": ScoreMixture("score_mean", False), "greatest": ScoreMixture("score_greatest", True)}
+
+
+def mix_scores(adapted: torch.nn.Module, how: str) -> None:
+    """Let every adapted layer of `adapted` mix scores in place of probabilities."""
+    implementation = SCORE_MIXTURES[how]
+    operator.IMPLEMENTATIONS[implementation.__name__] = implementation
+    for layer in adapted.modules():
+        if isinstance(layer, MoICELayer):
+            for spec in layer.router_specs["default"]:
+                spec.implementation = implementation.__name__
