@@ -203,8 +203,8 @@ def test_the_card(adapted, tmp_path):
     assert {"moice", "long-context", f"base_model:adapter:{BASE_ID}"} <= set(card.data.tags)
     own = adapted.config.rope_parameters["rope_theta"]
     angles = ", ".join(f"{own * multiple:g}" for multiple in (1, 0.25, 0.5, 4))
-    assert f"| {angles} |" in card.text
-    assert "| 2 of 4 |" in card.text
+    assert f"| {angles} (1, 0.25, 0.5, 4 times the first) |" in card.text
+    assert "| 2 of 4 per head and token |" in card.text
     assert "| learning rate | 0.01 |" in card.text
     assert "| position | base | with MoICE |\n| --- | --- | --- |\n| first | 1 | 1 |\n" in card.text
     assert "| middle | 0.1 | 0.95 |" in card.text

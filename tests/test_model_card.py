@@ -127,7 +127,7 @@ def test_a_card_that_cannot_be_read_stays(tmp_path, caplog):
 
 def assert_says_how(card: str, angles: str = "10000, 2500, 5000, 40000") -> None:
     assert card.count("import peft_moice") == 1
-    assert f"| {angles} |" in card and "| 2 of 4 |" in card
+    assert f"| {angles} (1, 0.25, 0.5, 4 times the first) |" in card and "| 2 of 4 per head and token |" in card
     assert "[More Information Needed]" not in card
     assert {"moice", "long-context"} <= set(ModelCard(card).data.tags)
     assert ModelCard(card).data.library_name == "peft"

@@ -28,8 +28,8 @@ from ..routing.mixture import watch_positions
 from ..training import register_hooks, remove_hooks
 from .built_in import ROUTERS_NAME, BuiltInRouters
 from .description import describe_routers
-from .installing import check_loaded, install_described
-from .saving import auto_map, has_tokenizer, put_model_card, put_tokenizer, staged_model, write_stub
+from .installing import install_described
+from .saving import WholeFolder, auto_map, put_model_card, write_stub
 from .sealing import sealed, unsealed
 
 MODEL_TYPE = "moice"
@@ -147,7 +147,7 @@ def _config_class_of(model_class: type[PreTrainedModel]) -> type[PreTrainedConfi
 
 @_made_once
 def _model_class(original: type[PreTrainedModel], standalone_config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
-    class StandaloneModel(original):  # type: ignore[misc, valid-type]  # a base known at run time only
+    class StandaloneModel(WholeFolder, original):  # type: ignore[misc, valid-type]  # a base known at run time only
         original_class = original
         config_class = standalone_config
         _keep_in_fp32_modules_strict: ClassVar[set[str]] = {
@@ -166,40 +166,6 @@ def _model_class(original: type[PreTrainedModel], standalone_config: type[PreTra
             from ..tuner.check import watch_first_pass
 
             watch_first_pass(self)
-
-        def save_pretrained(
-            self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args: Any, **kwargs: Any
-        ) -> None:
-            """Write the model, its tokenizer if it is at hand, a stub and a card, see `PreTrainedModel`.
-
-            Until all is written, a model that was in the folder stays there as it was.
-
-            Raises:
-                OSError: the files cannot be written.
-            """
-            folder = Path(save_directory)
-            # All processes write parts of a distributed checkpoint into the same folder.
-            if not is_main_process or kwargs.get("distributed_checkpoint"):
-                super().save_pretrained(folder, is_main_process, *args, **kwargs)
-                return
-            folder.mkdir(parents=True, exist_ok=True)
-            if kwargs.get("push_to_hub"):
-                kwargs.setdefault("repo_id", folder.name)
-            with staged_model(folder, kwargs.get("variant")) as staging:
-                super().save_pretrained(staging, is_main_process, *args, **kwargs)
-                if not has_tokenizer(folder):
-                    put_tokenizer(staging, self.name_or_path)
-
-        @classmethod
-        def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-            """Read a model, see `PreTrainedModel`.
-
-            Raises:
-                ValueError: the files lack weights of the routers or of layers, or hold routers that are not finite.
-            """
-            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-            check_loaded(model, info)
-            return (model, info) if output_loading_info else model
 
         @classmethod
         def is_custom_code(cls) -> bool:
