@@ -85,7 +85,7 @@ def push_to_hub(
 
 def _save_for_others(model: PeftModel, folder: Path, adapter_name: str, said: dict[str, Any]) -> Path:
     """Write one adapter and its card, see [`write_model_card`] for what is `said` in it; returns where they are."""
-    model.save_pretrained(folder, selected_adapters=[adapter_name])
+    model.save_pretrained(str(folder), selected_adapters=[adapter_name])
     # PEFT puts every adapter but "default" into a folder of its own; in a repository it stands at the top.
     adapter_folder = folder if adapter_name == "default" else folder / adapter_name
     base_model = _base_model_of(model, adapter_name, said["base_model"])
