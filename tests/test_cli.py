@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -88,11 +89,27 @@ class TestErrors:
     def test_missing_models_and_adapters(self, capsys, tmp_path, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         gone = str(tmp_path / "gone")
-        assert gone in error(capsys, "measure", "--model", gone)
+        assert f"--model {gone}: there is no such folder" in error(capsys, "measure", "--model", gone)
+        train = ["train", "--train_files", "f", "--output_dir", str(tmp_path / "out"), "--model"]
+        assert f"--model {gone}: there is no such folder" in error(capsys, *train, gone)
         assert "Name it with --model" in error(capsys, "measure")
         assert "there is no such folder" in error(capsys, "info", gone)
         assert "gone" in error(capsys, "merge", gone, str(tmp_path / "merged"))
         assert "holds neither adapter_config.json nor config.json" in error(capsys, "info", str(tmp_path))
+
+    def test_folders_beside_the_right_one(self, capsys, llama, adapter, tmp_path):
+        above = str(Path(adapter).parent)
+        options = ["--items", "3", "--output_dir", str(tmp_path / "out")]
+        line = error(capsys, "measure", "--adapter", above, *options)
+        assert f"--adapter {above}: the folder holds no adapter_config.json. {adapter} does; name that." in line
+        bare = shutil.copytree(llama, tmp_path / "bare", ignore=shutil.ignore_patterns("*token*"))
+        line = error(capsys, "measure", "--model", str(bare), *options)
+        assert f"{bare}: no tokenizer can be read from this folder" in line and "`tokenizer.save_pretrained`" in line
+        moved = shutil.copytree(adapter, tmp_path / "moved")
+        config = json.loads((moved / "adapter_config.json").read_text())
+        (moved / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/gone/base"}))
+        line = error(capsys, "measure", "--adapter", str(moved), *options)
+        assert "the base model of the adapter /gone/base: there is no such folder" in line
 
     def test_tracebacks_are_shown_where_they_are_asked_for(self, tmp_path):
         with pytest.raises(ValueError, match="there is no such folder"):
@@ -136,6 +153,21 @@ class TestInfo:
         printed = capsys.readouterr().out
         assert "10000, 2500, 5000, 40000 (1, 0.25, 0.5, 4 times the first)" in printed
         assert "2 of 4 per head and token" in printed
+
+    def test_layers_are_in_the_order_of_their_numbers_and_the_version_is_said(self, capsys, tmp_path):
+        deep, folder = save_tiny_model(tmp_path / "deep", num_hidden_layers=11), str(tmp_path / "adapter")
+        adapted_model(deep).save_pretrained(folder)
+        found = run_json(capsys, "info", folder)
+        assert found["layers"] == [f"model.layers.{i}.self_attn" for i in range(11)]
+        assert found["versions"]["peft_moice"] == found["card"]["peft_moice_version"] == peft_moice.__version__
+        assert main(["info", folder]) == 0
+        printed = capsys.readouterr().out
+        assert "11: model.layers.0.self_attn to model.layers.10.self_attn" in printed
+        assert f"peft_moice {peft_moice.__version__}\n" in printed
+        card = Path(folder, "README.md")
+        assert f"| peft_moice | {peft_moice.__version__} |" in card.read_text().replace("\\_", "_")
+        card.unlink()  # as a version that did not write it
+        assert run_json(capsys, "info", folder)["versions"]["peft_moice"] is None
 
     def test_angles_by_layer_type_and_several_routers(self, capsys, tmp_path):
         gemma = save_tiny_model(tmp_path / "gemma", "gemma3")

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import adapted_model, load, save_tiny_model, two_adapters
 from transformers import Trainer, TrainingArguments
 
+import peft_moice
 from peft_moice import MoICECallback, MoICEConfig
 from peft_moice.hub.card import adapter_part, merged_part, plain, put_card, python_string, table, values_table
 from peft_moice.hub.push import add_to_card
@@ -45,7 +46,13 @@ def test_names_stay_names(base_model, source):
     for card in (part.as_card(), part.merged_into(honest)):
         parsed = ModelCard(card)
         assert parsed.data.base_model == (base_model or ("me/model" if card != part.as_card() else None))
-        assert set(parsed.data.to_dict()) <= {"base_model", "library_name", "pipeline_tag", "tags"}
+        assert set(parsed.data.to_dict()) <= {
+            "base_model",
+            "library_name",
+            "pipeline_tag",
+            "tags",
+            "peft_moice_version",
+        }
         # The same headings, blocks, tables and marks as with names that are harmless.
         for pattern in (r"^#+ ", r"^```", r"^\|", r"<!--", r"(?<!\\)<", r"^---$"):
             found = len(re.findall(pattern, parsed.text, re.MULTILINE))
@@ -196,6 +203,7 @@ def test_metadata_is_yaml_that_any_parser_reads(tmp_path):
     adapted_model(str(tmp_path / "base")).merge_and_unload().save_pretrained(tmp_path / "merged")
     head = (tmp_path / "merged" / "README.md").read_text().split("---\n")[1]
     assert yaml.safe_load(head) == {
+        "peft_moice_version": peft_moice.__version__,
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["moice", "long-context"],

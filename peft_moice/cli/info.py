@@ -28,7 +28,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> Outcome:
     """Read the files."""
     found = describe_saved(args.adapter)
+    found["layers"] = sorted(found["layers"], key=_by_number)
+    # Files of weights and configs do not say it.
+    found["versions"]["peft_moice"] = (found["card"] or {}).get("peft_moice_version")
     return Outcome(_as_text(found), found)
+
+
+def _by_number(layer: str) -> list[tuple[int, str]]:
+    """Sorts "layers.2" before "layers.10"."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in layer.split(".")]
 
 
 def _as_text(found: dict[str, Any]) -> str:

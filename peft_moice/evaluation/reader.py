@@ -13,8 +13,8 @@ from transformers.cache_utils import DynamicLayer
 class Reader:
     """A model with a cache that goes back to where two sequences part.
 
-    Models whose layers keep something else than keys and values (linear attention, ...) cannot go back, so they read
-    every sequence whole.
+    Models whose layers keep something else than keys and values (linear attention, ...), or prompts of virtual tokens,
+    cannot go back, so they read every sequence whole.
 
     Args:
         model: a causal language model of transformers.
@@ -24,7 +24,9 @@ class Reader:
         self.model = model
         self._keyword = cache_keyword(model)
         kinds = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
-        self._goes_back = all(isinstance(layer, DynamicLayer) for layer in kinds)
+        # PEFT puts virtual tokens before whatever is read, also behind a cache.
+        has_virtual_tokens = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+        self._goes_back = all(isinstance(layer, DynamicLayer) for layer in kinds) and not has_virtual_tokens
         self._ids: list[int] = []
         self._cache: Any = None
 

@@ -8,6 +8,7 @@ import importlib.metadata
 import logging
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ PAPER = "https://arxiv.org/abs/2406.19598"
 UNNAMED_FOLDER = "path/to/this/folder"
 """What a snippet loads where nobody has said how others will find the folder."""
 
+_VERSION = "peft_moice_version"
 _BEGIN, _END = (
     "<!-- peft_moice: what stands up to the next such mark is written anew by saving -->",
     "<!-- peft_moice -->",
@@ -68,7 +70,7 @@ class CardPart:
         except (ValueError, yaml.YAMLError) as error:
             raise ValueError(f"The metadata of the model card cannot be read: {error}") from error
         own: Any = self.data
-        data = {**own.to_dict(), **existing.data.to_dict()}
+        data = {**own.to_dict(), **existing.data.to_dict(), _VERSION: _own_version()}
         if self.data.base_model or _is_local(data.get("base_model")):
             data["base_model"] = self.data.base_model
         theirs = existing.data.tags or []
@@ -231,7 +233,15 @@ def _in_literal(character: str) -> str:
 
 def _metadata(library: str, base_model: str | None, tags: list[str], is_causal_lm: bool) -> ModelCardData:
     pipeline_tag = "text-generation" if is_causal_lm else None
-    return ModelCardData(library_name=library, base_model=base_model or None, tags=tags, pipeline_tag=pipeline_tag)
+    data = ModelCardData(library_name=library, base_model=base_model or None, tags=tags, pipeline_tag=pipeline_tag)
+    data[_VERSION] = _own_version()
+    return data
+
+
+def _own_version() -> str:
+    # Not by an import: the package imports this module.
+    version: str = sys.modules["peft_moice"].__version__
+    return version
 
 
 def _with_metadata(data: ModelCardData, text: str) -> str:
@@ -243,7 +253,8 @@ def _for(base_model: str | None) -> str:
 
 
 def _sections(introduction: str, load: str, *further: str) -> str:
-    versions = {name: importlib.metadata.version(name) for name in ("peft", "transformers", "torch")}
+    versions = {"peft_moice": _own_version()}
+    versions |= {name: importlib.metadata.version(name) for name in ("peft", "transformers", "torch")}
     versions_table = table([{"package": name, "version": version} for name, version in versions.items()])
     use = f"## Use\n\n```python\n{load}```"
     return "\n\n".join([introduction, use, *further, f"## Versions\n\n{versions_table}"])

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..attention import MixtureCall, intercept
@@ -79,7 +78,8 @@ def build_in(attention: nn.Module, rope: LayerRope, num_heads: int, shares: list
         # Made anew, because a copy would take along what others have hooked onto the adapter's router. In float32
         # whatever the model's dtype, as PEFT keeps adapters, so that a reloaded model chooses the same experts.
         router = MoICERouter.from_spec(share.spec, rope.layer_type, num_heads, share.router.head_dim)
-        router.to(share.router.gate_proj.device, torch.float32).load_state_dict(share.router.state_dict())
+        weights = {name: weight.detach().float().clone() for name, weight in share.router.state_dict().items()}
+        router.load_state_dict(weights, assign=True)  # spread over processes where the adapter's are
         routers.append(router.requires_grad_(False))
     BuiltInRouters(routers, specs, rope, num_heads).install(attention)
 

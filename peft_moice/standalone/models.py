@@ -163,9 +163,6 @@ def _model_class(original: type[PreTrainedModel], standalone_config: type[PreTra
                 remove_hooks(module)
             register_hooks(self)
             watch_positions(self)
-            from ..tuner.check import watch_first_pass
-
-            watch_first_pass(self)
 
         @classmethod
         def is_custom_code(cls) -> bool:

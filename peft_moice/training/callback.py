@@ -13,10 +13,10 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from ..hub.push import add_to_card
 from ..routing.mixture import RouterRecord
-from .balance import PassRecords
+from .balance_outside import BalanceLossMixin
 from .describing import describe_training
 from .hooks import RouterHooks, hooks_of
-from .losses_outside import BalanceLossMixin
+from .pass_records import PassRecords
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,6 @@ from ..routing.mixture import watch_positions
 from ..standalone.built_in import BuiltInRouters
 from ..standalone.models import make_standalone
 from ..training import register_hooks, remove_hooks
-from .check import unwatch_first_pass, watch_first_pass
 from .combining import combine_routers, combined_config
 from .config import MoICEConfig, as_moice_config
 from .layer import BASE_MODEL_NAME, MoICELayer
@@ -78,6 +77,9 @@ class MoICEModel(BaseTuner):
                 # distinct names.)
                 del model.peft_config
             super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+        # Trainers that merge, copy the weights into an engine for inference and unmerge leave out what carries this
+        # prefix, as contained in the merged weights. Merged routers are weights of their own, and have to arrive.
+        self.prefix = "moice_router."
 
     @all_or_nothing
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -95,7 +97,6 @@ class MoICEModel(BaseTuner):
         # Not in `_post_injection_hook`, which PEFT does not call for later adapters.
         register_hooks(model)
         watch_positions(model)
-        watch_first_pass(model)
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         super()._check_new_adapter_config(config)
@@ -313,7 +314,6 @@ class MoICEModel(BaseTuner):
             make_standalone(model)
             register_hooks(model)
             watch_positions(model)
-            watch_first_pass(model)
         return model
 
     def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT's returns the model, whatever it says
@@ -340,7 +340,6 @@ class MoICEModel(BaseTuner):
             setattr(self.model.get_submodule(parent_name), child_name, unloaded)
         remove_hooks(self.model)
         detach_rotary_hooks(self.model)
-        unwatch_first_pass(self.model)
         if merge:
             # No layers of a tuner are left; what else PEFT does is to untie embeddings that have become different.
             super()._unload_and_optionally_merge(merge=True)
