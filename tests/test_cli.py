@@ -179,7 +179,9 @@ class TestInfo:
         assert [router["weight"] for router in found["routers"]] == [0.25, 0.75]
         assert main(["info", str(tmp_path / "both")]) == 0
         printed = capsys.readouterr().out
-        assert "router 2, share 0.75: base angles full_attention  " in printed
+        (row,) = (line for line in printed.splitlines() if line.startswith("Router 2 of 2, share 0.75: Base angles"))
+        assert "sliding_attention: 10000, 2500, 5000, 40000 (1, 0.25, 0.5, 4 times the first)" in row
+        assert "full_attention: 1000000, 250000, 500000, 4000000 (1, 0.25, 0.5, 4 times the first)" in row
 
 
 class TestMerge:

@@ -132,9 +132,9 @@ def test_a_card_that_cannot_be_read_stays(tmp_path, caplog):
 # --- what lands on disk ---
 
 
-def assert_says_how(card: str, angles: str = "10000, 2500, 5000, 40000") -> None:
+def assert_says_how(card: str, angles: str = "10000, 2500, 5000, 40000 (1, 0.25, 0.5, 4 times the first)") -> None:
     assert card.count("import peft_moice") == 1
-    assert f"| {angles} |" in card and "| 2 of 4 |" in card
+    assert f"| {angles} |" in card and "| 2 of 4 per head and token |" in card
     assert "[More Information Needed]" not in card
     assert {"moice", "long-context"} <= set(ModelCard(card).data.tags)
     assert ModelCard(card).data.library_name == "peft"
@@ -154,7 +154,9 @@ def test_save_pretrained(llama, adapted, tmp_path):
 def test_each_of_several_adapters_has_its_card(llama, tmp_path):
     two_adapters(llama, base_multipliers=[1.0, 2.0, 3.0, 4.0]).save_pretrained(tmp_path)
     assert_says_how((tmp_path / "one" / "README.md").read_text())
-    assert_says_how((tmp_path / "two" / "README.md").read_text(), "10000, 20000, 30000, 40000")
+    assert_says_how(
+        (tmp_path / "two" / "README.md").read_text(), "10000, 20000, 30000, 40000 (1, 2, 3, 4 times the first)"
+    )
 
 
 def test_the_base_model_is_named_if_others_can_have_it(llama, tmp_path):

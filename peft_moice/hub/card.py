@@ -12,15 +12,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml  # type: ignore[import-untyped, unused-ignore]
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..files.atomic import write_text
-
-if TYPE_CHECKING:
-    from ..routing.spec import Bases, RouterSpec
+from ..routing.describing import router_facts
+from ..routing.spec import RouterSpec
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +106,7 @@ def put_card(folder: Path, part: CardPart) -> None:
 
 
 def adapter_part(
-    specs: Sequence["RouterSpec"],
+    specs: Sequence[RouterSpec],
     *,
     base_model: str | None,
     is_causal_lm: bool,
@@ -137,7 +136,7 @@ def adapter_part(
             "base_model = ...  # the model that the adapter was trained on\n"
             f"model = PeftModel.from_pretrained(base_model, {python_string(source)})\n"
         )
-    facts = _facts(specs)
+    facts = router_facts(specs)
     if parameters is not None:
         facts["Router parameters"] = f"{parameters:,}"
     tags = [*TAGS, *([_ADAPTER_OF + base_model] if base_model else [])]
@@ -155,7 +154,7 @@ def adapter_part(
 
 
 def merged_part(
-    specs: Sequence["RouterSpec"],
+    specs: Sequence[RouterSpec],
     *,
     base_model: str | None,
     auto_class: str,
@@ -184,7 +183,7 @@ def merged_part(
             load,
             "Where that import cannot be made, `trust_remote_code=True` makes it: it runs `configuration_moice.py` of "
             "this repository, which imports the installed package and contains nothing else.",
-            f"## Routers\n\n{_facts_table(_facts(specs))}",
+            f"## Routers\n\n{_facts_table(router_facts(specs))}",
         ),
     )
 
@@ -261,34 +260,9 @@ def _sections(introduction: str, load: str, *further: str) -> str:
     return "\n\n".join([introduction, use, *further, f"## Versions\n\n{versions_table}"])
 
 
-def _facts(specs: Sequence["RouterSpec"]) -> dict[str, str]:
-    """What the table of routers says, in Markdown."""
-    facts: dict[str, str] = {}
-    for number, spec in enumerate(specs, start=1):
-        which = "" if len(specs) == 1 else f"Router {number} of {len(specs)}, share {spec.weight:g}: "
-        facts |= {f"{which}{name}": value for name, value in _router_facts(spec).items()}
-    return facts
-
-
-def _router_facts(spec: "RouterSpec") -> dict[str, str]:
-    first = next(iter(spec.rope_bases.values())) if isinstance(spec.rope_bases, dict) else spec.rope_bases
-    return {
-        "Base angles (`rope_theta`)": _angles(spec.rope_bases),
-        "Angles per head and token (`top_k`)": f"{spec.top_k} of {len(first)}",
-        "Routers": "one per head" if spec.router_scope == "head" else "one per layer, shared by its heads",
-        "Hidden size of a router": str(spec.router_dim),
-        "Identity scale": "one per head" if spec.identity else "none",
-    }
-
-
-def _angles(bases: "Bases") -> str:
-    if isinstance(bases, dict):
-        return "; ".join(f"{plain(layer_type)}: {_angles(values)}" for layer_type, values in bases.items())
-    return ", ".join(f"{base:.12g}" for base in bases)
-
-
 def _facts_table(facts: Mapping[str, str]) -> str:
-    return _table(["", "value"], [[name, value] for name, value in facts.items()])
+    # The names are ours, the values may quote names of layer types.
+    return _table(["", "value"], [[name, plain(value)] for name, value in facts.items()])
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
