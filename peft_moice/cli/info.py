@@ -46,10 +46,8 @@ def _as_text(found: dict[str, Any]) -> str:
     if layers:
         rows["layers"] = f"{len(layers)}: {layers[0]}" + (f" to {layers[-1]}" if len(layers) > 1 else "")
     if found["parameters"] is not None:
-        rows["size"] = (
-            f"{found['parameters']:,} router parameters in {', '.join(found['dtypes'])}; files of weights "
-            f"{found['bytes']:,} bytes"
-        )
+        kinds = f" in {', '.join(found['dtypes'])}" if found["dtypes"] else ""
+        rows["size"] = f"{found['parameters']:,} router parameters{kinds}; files of weights {found['bytes']:,} bytes"
     if found["also_saved"]:
         rows["also saved"] = ", ".join(found["also_saved"])
     rows["saved with"] = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)

@@ -18,6 +18,7 @@ import yaml  # type: ignore[import-untyped, unused-ignore]
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..files.atomic import write_text
+from ..rope.rules import RopeExpert, facts_of
 from ..routing.describing import router_facts
 from ..routing.spec import RouterSpec
 
@@ -93,6 +94,14 @@ class CardPart:
 
 
 _ADAPTER_OF = "base_model:adapter:"
+_WHAT_ROUTERS_DO = (
+    f"[MoICE]({PAPER}) lets every attention head mix several rotary base angles, chosen per token by a small router, "
+    "so that the model uses all of a long context."
+)
+_WHAT_ROPES_DO = (
+    "Queries have ropes by their positions, and keys by their distances, so that the model reads longer texts and is "
+    "unchanged where the first rule gives its own rope."
+)
 
 
 def put_card(folder: Path, part: CardPart) -> None:
@@ -108,6 +117,7 @@ def put_card(folder: Path, part: CardPart) -> None:
 def adapter_part(
     specs: Sequence[RouterSpec],
     *,
+    ropes: Sequence[RopeExpert] = (),
     base_model: str | None,
     is_causal_lm: bool,
     source: str = UNNAMED_FOLDER,
@@ -117,6 +127,7 @@ def adapter_part(
 
     Args:
         specs: its routers.
+        ropes: its ropes by position. Default: none.
         base_model: Hub id of the base model, if it has one.
         is_causal_lm: whether it was made for a causal language model.
         source: what the snippet loads. Default: a placeholder.
@@ -136,17 +147,17 @@ def adapter_part(
             "base_model = ...  # the model that the adapter was trained on\n"
             f"model = PeftModel.from_pretrained(base_model, {python_string(source)})\n"
         )
-    facts = router_facts(specs)
-    if parameters is not None:
+    facts = router_facts(specs) | facts_of(ropes)
+    if parameters:
         facts["Router parameters"] = f"{parameters:,}"
     tags = [*TAGS, *([_ADAPTER_OF + base_model] if base_model else [])]
     return CardPart(
         _metadata("peft", base_model, tags, is_causal_lm),
-        f"MoICE routers{_for(base_model)}",
+        f"{'MoICE routers' if specs else 'A longer window'}{_for(base_model)}",
         _sections(
-            f"[MoICE]({PAPER}) lets every attention head mix several rotary base angles, chosen per token by a small "
-            "router, so that the model uses all of a long context. This adapter holds the routers; the base model's "
-            "weights are unchanged.",
+            f"{_WHAT_ROUTERS_DO} This adapter holds the routers; the base model's weights are unchanged."
+            if specs
+            else f"{_WHAT_ROPES_DO} This adapter has no parameters.",
             load,
             f"## Adapter\n\n{_facts_table(facts)}",
         ),
@@ -156,6 +167,7 @@ def adapter_part(
 def merged_part(
     specs: Sequence[RouterSpec],
     *,
+    ropes: Sequence[RopeExpert] = (),
     base_model: str | None,
     auto_class: str,
     source: str = UNNAMED_FOLDER,
@@ -164,6 +176,7 @@ def merged_part(
 
     Args:
         specs: all kinds of routers in it.
+        ropes: its ropes by position. Default: none.
         base_model: Hub id of the model that they were built into, if it has one.
         auto_class: name of the auto class that loads it, such as "AutoModelForCausalLM".
         source: what the snippet loads. Default: a placeholder.
@@ -178,12 +191,13 @@ def merged_part(
         _metadata("transformers", base_model, list(TAGS), auto_class == "AutoModelForCausalLM"),
         f"MoICE model{_for(base_model)}",
         _sections(
-            f"[MoICE]({PAPER}) lets every attention head mix several rotary base angles, chosen per token by a small "
-            "router, so that the model uses all of a long context. This is a whole model with the routers built in.",
+            f"{_WHAT_ROUTERS_DO} This is a whole model with the routers built in."
+            if specs
+            else f"{_WHAT_ROPES_DO} This is a whole model.",
             load,
             "Where that import cannot be made, `trust_remote_code=True` makes it: it runs `configuration_moice.py` of "
             "this repository, which imports the installed package and contains nothing else.",
-            f"## Routers\n\n{_facts_table(router_facts(specs))}",
+            f"## {'Routers' if specs else 'Ropes'}\n\n{_facts_table(router_facts(specs) | facts_of(ropes))}",
         ),
     )
 

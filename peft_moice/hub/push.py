@@ -133,6 +133,7 @@ def write_model_card(
     weights = [parameter for name, parameter in model.named_parameters() if f".moice_router.{adapter_name}." in name]
     part = adapter_part(
         config.router_specs(),
+        ropes=config.ropes_by_position(),
         base_model=base_model,
         is_causal_lm=config.task_type == TaskType.CAUSAL_LM,
         source=str(repo_id or folder),

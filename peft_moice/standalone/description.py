@@ -12,6 +12,7 @@ from torch import nn
 
 from ..rope import RotaryLayout
 from ..rope.frequencies import rope_parameters
+from ..rope.rules import RopeExpert, experts_of, rules_of
 from ..routing.spec import RouterSpec
 from .built_in import ROUTERS_NAME, BuiltInRouters
 
@@ -31,6 +32,7 @@ def describe_routers(model: nn.Module) -> dict[str, Any]:
     """What a config has to record of the routers built into `model`, in JSON's types."""
     routers: list[dict[str, Any]] = []
     layers: dict[str, dict[str, Any]] = {}
+    ropes: list[dict[str, Any]] = []
     for name, module in model.named_modules():
         if not isinstance(module, BuiltInRouters):
             continue
@@ -44,14 +46,17 @@ def describe_routers(model: nn.Module) -> dict[str, Any]:
         layers[name.removesuffix(f".{ROUTERS_NAME}")] = {
             "routers": shares,
             "num_heads": module.num_heads,
-            "head_dim": module[0].head_dim,
+            "head_dim": module.head_dim,
             "layer_type": module.rope.layer_type,
             "rope_theta": module.rope.rope_theta,
             "layout": dataclasses.asdict(module.rope.layout),
             "direction": module.rope.direction,
             "original_length": module.rope.original_length,
         }
-    return {"routers": routers, "layers": layers}
+        if module.ropes_by_position is not None:
+            ropes = rules_of(module.ropes_by_position.experts)
+    # Versions that know no ropes by position refuse layers without routers.
+    return {"routers": routers, "layers": layers, **({"ropes": ropes} if ropes else {})}
 
 
 class LayerDescription(NamedTuple):
@@ -98,22 +103,29 @@ class Description(NamedTuple):
     Attributes:
         routers: all kinds of routers.
         layers: the attention modules that have some, by their names.
+        ropes: the ropes of queries by their positions, in all of these modules; empty where there are none.
     """
 
     routers: list[RouterSpec]
     layers: dict[str, LayerDescription]
+    ropes: tuple[RopeExpert, ...] = ()
 
 
-def read_description(description: object) -> Description:
+def read_description(description: Any) -> Description:
     """`moice` of a config, as [`describe_routers`] wrote it. May be anything.
 
     Raises:
         ValueError, TypeError: it is not what that writes, or asks for more than any router needs; says what to do.
     """
     routers, layers = _field(description, "routers", list, "moice"), _field(description, "layers", dict, "moice")
-    _refuse_unknown(description, {"routers", "layers"}, "moice")
+    _refuse_unknown(description, {"routers", "layers", "ropes"}, "moice")
+    ropes = () if description.get("ropes") is None else experts_of(description["ropes"])
     kinds = [RouterSpec.from_saved(fields, f"moice.routers[{index}]") for index, fields in enumerate(routers)]
-    return Description(kinds, {name: _read_layer(layer, kinds, _where(name)) for name, layer in layers.items()})
+    read = {name: _read_layer(layer, kinds, _where(name)) for name, layer in layers.items()}
+    bare = [name for name, layer in read.items() if not layer.specs]
+    if bare and not ropes:
+        raise ValueError(f"`{_where(bare[0])}` names no routers.")
+    return Description(kinds, read, ropes)
 
 
 def _read_layer(layer: object, kinds: list[RouterSpec], where: str) -> LayerDescription:
@@ -164,8 +176,6 @@ def _shares(layer: dict[str, Any], kinds: list[RouterSpec], layer_type: object, 
                 f"`{where}` has the layer_type {shortened(layer_type)}, of which its routers know nothing."
             )
         specs.append(RouterSpec.from_saved(fields, where))
-    if not specs:
-        raise ValueError(f"`{where}` names no routers.")
     return specs
 
 

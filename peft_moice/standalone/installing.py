@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ..probing import LayerProbe
 from ..rope import LayerRope, RotaryLayout
+from ..routing.mixture import RopesByPosition
 from ..routing.router import MoICERouter, check_size
 from ..routing.spec import RouterSpec
 from .built_in import ROUTERS_NAME, BuiltInRouters
@@ -26,6 +27,7 @@ class DescribedLayer(NamedTuple):
         specs: what each of its routers is.
         num_heads: H, its number of query heads.
         head_dim: D, the size of a query.
+        by_position: the ropes of queries by their positions, or None.
     """
 
     name: str
@@ -34,6 +36,7 @@ class DescribedLayer(NamedTuple):
     specs: list[RouterSpec]
     num_heads: int
     head_dim: int
+    by_position: RopesByPosition | None = None
 
     def routers(self, num_heads: int | None = None) -> list[MoICERouter]:
         """Fresh routers, for all H heads or for `num_heads` of them."""
@@ -49,7 +52,9 @@ def described_layers(model: PreTrainedModel, description: object) -> Iterator[De
         TypeError: a value in it has the wrong type.
     """
     ropes: dict[tuple[int, str | None, RotaryLayout], LayerRope] = {}
-    for described, layer in read_description(description).layers.items():
+    read = read_description(description)
+    by_position = RopesByPosition(read.ropes) if read.ropes else None
+    for described, layer in read.layers.items():
         attention = _submodule(model, described)
         name = _name_of(model, attention)
         own = LayerProbe(model).find_rotary(name, layer.rope_theta)
@@ -69,7 +74,7 @@ def described_layers(model: PreTrainedModel, description: object) -> Iterator[De
         build = (type(rotary), rotary.config, layer_type, layer.layout, layer.direction, layer.original_length)
         rope = ropes.setdefault((id(rotary), layer_type, layer.layout), LayerRope(*build, own=own))
         check_size(layer.specs, layer_type, layer.num_heads, layer.head_dim, attention)
-        yield DescribedLayer(name, attention, rope, layer.specs, layer.num_heads, layer.head_dim)
+        yield DescribedLayer(name, attention, rope, layer.specs, layer.num_heads, layer.head_dim, by_position)
 
 
 def install_described(model: PreTrainedModel, description: dict[str, Any]) -> None:
@@ -85,7 +90,8 @@ def install_described(model: PreTrainedModel, description: dict[str, Any]) -> No
         routers = layer.routers()
         for router in routers:
             router.reset_parameters()
-        BuiltInRouters(routers, layer.specs, layer.rope, layer.num_heads).install(layer.attention)
+        sizes = (layer.num_heads, layer.head_dim)
+        BuiltInRouters(routers, layer.specs, layer.rope, *sizes, layer.by_position).install(layer.attention)
 
 
 def check_loaded(model: PreTrainedModel, info: dict[str, Any]) -> None:

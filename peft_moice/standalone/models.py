@@ -24,10 +24,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from ..attention import exchange_config, own_config
 from ..files.atomic import write_text
 from ..hub.card import shared_name
+from ..rope.rules import longest
 from ..routing.mixture import watch_positions
 from ..training import register_hooks, remove_hooks
 from .built_in import ROUTERS_NAME, BuiltInRouters
-from .description import describe_routers
+from .description import describe_routers, read_description
 from .installing import install_described
 from .saving import WholeFolder, auto_map, put_model_card, write_stub
 from .sealing import sealed, unsealed
@@ -49,12 +50,21 @@ def make_standalone(model: PreTrainedModel) -> PreTrainedModel:
     config.__class__ = standalone_config_class(original_config)
     config.base_model_type = original_config.model_type
     config.moice = describe_routers(model)
+    _state_new_length(config)
     if original is type(model):
         config.base_model_name_or_path = shared_name(model.config.name_or_path)
     _exchange_config(model, model.config, config)
     model.__class__ = standalone_model_class(original)
     model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), ROUTERS_NAME}
     return model
+
+
+def _state_new_length(config: Any) -> None:
+    """Let a config say how long texts may be under its ropes by position."""
+    experts, text = read_description(config.moice).ropes, config.get_text_config(decoder=True)
+    end = longest(experts) if experts else None
+    if end is not None and end > text.max_position_embeddings:
+        text.max_position_embeddings = end
 
 
 def _exchange_config(model: PreTrainedModel, old: PreTrainedConfig, new: PreTrainedConfig) -> None:

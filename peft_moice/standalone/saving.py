@@ -80,7 +80,9 @@ def write_stub(folder: Path) -> None:
 def put_model_card(folder: Path, config: PreTrainedConfig, auto_class: str) -> None:
     """Say in the card of `folder` what the model of `config` is, and that `auto_class` loads it."""
     base_model = shared_name(config.base_model_name_or_path)
-    put_card(folder, merged_part(read_description(config.moice).routers, base_model=base_model, auto_class=auto_class))
+    found = read_description(config.moice)
+    part = merged_part(found.routers, ropes=found.ropes, base_model=base_model, auto_class=auto_class)
+    put_card(folder, part)
 
 
 def _put_tokenizer(folder: Path, source: str | None) -> None:

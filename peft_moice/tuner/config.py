@@ -174,7 +174,8 @@ class MoICEConfig(PeftConfig):
         if self.is_resolved:
             base_model = shared_name(self.base_model_name_or_path)
             is_causal_lm = self.task_type == TaskType.CAUSAL_LM
-            part = adapter_part(self.router_specs(), base_model=base_model, is_causal_lm=is_causal_lm)
+            ropes = self.ropes_by_position()
+            part = adapter_part(self.router_specs(), ropes=ropes, base_model=base_model, is_causal_lm=is_causal_lm)
             put_card(Path(folder), part)
 
     @property

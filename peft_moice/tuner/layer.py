@@ -210,7 +210,7 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
             take_out(self.base_layer)
         self.merged_adapters.extend(names)
         shares, by_position = self._shares_of(self.merged_adapters), self._by_position_of(self.merged_adapters)
-        build_in(self.base_layer, self.rope, self.num_heads, shares, by_position)
+        build_in(self.base_layer, self.rope, self.num_heads, self.head_dim, shares, by_position)
 
     def unmerge(self) -> None:
         """Take merged routers out of the attention module, which is then what it was before."""

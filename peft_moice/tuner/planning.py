@@ -8,7 +8,7 @@ from torch import nn
 
 from ..probing import LayerPlan, LayerProbe, attention_module_names, explain_no_targets
 from ..rope import LayerRope
-from ..rope.frequencies import frequencies_under, original_length, rope_parameters
+from ..rope.frequencies import frequencies_under, merged_parameters, original_length, rope_parameters
 from .beside_routers import check_beside_routers
 from .config import MoICEConfig
 from .layer import MoICELayer
@@ -142,6 +142,11 @@ def _check_ropes(config: MoICEConfig, ropes: list[LayerRope | None]) -> None:
                 )
             for parameters in (expert.near, expert.far or ()):
                 frequencies_under(rope.rotary, own, rope.layer_type, dict(parameters))
+        # Merging states a new length in the model's config, which these would be read from.
+        for rule in config.ropes or ():
+            merged = merged_parameters(own, rope.layer_type, rule)
+            if "rope_type" in rule and "original_max_position_embeddings" in merged:
+                rule["original_max_position_embeddings"] = merged["original_max_position_embeddings"]
 
 
 def _targeted(config: MoICEConfig, model: nn.Module) -> list[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from huggingface_hub import ModelCard, snapshot_download
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ..files.weights import read_header, read_json
+from ..rope.rules import RopeExpert, facts_of, rules_of
 from ..routing.describing import router_facts
 from ..routing.spec import PEFT_TYPE_NAME, RouterSpec
 from ..standalone.built_in import ROUTERS_NAME
@@ -27,9 +29,9 @@ def describe_saved(source: str) -> dict[str, Any]:
 
     Returns:
         In JSON's types: `kind` ("adapter" or "merged model"), `base_model`, `routers` (base angles, K and shape of
-        each; `in_words` says the same), `layers` (names of the attention modules that have routers), `parameters` and
-        `dtypes` of the routers (None without weights at hand), `bytes` of all weights, `versions` that it was saved
-        with, and `card`, the metadata of its model card or None.
+        each), `ropes` (rules by position and distance; `in_words` says the same of both), `layers` (names of the
+        attention modules that have routers), `parameters` and `dtypes` of the routers (None without weights at hand),
+        `bytes` of all weights, `versions` that it was saved with, and `card`, the metadata of its model card or None.
 
     Raises:
         ValueError, TypeError: it is neither, or damaged.
@@ -60,7 +62,7 @@ def _describe_adapter(source: str, folder: Path) -> dict[str, Any]:
     return {
         "kind": "adapter",
         "base_model": config.base_model_name_or_path,
-        **_describe_routers(config.router_specs()),
+        **_describe_routers(config.router_specs(), config.ropes_by_position()),
         **_describe_weights([weights] if weights.is_file() else [], _ADAPTER_ROUTERS),
         "also_saved": list(config.modules_to_save or []),
         "versions": {"peft": fields.get("peft_version")},
@@ -79,7 +81,7 @@ def _describe_merged(source: str, folder: Path) -> dict[str, Any]:
     return {
         "kind": "merged model",
         "base_model": f"built in ({config.get('base_model_type')})",
-        **_describe_routers(described.routers),
+        **_describe_routers(described.routers, described.ropes),
         **weights,
         "layers": list(described.layers),
         "also_saved": [],
@@ -87,9 +89,9 @@ def _describe_merged(source: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def _describe_routers(specs: list[RouterSpec]) -> dict[str, Any]:
+def _describe_routers(specs: list[RouterSpec], ropes: Sequence[RopeExpert]) -> dict[str, Any]:
     routers = [{**dataclasses.asdict(spec), "num_experts": spec.num_experts} for spec in specs]
-    return {"routers": routers, "in_words": router_facts(specs)}
+    return {"routers": routers, "ropes": rules_of(ropes), "in_words": router_facts(specs) | facts_of(ropes)}
 
 
 def _describe_weights(files: list[Path], marker: str) -> dict[str, Any]:

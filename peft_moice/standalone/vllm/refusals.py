@@ -57,7 +57,9 @@ def _refuse(reason: str) -> NoReturn:
 def _reason(config: Any) -> str | None:
     if config.get_text_config() is not config:
         return "it takes more than text"
-    layers = read_description(getattr(config, "moice", None)).layers
+    _, layers, ropes = read_description(getattr(config, "moice", None))
+    if ropes:
+        return "it has ropes by position, which vLLM's attention cannot choose for each query"
     for name, layer in layers.items():
         layer.own_theta(config, name)
         parameters = rope_parameters(config, layer.layer_type)
