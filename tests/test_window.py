@@ -1,0 +1,246 @@
+"""Models with ropes by position and distance: the base model within its window, exact beyond it."""
+
+import copy
+import math
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny_models import load, logits_of, save_tiny_model, token_ids
+from transformers import DynamicCache, StaticCache
+
+import peft_moice
+from peft_moice import MoICEConfig
+
+WINDOW, NEAR, FACTOR = 32, 24, 4
+SLOWER = (FACTOR * WINDOW - NEAR) / (WINDOW - NEAR)
+"""How much more slowly the angles of far keys grow in what `extend` writes."""
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": WINDOW}
+BY_POSITION = [{"query_positions": [0, WINDOW]}, {"query_positions": [WINDOW, None], **YARN}]
+SEVERAL = [
+    {"query_positions": [0, WINDOW]},
+    {"query_positions": [WINDOW, 50], "rope_type": "linear", "factor": 2.0},
+    {"query_positions": [50, None], **YARN},
+]
+MIXED = [*SEVERAL[:2], {"query_positions": [50, None], "distances": [0, 20]}]
+MIXED += [{"query_positions": [50, None], "distances": [20, None], "rope_type": "linear", "factor": 8.0}]
+RULES = {"by distance": None, "by position": BY_POSITION, "several": SEVERAL, "mixed": MIXED}
+ATTENTIONS = ["eager", "sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    return save_tiny_model(tmp_path_factory.mktemp("short"), max_position_embeddings=WINDOW)
+
+
+def extended(folder: str, ropes: list | None = None, implementation: str = "auto", **options):
+    """The tiny model with the rules that `extend` writes, or with others."""
+    model = load(folder, **options)
+    config = peft_moice.tuner.extending.extension_config(model.config, FACTOR)
+    config = MoICEConfig(ropes=ropes or config.ropes, implementation=implementation, task_type="CAUSAL_LM")
+    return get_peft_model(model, config).eval()
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+def in_chunks(model, ids: torch.Tensor, sizes: list[int], cache=None, **options) -> torch.Tensor:
+    """Logits of a sequence given to the model in pieces, the last of them as long as is left."""
+    cache, parts = DynamicCache() if cache is None else cache, []
+    sizes = [*sizes, ids.shape[1] - sum(sizes)]
+    for start, size in zip([sum(sizes[:i]) for i in range(len(sizes))], sizes, strict=True):
+        piece = {name: value[:, start : start + size] for name, value in options.items()}
+        parts.append(model(ids[:, start : start + size], past_key_values=cache, **piece).logits)
+    return torch.cat(parts, dim=1)
+
+
+def left_padded(lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    mask = torch.stack([torch.arange(max(lengths)) >= max(lengths) - length for length in lengths]).long()
+    return {
+        "input_ids": token_ids(len(lengths), max(lengths)) * mask,
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
+    }
+
+
+class TestWithin:
+    """Queries below the window compute what they did, bit for bit."""
+
+    @pytest.fixture(params=ATTENTIONS)
+    def pair(self, request, folder):
+        base, model = load(folder, attn_implementation=request.param), extended(folder, attn_implementation=request.param)
+        base.requires_grad_(False)  # as PEFT has it; PyTorch chooses how to compute products by it
+        # Where weights lie in memory decides the order in which some products are summed.
+        for own, parameter in zip(base.parameters(), model.parameters(), strict=True):
+            parameter.data = own.data
+        return base, model
+
+    def test_logits_and_gradients(self, pair):
+        ids, results = token_ids(length=WINDOW), []
+        for model in pair:
+            embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+            output = model(inputs_embeds=embedded, labels=ids)
+            results.append((output.logits, *torch.autograd.grad(output.loss, embedded)))
+        for actual, expected in zip(*results, strict=True):
+            assert torch.equal(actual, expected)
+
+    @torch.no_grad()
+    def test_chunks_single_tokens_and_padded_rows(self, pair):
+        base, model = pair
+        ids, batch = token_ids(length=WINDOW), left_padded((WINDOW, 9))
+        assert torch.equal(model(**batch).logits, base(**batch).logits)
+        for sizes in ([5, 20], [1] * (WINDOW - 1), [30, 1]):
+            assert torch.equal(in_chunks(model, ids, sizes), in_chunks(base, ids, sizes))
+
+    @torch.no_grad()
+    def test_a_static_cache(self, pair):
+        base, model = pair
+        ids = token_ids(length=WINDOW)
+        results = [
+            in_chunks(m, ids, [20, 11], cache=StaticCache(config=base.config, max_cache_len=48)) for m in pair
+        ]
+        assert torch.equal(*results)
+
+    @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 4}], ids=str)
+    def test_generated_tokens(self, pair, options):
+        batch = left_padded((16,)) if "prompt_lookup_num_tokens" in options else left_padded((16, 7))
+        batch.pop("position_ids")
+        options = {"max_new_tokens": WINDOW - 16, "return_dict_in_generate": True, "output_scores": True} | options
+        results = [model.generate(**batch, do_sample=False, **options) for model in pair]
+        assert torch.equal(*[result.sequences for result in results])
+        for scores in zip(*[result.scores for result in results], strict=True):
+            assert torch.equal(*scores)
+
+
+def frequencies(base: float = 10000.0, size: int = 16) -> torch.Tensor:
+    return base ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+
+
+def angles_of_extension(m: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+    """`[S, T, P]`, the angles between queries at `m` and keys at `n` under the rules that `extend` writes."""
+    distance = (m[:, None] - n)[..., None].double()
+    is_far = (m[:, None, None] >= WINDOW) & (distance >= NEAR)
+    return torch.where(is_far, NEAR + (distance - NEAR) / SLOWER, distance) * frequencies()
+
+
+@torch.no_grad()
+def oracle_logits(model, ids: torch.Tensor, positions=None, sees=None, angles=angles_of_extension) -> torch.Tensor:
+    """A llama in float64 from its weights alone, whose scores are computed pair by pair from unrotated vectors.
+
+    Args:
+        model: a tiny llama.
+        ids: `[T]`, one row.
+        positions: `[T]`.
+        sees: `[T, T]` of booleans. Default: causal.
+        angles: gives the angles `[T, T, P]` from the positions of queries and keys.
+    """
+    weights = {name: value.double() for name, value in model.state_dict().items()}
+    order = torch.arange(len(ids))
+    positions, sees = order if positions is None else positions, order[:, None] >= order if sees is None else sees
+    angle = angles(positions, positions)
+
+    def norm(x, name):
+        return x / (x.square().mean(-1, keepdim=True) + model.config.rms_norm_eps).sqrt() * weights[f"{name}.weight"]
+
+    hidden = weights["model.embed_tokens.weight"][ids]
+    for i in range(model.config.num_hidden_layers):
+        at = f"model.layers.{i}"
+        x = norm(hidden, f"{at}.input_layernorm")
+        query, key, value = (
+            (x @ weights[f"{at}.self_attn.{name}_proj.weight"].T).view(len(ids), -1, 16).transpose(0, 1)
+            for name in "qkv"
+        )
+        key, value = key.repeat_interleave(2, 0), value.repeat_interleave(2, 0)
+        (q1, q2), (k1, k2) = query[:, :, None].chunk(2, -1), key[:, None].chunk(2, -1)
+        scores = ((q1 * k1 + q2 * k2) * angle.cos() + (q1 * k2 - q2 * k1) * angle.sin()).sum(-1) / 4
+        mixed = scores.masked_fill(~sees, -torch.inf).softmax(-1) @ value
+        hidden = hidden + mixed.transpose(0, 1).flatten(1) @ weights[f"{at}.self_attn.o_proj.weight"].T
+        x = norm(hidden, f"{at}.post_attention_layernorm")
+        gate, up = (x @ weights[f"{at}.mlp.{name}_proj.weight"].T for name in ("gate", "up"))
+        hidden = hidden + (gate * gate.sigmoid() * up) @ weights[f"{at}.mlp.down_proj.weight"].T
+    head = "lm_head.weight"
+    return (norm(hidden, "model.norm") @ weights[head].T).float()
+
+
+@torch.no_grad()
+def oracle_by_position(folder: str, ids: torch.Tensor, rules: list, attention: str = "sdpa") -> torch.Tensor:
+    """The family's own models under each rule's rope, one after the other.
+
+    Each goes on with the keys of the one before, turned back and rotated as its own rope does.
+    """
+    parts, layers, before = [], [], None
+    for rule in rules:
+        first, end = rule["query_positions"]
+        parameters = {name: value for name, value in rule.items() if name != "query_positions"}
+        model = load(folder, attn_implementation=attention)
+        if parameters:
+            config = copy.deepcopy(model.config)
+            config.rope_parameters = {"rope_theta": config.rope_parameters["rope_theta"], **parameters}
+            config.max_position_embeddings = 4 * WINDOW
+            state = model.state_dict()
+            model = type(model)._from_config(config, attn_implementation=attention).eval()
+            model.load_state_dict(state)
+        rotary, cache = model.model.rotary_emb, DynamicCache()
+        for i, (key, value) in enumerate(layers):
+            places = torch.arange(key.shape[2], dtype=torch.float64)[:, None]
+            size = 2 * before.inv_freq.shape[0]
+            k = torch.view_as_complex(torch.stack(key[..., :size].double().chunk(2, -1), -1).contiguous())
+            k = k / before.attention_scaling * rotary.attention_scaling
+            k = torch.view_as_real(k * torch.polar(torch.ones(()).double(), places * (rotary.inv_freq - before.inv_freq)))
+            key = torch.cat((k[..., 0].float(), k[..., 1].float(), key[..., size:]), -1)
+            cache.update(key, value, i)
+        parts.append(model(ids[:, first:end], past_key_values=cache).logits)
+        layers, before = [(layer.keys, layer.values) for layer in cache.layers], rotary
+    return torch.cat(parts, dim=1)
+
+
+class TestBeyond:
+    @pytest.mark.parametrize("attention", ATTENTIONS)
+    @torch.no_grad()
+    def test_by_distance_equals_scores_computed_pair_by_pair(self, folder, attention):
+        ids = token_ids(length=100)
+        model = extended(folder, attn_implementation=attention)
+        expected = torch.stack([oracle_logits(load(folder), row) for row in ids])
+        close(logits_of(model, ids), expected)
+        assert not torch.allclose(expected[:, 40:], logits_of(load(folder), ids)[:, 40:], atol=1e-2)
+        # Rows on both sides of the boundary.
+        batch = left_padded((100, 40, 20))
+        logits = model(**batch).logits
+        for row, length in enumerate((100, 40, 20)):
+            close(logits[row, -length:], oracle_logits(load(folder), batch["input_ids"][row, -length:]))
+
+    @pytest.mark.parametrize("attention", ATTENTIONS)
+    @pytest.mark.parametrize("rules", [BY_POSITION, SEVERAL], ids=["two ranges", "three ranges"])
+    @torch.no_grad()
+    def test_by_position_equals_the_models_with_those_ropes_over_keys_rotated_anew(self, folder, attention, rules):
+        ids = token_ids(length=100)
+        expected = oracle_by_position(folder, ids, rules, attention)
+        close(logits_of(extended(folder, rules, attn_implementation=attention), ids), expected)
+        assert not torch.allclose(expected[:, 40:], logits_of(load(folder), ids)[:, 40:], atol=1e-2)
+
+    @pytest.mark.parametrize("attention", ATTENTIONS)
+    @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
+    @torch.no_grad()
+    def test_pieces_equal_the_whole(self, folder, rules, attention):
+        ids, model = token_ids(length=70), extended(folder, rules, attn_implementation=attention)
+        whole = logits_of(model, ids)
+        for sizes in ([10, 35], [31, 1, 1], [32, 18], [33, 16, 3], [1] * 69):
+            close(in_chunks(model, ids, sizes), whole)
+        static = StaticCache(config=model.config, max_cache_len=96)
+        close(in_chunks(model, ids, [28, 1, 10, *[1] * 20], cache=static), whole)
+
+    @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
+    @pytest.mark.parametrize("attention", ATTENTIONS)
+    @torch.no_grad()
+    def test_implementations_agree(self, folder, rules, attention):
+        ids, batch = token_ids(length=70), left_padded((70, 45, 20))
+        models = [extended(folder, rules, "reference")]
+        names = ("delegated", "native") if attention == "sdpa" else ("delegated",)
+        models += [extended(folder, rules, name, attn_implementation=attention) for name in names]
+        results = [
+            (m(**batch).logits[batch["attention_mask"].bool()], in_chunks(m, ids, [40, 1, 1, 5])) for m in models
+        ]
+        for other in results[1:]:
+            for actual, expected in zip(other, results[0], strict=True):
+                close(actual, expected)
