@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from tiny_models import load, logits_of, save_tiny_model, token_ids
 from transformers import DynamicCache, StaticCache
 
@@ -251,3 +251,107 @@ class TestBeyond:
         for other in results[1:]:
             for actual, expected in zip(other, results[0], strict=True):
                 close(actual, expected)
+
+
+class TestCachesAndPositions:
+    @pytest.fixture(scope="class")
+    def model(self, folder):
+        return extended(folder, MIXED)
+
+    @pytest.fixture(scope="class")
+    def whole(self, model):
+        return logits_of(model, token_ids(length=70))
+
+    @torch.no_grad()
+    def test_caches_cropped_below_a_boundary_copied_and_reordered(self, model, whole):
+        ids, cache = token_ids(length=70), DynamicCache()
+        model(ids[:, :60], past_key_values=cache)
+        kept = copy.deepcopy(cache)
+        for length in (52, 40, 20):
+            cache.crop(length - cache.get_seq_length())
+            close(model(ids[:, length : length + 15], past_key_values=cache).logits, whole[:, length : length + 15])
+        close(model(ids[:, 60:], past_key_values=kept).logits, whole[:, 60:])
+        kept.crop(-20)
+        kept.reorder_cache(torch.tensor([1, 0]))
+        close(model(ids.flip(0)[:, 50:], past_key_values=kept).logits, whole.flip(0)[:, 50:])
+
+    @torch.no_grad()
+    def test_a_chat_that_grows_across_equals_one_pass(self, model):
+        options = {"do_sample": False, "return_dict_in_generate": True}
+        ids, cache = token_ids(1, 12), DynamicCache()
+        for turn in range(4):
+            mask = torch.ones_like(ids)
+            ids = model.generate(
+                input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=8, **options
+            ).sequences
+            ids = torch.cat((ids, token_ids(1, 5, seed=turn)), dim=1)
+        last = model(ids[:, cache.get_seq_length() :], past_key_values=cache).logits[:, -1]
+        assert ids.shape[1] == 64
+        close(last, model(ids).logits[:, -1])
+
+    @pytest.mark.parametrize("options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 4}], ids=str)
+    @torch.no_grad()
+    def test_generation_across_equals_that_without_cache(self, model, options):
+        ids = token_ids(1, 26)
+        results = [
+            model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=34,
+                do_sample=False,
+                use_cache=use_cache,
+                **(options if use_cache else {**options, "prompt_lookup_num_tokens": None}),
+            )
+            for use_cache in (True, False)
+        ]
+        assert torch.equal(*results)
+
+    @pytest.mark.parametrize("implementation", ["auto", "reference", "delegated"])
+    @torch.no_grad()
+    def test_positions_with_gaps_and_packed_rows(self, folder, implementation):
+        model, base = extended(folder, implementation=implementation), load(folder)
+        ids = token_ids(1, 60)
+        jumps = torch.cat((torch.arange(20), torch.arange(28, 45), torch.arange(90, 113)))
+        close(model(ids, position_ids=jumps[None]).logits[0], oracle_logits(base, ids[0], jumps))
+        close(in_chunks(model, ids, [19, 3, 1, 20], position_ids=jumps[None])[0], oracle_logits(base, ids[0], jumps))
+        packed = torch.cat((torch.arange(40), torch.arange(20)))
+        document = (packed == 0).cumsum(0)
+        sees = (document[:, None] == document) & torch.ones(60, 60, dtype=torch.bool).tril()
+        close(
+            model(ids, position_ids=packed[None], attention_mask=sees[None, None]).logits[0],
+            oracle_logits(base, ids[0], packed, sees),
+        )
+        close(model(ids, position_ids=packed[None], use_cache=False).logits[0], oracle_logits(base, ids[0], packed, sees))
+
+
+class TestTraining:
+    @pytest.mark.parametrize("attention", ["eager", "sdpa"])
+    @pytest.mark.parametrize("rules", [None, MIXED], ids=["by distance", "mixed"])
+    def test_lora_below_gets_the_gradients_of_the_reference(self, folder, rules, attention):
+        grads, ids = [], token_ids(length=70)
+        for implementation, checkpoints in (("reference", False), ("auto", False), ("delegated", True)):
+            torch.manual_seed(0)
+            base = load(folder, attn_implementation=attention)
+            lora = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+            config = MoICEConfig(ropes=rules or peft_moice.tuner.extending.extension_config(base.config, FACTOR).ropes)
+            config.implementation = implementation
+            model = get_peft_model(lora, config)
+            if checkpoints:
+                base.gradient_checkpointing_enable({"use_reentrant": False})
+            model.train()(ids, labels=ids).loss.backward()
+            grads.append({name: p.grad for name, p in base.named_parameters() if p.requires_grad})
+        assert len(grads[0]) == 12
+        assert all(grad is not None and grad.abs().max() > 0 for grad in grads[0].values())
+        for other in grads[1:]:
+            for name, expected in grads[0].items():
+                torch.testing.assert_close(other[name], expected, rtol=0, atol=2e-5 * expected.abs().max().item())
+
+    def test_extend_goes_over_another_tuner(self, folder):
+        lora = get_peft_model(load(folder), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
+        ids = token_ids(length=50)
+        within, beyond = logits_of(lora, ids[:, :WINDOW]), logits_of(lora, ids)
+        model = peft_moice.extend(lora, FACTOR).eval()
+        assert torch.equal(logits_of(model, ids[:, :WINDOW]), within)
+        assert not torch.allclose(logits_of(model, ids), beyond, atol=1e-3)
+        with model.disable_adapter():
+            assert torch.equal(logits_of(model, ids), beyond)
