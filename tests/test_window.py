@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from families import tiny_model, tokens
 from peft import LoraConfig, get_peft_model
 from tiny_models import load, logits_of, save_tiny_model, token_ids
 from transformers import DynamicCache, StaticCache
@@ -33,12 +34,16 @@ def folder(tmp_path_factory) -> str:
     return save_tiny_model(tmp_path_factory.mktemp("short"), max_position_embeddings=WINDOW)
 
 
+def with_ropes(model, ropes: list, implementation: str = "auto"):
+    config = MoICEConfig(ropes=ropes, implementation=implementation, task_type="CAUSAL_LM")
+    return get_peft_model(model, config).eval()
+
+
 def extended(folder: str, ropes: list | None = None, implementation: str = "auto", **options):
     """The tiny model with the rules that `extend` writes, or with others."""
     model = load(folder, **options)
     config = peft_moice.tuner.extending.extension_config(model.config, FACTOR)
-    config = MoICEConfig(ropes=ropes or config.ropes, implementation=implementation, task_type="CAUSAL_LM")
-    return get_peft_model(model, config).eval()
+    return with_ropes(model, ropes or config.ropes, implementation)
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -169,34 +174,41 @@ def oracle_logits(model, ids: torch.Tensor, positions=None, sees=None, angles=an
 
 
 @torch.no_grad()
-def oracle_by_position(folder: str, ids: torch.Tensor, rules: list, attention: str = "sdpa") -> torch.Tensor:
+def oracle_by_position(model, ids: torch.Tensor, rules: list, kind: str | None = None, interleaved: bool = False):
     """The family's own models under each rule's rope, one after the other.
 
     Each goes on with the keys of the one before, turned back and rotated as its own rope does.
+
+    Args:
+        model: the base model.
+        ids: `[B, T]`.
+        rules: by the positions of queries.
+        kind: layer type whose angles are exchanged. Default: the model has the same angles in all layers.
+        interleaved: where the rotated coordinates lie.
     """
-    parts, layers, before = [], [], None
+    parts, cache, before, prefix = [], DynamicCache(config=model.config), None, f"{kind}_" if kind else ""
     for rule in rules:
         first, end = rule["query_positions"]
-        parameters = {name: value for name, value in rule.items() if name != "query_positions"}
-        model = load(folder, attn_implementation=attention)
-        if parameters:
-            config = copy.deepcopy(model.config)
-            config.rope_parameters = {"rope_theta": config.rope_parameters["rope_theta"], **parameters}
-            config.max_position_embeddings = 4 * WINDOW
-            state = model.state_dict()
-            model = type(model)._from_config(config, attn_implementation=attention).eval()
-            model.load_state_dict(state)
-        rotary, cache = model.model.rotary_emb, DynamicCache()
-        for i, (key, value) in enumerate(layers):
-            places = torch.arange(key.shape[2], dtype=torch.float64)[:, None]
-            size = 2 * before.inv_freq.shape[0]
-            k = torch.view_as_complex(torch.stack(key[..., :size].double().chunk(2, -1), -1).contiguous())
-            k = k / before.attention_scaling * rotary.attention_scaling
-            k = torch.view_as_real(k * torch.polar(torch.ones(()).double(), places * (rotary.inv_freq - before.inv_freq)))
-            key = torch.cat((k[..., 0].float(), k[..., 1].float(), key[..., size:]), -1)
-            cache.update(key, value, i)
-        parts.append(model(ids[:, first:end], past_key_values=cache).logits)
-        layers, before = [(layer.keys, layer.values) for layer in cache.layers], rotary
+        config = copy.deepcopy(model.config)
+        of_kind = config.rope_parameters[kind] if kind else config.rope_parameters
+        of_kind.update({name: value for name, value in rule.items() if name != "query_positions"})
+        other = type(model)._from_config(config, attn_implementation=model.config._attn_implementation).eval()
+        other.load_state_dict(model.state_dict())
+        rotary = next(module for name, module in other.named_modules() if name.endswith("rotary_emb"))
+        frequency = getattr(rotary, f"{prefix}inv_freq").double()
+        scaling = getattr(rotary, f"{prefix}attention_scaling")
+        for i, layer in enumerate(cache.layers if parts else ()):
+            if kind in (None, getattr(config, "layer_types", [None] * 9)[i]):
+                size = 2 * len(frequency)
+                pairs = layer.keys[..., :size].double().unflatten(-1, (-1, 2) if interleaved else (2, -1))
+                pairs = pairs if interleaved else pairs.transpose(-1, -2)
+                angle = torch.arange(pairs.shape[2])[:, None] * (frequency - before[0])
+                turn = torch.polar(torch.full_like(angle, scaling / before[1]), angle)
+                pairs = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn)
+                pairs = pairs if interleaved else pairs.transpose(-1, -2)
+                layer.keys = torch.cat((pairs.flatten(-2).float(), layer.keys[..., size:]), -1)
+        parts.append(other(ids[:, first:end], past_key_values=cache).logits)
+        before = frequency, scaling
     return torch.cat(parts, dim=1)
 
 
@@ -220,7 +232,7 @@ class TestBeyond:
     @torch.no_grad()
     def test_by_position_equals_the_models_with_those_ropes_over_keys_rotated_anew(self, folder, attention, rules):
         ids = token_ids(length=100)
-        expected = oracle_by_position(folder, ids, rules, attention)
+        expected = oracle_by_position(load(folder, attn_implementation=attention), ids, rules)
         close(logits_of(extended(folder, rules, attn_implementation=attention), ids), expected)
         assert not torch.allclose(expected[:, 40:], logits_of(load(folder), ids)[:, 40:], atol=1e-2)
 
@@ -355,3 +367,73 @@ class TestTraining:
         assert not torch.allclose(logits_of(model, ids), beyond, atol=1e-3)
         with model.disable_adapter():
             assert torch.equal(logits_of(model, ids), beyond)
+
+
+class TestFamilies:
+    @pytest.mark.parametrize(
+        ("family", "options"),
+        [
+            ("llama", {}),
+            ("qwen2", {}),
+            ("qwen3", {}),
+            ("phi", {}),  # rotates half of a head
+            ("gpt_neox", {}),
+            ("glm", {"interleaved": True}),
+            ("gemma3_text", {"kind": "full_attention"}),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    @torch.no_grad()
+    def test_is_exact(self, family, options):
+        ids, base = tokens(length=70), tiny_model(family, max_position_embeddings=WINDOW)
+        expected = oracle_by_position(base, ids, SEVERAL, **options)
+        close(logits_of(with_ropes(tiny_model(family, max_position_embeddings=WINDOW), SEVERAL), ids), expected)
+        assert not torch.allclose(expected[:, 40:], logits_of(base, ids)[:, 40:], atol=1e-2)
+        model, within = peft_moice.extend(base, FACTOR).eval(), logits_of(base, ids[:, :WINDOW])
+        assert torch.equal(logits_of(model, ids[:, :WINDOW]), within)
+        rules = model.peft_config["extension"].ropes
+        reference = with_ropes(tiny_model(family, max_position_embeddings=WINDOW), rules, "reference")
+        close(logits_of(model, ids), logits_of(reference, ids))
+        close(in_chunks(model, ids, [30, 1, 1, 1, 7]), logits_of(reference, ids))
+
+    def test_sliding_layers_are_left_alone(self):
+        model = peft_moice.extend(tiny_model("gemma3_text", max_position_embeddings=WINDOW), FACTOR)
+        kinds = model.config.layer_types
+        adapted = [i for i, layer in enumerate(model.model.model.layers) if hasattr(layer.self_attn, "moice_router")]
+        assert 0 < len(adapted) < len(kinds)
+        assert {kinds[i] for i in adapted} == {"full_attention"}
+
+    def test_models_without_a_layer_to_extend(self):
+        with pytest.raises(ValueError, match="sliding window.*no layer to extend"):
+            peft_moice.extend(tiny_model("mistral", max_position_embeddings=WINDOW), FACTOR)
+        with pytest.raises(ValueError, match="rotary"):
+            peft_moice.extend(tiny_model("gpt2"), FACTOR)
+
+    @pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
+    def test_angles_that_change_with_the_length(self, rope_type):
+        parameters = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 2.0}
+        if rope_type == "longrope":
+            lists = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+            parameters |= {"original_max_position_embeddings": WINDOW, **lists}
+        model = tiny_model("llama", rope_parameters=parameters)
+        with pytest.raises(ValueError, match=f"{rope_type}.*serves longer texts already"):
+            peft_moice.extend(model, FACTOR)
+        with pytest.raises(ValueError, match=f"'{rope_type}' changes its angles with the length"):
+            with_ropes(model, BY_POSITION)
+        assert not hasattr(model, "peft_config")
+
+    @torch.no_grad()
+    def test_a_yarn_model_gets_its_short_texts_back(self):
+        yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": WINDOW}
+        ids, default = tokens(length=70), tiny_model("llama", max_position_embeddings=WINDOW)
+        rules = [{"query_positions": [0, WINDOW], "rope_type": "default"}, {"query_positions": [WINDOW, None]}]
+        model = with_ropes(tiny_model("llama", rope_parameters=yarn), rules)
+        close(logits_of(model, ids), oracle_by_position(default, ids, BY_POSITION))
+
+    @torch.no_grad()
+    def test_flex_attention_with_a_softcap_is_refused_beyond(self):
+        base = tiny_model("gemma2", max_position_embeddings=WINDOW)
+        base.set_attn_implementation("flex_attention")
+        model = peft_moice.extend(base, FACTOR)
+        with pytest.raises(ValueError, match="softcap.*'sdpa' or 'eager'"):
+            model(tokens(length=50))
