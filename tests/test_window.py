@@ -6,12 +6,12 @@ import math
 import pytest
 import torch
 from families import tiny_model, tokens
-from peft import LoraConfig, get_peft_model
-from tiny_models import load, logits_of, save_tiny_model, token_ids
-from transformers import DynamicCache, StaticCache
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from tiny_models import decide, load, logits_of, save_tiny_model, token_ids, wide_config
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import peft_moice
-from peft_moice import MoICEConfig
+from peft_moice import MoICEConfig, MoICELayer
 
 WINDOW, NEAR, FACTOR = 32, 24, 4
 SLOWER = (FACTOR * WINDOW - NEAR) / (WINDOW - NEAR)
@@ -437,3 +437,98 @@ class TestFamilies:
         model = peft_moice.extend(base, FACTOR)
         with pytest.raises(ValueError, match="softcap.*'sdpa' or 'eager'"):
             model(tokens(length=50))
+
+
+class TestAdapters:
+    def test_saving_and_loading(self, folder, tmp_path):
+        ids = token_ids(length=60)
+        model = peft_moice.extend(load(folder), FACTOR).eval()
+        expected = logits_of(model, ids)
+        model.save_pretrained(tmp_path)
+        tmp_path /= "extension"  # where PEFT saves adapters of that name
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 0
+        assert (tmp_path / "adapter_model.safetensors").stat().st_size < 300
+        assert (tmp_path / "adapter_config.json").stat().st_size < 2500
+        for again in (
+            PeftModel.from_pretrained(load(folder), tmp_path),
+            AutoPeftModelForCausalLM.from_pretrained(tmp_path),
+            AutoModelForCausalLM.from_pretrained(tmp_path),
+        ):
+            assert torch.equal(logits_of(again.eval(), ids), expected)
+        again = load(folder)
+        again.load_adapter(tmp_path)
+        assert torch.equal(logits_of(again, ids), expected)
+
+    @torch.no_grad()
+    def test_switching_it_off_and_removing_it(self, folder):
+        ids, base = token_ids(length=60), load(folder)
+        own = logits_of(base, ids)
+        model = peft_moice.extend(base, FACTOR).eval()
+        expected = logits_of(model, ids)
+        with model.disable_adapter():
+            assert torch.equal(logits_of(model, ids), own)
+        model.add_adapter("position", MoICEConfig(ropes=BY_POSITION, task_type="CAUSAL_LM"))
+        assert torch.equal(logits_of(model, ids), expected)
+        model.set_adapter("position")
+        assert torch.equal(logits_of(model, ids), logits_of(extended(folder, BY_POSITION), ids))
+        # A cache that was filled under one goes on under the other: it holds the model's own keys.
+        cache = DynamicCache()
+        model(ids[:, :50], past_key_values=cache)
+        model.set_adapter("extension")
+        assert model(ids[:, 50:], past_key_values=cache).logits.isfinite().all()
+        model.delete_adapter("position")
+        assert torch.equal(logits_of(model, ids), expected)
+        assert torch.equal(logits_of(model.unload(), ids), own)
+        assert not any(isinstance(module, MoICELayer) for module in base.modules())
+
+    def test_with_routers(self, tmp_path):
+        # In a model of one layer, keys do not depend on what earlier queries saw.
+        folder = save_tiny_model(tmp_path, max_position_embeddings=WINDOW, num_hidden_layers=1)
+        ids, model = token_ids(length=70), get_peft_model(load(folder), wide_config()).eval()
+        decide(model)
+        within, everywhere = logits_of(model, ids[:, :WINDOW]), logits_of(model, ids)
+        extension = logits_of(extended(folder), ids)
+        assert peft_moice.extend(model, FACTOR) is model
+        model.eval()
+        assert model.active_adapters == ["default", "extension"]
+        assert torch.equal(logits_of(model, ids[:, :WINDOW]), within)
+        both = logits_of(model, ids)
+        close(both[:, :WINDOW], everywhere[:, :WINDOW])
+        close(both[:, WINDOW:], extension[:, WINDOW:])
+        assert not torch.allclose(within, extension[:, :WINDOW], atol=1e-3)
+        close(in_chunks(model, ids, [20, 20, 1]), both)
+        model.set_adapter("default")
+        assert torch.equal(logits_of(model, ids), everywhere)
+
+    def test_routers_within_learn_beside_an_extension(self, folder):
+        grads, ids = [], token_ids(length=60)
+        for implementation in ("reference", "auto"):
+            model = get_peft_model(load(folder), wide_config(implementation=implementation))
+            decide(model)
+            model = peft_moice.extend(model, FACTOR)
+            model.train()(ids, labels=ids).loss.backward()
+            grads.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+        assert len(grads[0]) == 9
+        for name, expected in grads[0].items():
+            assert expected.abs().max() > 0
+            torch.testing.assert_close(grads[1][name], expected, rtol=0, atol=2e-5 * expected.abs().max().item())
+
+    def test_what_is_refused(self, folder):
+        model = peft_moice.extend(load(folder), FACTOR).eval()
+        peft_moice.extend(model, 2.0, adapter_name="other")
+        with pytest.raises(ValueError, match="only one can"):
+            logits_of(model)
+        model.set_adapter("extension")
+        expected = logits_of(model, token_ids(length=50))
+        with pytest.raises(ValueError, match="go by position and hold for all rows"):
+            model(token_ids(), adapter_names=["extension", "__base__"])
+        for names in (["extension"], ["extension", "other"]):
+            for kind in ("cat", "linear"):
+                with pytest.raises(ValueError, match="no routers"):
+                    weights = [1 / len(names)] * len(names)
+                    model.add_weighted_adapter(names, weights, "mean", combination_type=kind)
+        assert sorted(model.peft_config) == ["extension", "other"]
+        assert torch.equal(logits_of(model, token_ids(length=50)), expected)
+        with pytest.raises(ValueError, match="'extension'.*exists"):
+            peft_moice.extend(model, FACTOR)
+        assert model.active_adapters == ["extension"]
