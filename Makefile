@@ -18,6 +18,7 @@ VLLM_INSTALL = $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-vers
 .PHONY: demo test quick test-research lint docs check-wheel vllm test-vllm clean
 
 demo: $(VENV)/demo
+	$(BIN)/python examples/extend_window.py
 	$(BIN)/python examples/repair_lost_in_the_middle.py $(DEMO_OPTIONS)
 
 test: $(VENV)/test

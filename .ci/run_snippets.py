@@ -28,9 +28,9 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHELL_BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FEWER = {
     "measure": ["--items", "4", "--lengths", "64", "--questions", "1"],
-    "train": ["--max_steps", "2", "--max_length", "8192", "--prompts", "4", "--use_cpu"],
+    "train": ["--max_steps", "2", "--max_length", "8192", "--prompts", "4", "--use_cpu", "--overwrite"],
 }
-"""What makes commands quick, which the text has no reason to say."""
+"""What makes commands quick, and lets trainings that stand there as alternatives follow each other in one folder."""
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 TEMPLATE += "{% if add_generation_prompt %}assistant: {% endif %}"
 

@@ -29,8 +29,7 @@ from peft import PeftModel, get_peft_model
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from peft_moice import KeepCloseMixin, MoICEConfig
-from peft_moice.evaluation import PositionSweep, encode_chat, perplexity, position_sweep, sample_facts
-from peft_moice.evaluation.plotting import plot_position_sweeps
+from peft_moice.evaluation import Facts, Result, encode_chat, evaluate, perplexity, sample_facts
 
 
 @dataclass
@@ -86,7 +85,7 @@ def main(args: Arguments) -> None:
 
     print("1. Before training", file=sys.stderr)
     start = time.perf_counter()
-    before = measure(model, tokenizer, args)
+    before = measure(model, tokenizer, args, "before")
     seconds["measure before"] = time.perf_counter() - start
 
     print("2. Training the routers", file=sys.stderr)
@@ -105,38 +104,34 @@ def main(args: Arguments) -> None:
     check_same_logits(model, loaded, tokenizer)
     seconds["reload"] = time.perf_counter() - start
     start = time.perf_counter()
-    after = measure(loaded, tokenizer, args)
+    after = measure(loaded, tokenizer, args, "after")
     seconds["measure after"] = time.perf_counter() - start
 
     seconds["do all of this"] = sum(seconds.values())
 
     results = {
         "arguments": asdict(args),
-        "before": {name: to_json(value) for name, value in before.items()},
-        "after": {name: to_json(value) for name, value in after.items()},
+        "before": {"facts": before[0].to_dict(), "perplexity": before[1]},
+        "after": {"facts": after[0].to_dict(), "perplexity": after[1]},
         "trainable_parameters": trainable,
         "adapter_bytes": (adapter_dir / "adapter_model.safetensors").stat().st_size,
         "losses": losses,
         "seconds": seconds,
     }
     (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    sweeps = {"before": before["trained length"], "after": after["trained length"]}
-    longer = {"before": before["longer"], "after": after["longer"]}
-    figure = plot_position_sweeps(
-        {f"{args.facts} facts": sweeps, f"{args.longer_facts} facts, not trained on": longer}
-    )
-    figure.savefig(output_dir / "positions.png", dpi=150)
-    print_table(results, output_dir)
+    before[0].plot([after[0]]).savefig(output_dir / "positions.png", dpi=150)
+    print_table(results, before, after, output_dir)
 
 
-def measure(model, tokenizer, args: Arguments) -> dict[str, PositionSweep | float]:
-    options = {"num_lists": args.lists, "seed": EVALUATION_SEED}
+def measure(model, tokenizer, args: Arguments, name: str) -> tuple[Result, float]:
+    """Facts at every position, in prompts as long as in training and in longer ones, and the perplexity of text."""
+    lengths = [args.facts, args.longer_facts]
+    options = {"num_groups": args.lists, "seed": EVALUATION_SEED, "name": name}
     text = "\n\n".join(pydoc_data.topics.topics.values())  # the Python language reference, as Python ships it
-    return {
-        "trained length": position_sweep(model, tokenizer, num_facts=args.facts, **options),
-        "longer": position_sweep(model, tokenizer, num_facts=args.longer_facts, **options),
-        "perplexity": perplexity(model, tokenizer, text, max_chunks=args.text_chunks),
-    }
+    return (
+        evaluate(model, tokenizer, Facts(), lengths=lengths, **options),
+        perplexity(model, tokenizer, text, max_chunks=args.text_chunks),
+    )
 
 
 def add_routers(model, args: Arguments):
@@ -240,23 +235,17 @@ def check_same_logits(trained, loaded, tokenizer) -> None:
     torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
 
 
-def to_json(value):
-    return value.to_dict() if isinstance(value, PositionSweep) else value
-
-
-def print_table(results: dict, output_dir: Path) -> None:
-    before, after, args = results["before"], results["after"], results["arguments"]
-
+def print_table(results: dict, before: tuple[Result, float], after: tuple[Result, float], output_dir: Path) -> None:
     def row(label, *cells):
         print(f"{label:<30}", *(f"{cell:>7}" for cell in cells))
 
     print()
-    for name, facts in (("trained length", args["facts"]), ("longer", args["longer_facts"])):
-        row(f"{facts} facts, fact asked at", *(f"{share:.0%}" for share in before[name]["positions"]), "gap")
-        for when, result in (("before", before), ("after", after)):
-            row(f"  {when}", *(f"{share:.2f}" for share in result[name]["accuracy"]), f"{result[name]['gap']:.2f}")
-    change = after["perplexity"] / before["perplexity"] - 1
-    row("perplexity of text", f"{before['perplexity']:.2f}", f"{after['perplexity']:.2f}", f"{change:+.1%}")
+    for length in before[0].lengths:
+        row(f"{length} facts, fact asked at", *(f"{share:.0%}" for share in before[0].positions), "gap")
+        for result, _ in (before, after):
+            shares = [result.mean(length=length, position=position) for position in result.positions]
+            row(f"  {result.model}", *(f"{share:.2f}" for share in shares), f"{result.gap(length):.2f}")
+    row("perplexity of text", f"{before[1]:.2f}", f"{after[1]:.2f}", f"{after[1] / before[1] - 1:+.1%}")
     row("trainable parameters", f"{results['trainable_parameters']:,}")
     row("bytes of the adapter", f"{results['adapter_bytes']:,}")
     for name, value in results["seconds"].items():

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 
 from peft_moice import BalanceLossMixin, KeepCloseMixin, MoICEConfig, write_model_card
 from peft_moice.training.callback import MoICECallback
-from peft_moice.training.data import Collator, DataArguments, load_examples, plain_text, read_text
+from peft_moice.training.data import DataArguments, load_examples, make_collator, plain_text, read_text
 
 
 @dataclass
@@ -54,9 +54,9 @@ def main(args: Arguments, data: DataArguments, training: TrainingArguments) -> N
         args=training,
         train_dataset=examples,
         eval_dataset=eval_examples or None,
-        data_collator=Collator(tokenizer),
+        data_collator=make_collator(tokenizer, data.packing),
         processing_class=tokenizer,
-        keep_text=plain_text(data.train_files, data.data_format),
+        keep_text=plain_text(data.train_files, data.data_format, data.columns),
         keep_weight=args.keep_weight,
         keep_tokens=args.keep_tokens,
     )

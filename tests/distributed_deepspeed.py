@@ -19,9 +19,6 @@ def main(model_folder: str, output: str) -> None:
     deepspeed.init_distributed("gloo")
     for stage in (2, 3):
         model = adapted(model_folder)
-        if stage == 3:
-            model.enable_input_require_grads()
-            model.gradient_checkpointing_enable({"use_reentrant": True})
         train(model, stage, Path(output, f"zero{stage}"))
     dist.destroy_process_group()
 

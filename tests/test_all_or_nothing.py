@@ -175,3 +175,16 @@ def test_refused_weights_leave_a_trained_adapter_alone(llama, misfit):
         with pytest.raises(ValueError, match="lacks 3 of 9 router weights"):
             model.load_adapter(misfit, "default")
         assert state_of(model) == before
+
+
+def test_a_block_inside_of_another_puts_back_what_only_it_knows(llama):
+    base, config = load(llama), wide_config()
+    before = copy.deepcopy(vars(config))
+    with restored_on_error(base):
+        with pytest.raises(ValueError), restored_on_error(base.model, config):
+            config.top_k = 3
+            raise ValueError
+        assert vars(config) == before
+    with pytest.raises(ValueError, match="no_such_module"), restored_on_error(base):
+        get_peft_model(base, wide_config(trainable_token_indices={"no_such_module": [3]}))
+    assert not layers_of(base)

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,7 +80,7 @@ class TestHelp:
 
 class TestErrors:
     def test_unknown_commands_and_arguments(self, capsys):
-        assert "there is no command 'mesure'. Choose one of measure, train" in error(capsys, "mesure")
+        assert "there is no command 'mesure'. Choose one of extend, measure, train" in error(capsys, "mesure")
         assert "Did you mean --lengths?" in error(capsys, "measure", "--length", "5")
         assert "required: ADAPTER" in error(capsys, "info")
         assert "invalid choice: 'chat'" in error(capsys, "train", "--preset", "chat", "--model", "m")
@@ -88,11 +89,27 @@ class TestErrors:
     def test_missing_models_and_adapters(self, capsys, tmp_path, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         gone = str(tmp_path / "gone")
-        assert gone in error(capsys, "measure", "--model", gone)
+        assert f"--model {gone}: there is no such folder" in error(capsys, "measure", "--model", gone)
+        train = ["train", "--train_files", "f", "--output_dir", str(tmp_path / "out"), "--model"]
+        assert f"--model {gone}: there is no such folder" in error(capsys, *train, gone)
         assert "Name it with --model" in error(capsys, "measure")
         assert "there is no such folder" in error(capsys, "info", gone)
         assert "gone" in error(capsys, "merge", gone, str(tmp_path / "merged"))
         assert "holds neither adapter_config.json nor config.json" in error(capsys, "info", str(tmp_path))
+
+    def test_folders_beside_the_right_one(self, capsys, llama, adapter, tmp_path):
+        above = str(Path(adapter).parent)
+        options = ["--items", "3", "--output_dir", str(tmp_path / "out")]
+        line = error(capsys, "measure", "--adapter", above, *options)
+        assert f"--adapter {above}: the folder holds no adapter_config.json. {adapter} does; name that." in line
+        bare = shutil.copytree(llama, tmp_path / "bare", ignore=shutil.ignore_patterns("*token*"))
+        line = error(capsys, "measure", "--model", str(bare), *options)
+        assert f"{bare}: no tokenizer can be read from this folder" in line and "`tokenizer.save_pretrained`" in line
+        moved = shutil.copytree(adapter, tmp_path / "moved")
+        config = json.loads((moved / "adapter_config.json").read_text())
+        (moved / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/gone/base"}))
+        line = error(capsys, "measure", "--adapter", str(moved), *options)
+        assert "the base model of the adapter /gone/base: there is no such folder" in line
 
     def test_tracebacks_are_shown_where_they_are_asked_for(self, tmp_path):
         with pytest.raises(ValueError, match="there is no such folder"):
@@ -137,6 +154,21 @@ class TestInfo:
         assert "10000, 2500, 5000, 40000 (1, 0.25, 0.5, 4 times the first)" in printed
         assert "2 of 4 per head and token" in printed
 
+    def test_layers_are_in_the_order_of_their_numbers_and_the_version_is_said(self, capsys, tmp_path):
+        deep, folder = save_tiny_model(tmp_path / "deep", num_hidden_layers=11), str(tmp_path / "adapter")
+        adapted_model(deep).save_pretrained(folder)
+        found = run_json(capsys, "info", folder)
+        assert found["layers"] == [f"model.layers.{i}.self_attn" for i in range(11)]
+        assert found["versions"]["peft_moice"] == found["card"]["peft_moice_version"] == peft_moice.__version__
+        assert main(["info", folder]) == 0
+        printed = capsys.readouterr().out
+        assert "11: model.layers.0.self_attn to model.layers.10.self_attn" in printed
+        assert f"peft_moice {peft_moice.__version__}\n" in printed
+        card = Path(folder, "README.md")
+        assert f"| peft_moice | {peft_moice.__version__} |" in card.read_text().replace("\\_", "_")
+        card.unlink()  # as a version that did not write it
+        assert run_json(capsys, "info", folder)["versions"]["peft_moice"] is None
+
     def test_angles_by_layer_type_and_several_routers(self, capsys, tmp_path):
         gemma = save_tiny_model(tmp_path / "gemma", "gemma3")
         model = get_peft_model(load(gemma), wide_config(), adapter_name="a")
@@ -147,7 +179,9 @@ class TestInfo:
         assert [router["weight"] for router in found["routers"]] == [0.25, 0.75]
         assert main(["info", str(tmp_path / "both")]) == 0
         printed = capsys.readouterr().out
-        assert "router 2, share 0.75: base angles full_attention  " in printed
+        (row,) = (line for line in printed.splitlines() if line.startswith("Router 2 of 2, share 0.75: Base angles"))
+        assert "sliding_attention: 10000, 2500, 5000, 40000 (1, 0.25, 0.5, 4 times the first)" in row
+        assert "full_attention: 1000000, 250000, 500000, 4000000 (1, 0.25, 0.5, 4 times the first)" in row
 
 
 class TestMerge:

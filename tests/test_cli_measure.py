@@ -4,18 +4,19 @@ import gzip
 import importlib.util
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
 import pytest
-from peft import get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny_data import words
 from tiny_models import decide, load, save_tiny_model, wide_config
 
 from peft_moice.cli import measure
 from peft_moice.cli.main import main
-from peft_moice.cli.tables import score_table, verdict
-from peft_moice.evaluation import Result, Score
+from peft_moice.cli.tables import difference, score_table, verdict
+from peft_moice.evaluation import Result, Score, bootstrap_interval
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,8 @@ def test_table_scores_and_pictures_of_an_adapter_beside_its_base(model, adapter,
     for part in ("needles: single", "key-value retrieval", "120 tokens", "3 pairs", f"{Path(model).name} with mine"):
         assert part in printed
     assert printed.count("perplexity of your documents") == 2
+    change = r"needles: single: mine: \+0\.00 in the mean \(-[\d.]+ to \+[\d.]+, paired\), gap 0\.00 to 0\.00, perpl"
+    assert re.search(change + r"exity [+-][\d.]+%\.\n", printed)
     out = tmp_path / "out"
     for name in ("needles__single_0", "needles__single_1", "needles__single", "key_value_retrieval", "losses"):
         assert (out / f"{name}.png").is_file(), name
@@ -77,18 +80,6 @@ def test_without_documents_facts_are_asked(model, options, tmp_path, capsys):
     assert (task["task"], one["perplexity"]) == ("facts", None)
     assert [(cell["length"], cell["position"], cell["questions"]) for cell in task["cells"]] == [(3, 0, 2), (3, 1, 2)]
     assert [path.name for path in sorted((tmp_path / "out").iterdir())] == ["facts_0.json", "facts_0.png"]
-
-
-def test_exams_have_a_table_and_no_positions_to_draw(model, adapter, options, tmp_path, capsys):
-    questions = ["w5 w6\nA. w7\nB. w8", "w9\nA. w7\nB. w8"]
-    file = tmp_path / "exam.jsonl"
-    file.write_text(
-        json.dumps({"instructions": questions, "outputs": ["A", "B"], "input": words(random.Random(0), 200)})
-    )
-    assert main(["measure", "--adapter", adapter, "--exam_files", str(file), *options]) == 0
-    printed = capsys.readouterr().out
-    assert "exam: exam: share of right answers" in printed and "clearly worse" not in printed
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["exam__exam_0.json", "exam__exam_1.json"]
 
 
 def test_what_cannot_be_asked_shows_before_the_model_is_loaded(model, document, options, tmp_path, capsys):
@@ -111,7 +102,7 @@ def test_what_cannot_be_asked_shows_before_the_model_is_loaded(model, document, 
     (bare := tmp_path / "bare.jsonl").write_text('{"question": "w5?", "answers": [], "ctxs": []}')
     assert "the question 'w5?' has no answer" in error(capsys, *argv, "--question_file", str(bare))
     (folder / "chat_template.jinja").write_text("{{ messages[0].name.first }}")
-    assert "The chat template of the tokenizer refuses the prompt" in error(capsys, *argv)
+    assert "the chat template of the tokenizer refuses this chat" in error(capsys, *argv)
 
 
 def test_no_pictures_are_named_without_matplotlib(model, options, tmp_path, capsys, monkeypatch):
@@ -120,6 +111,27 @@ def test_no_pictures_are_named_without_matplotlib(model, options, tmp_path, caps
     assert main(["measure", "--model", model, *options]) == 0
     assert f"Scores are in {tmp_path / 'out'}." in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["facts_0.json"]
+
+
+def test_adapters_of_any_type_side_by_side(model, adapter, document, options, tmp_path, capsys):
+    lora = LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    folders = {"lora": get_peft_model(load(model), lora), "prompt": get_peft_model(load(model), prompt)}
+    for name, adapted in folders.items():
+        adapted.save_pretrained(tmp_path / name)
+    several = [adapter, *(str(tmp_path / name) for name in folders)]
+    argv = ["--documents", document, "--tasks", "needles", *options, "--lengths", "60"]
+    assert main(["measure", "--adapter", *several, *argv]) == 0
+    printed = capsys.readouterr()
+    assert all(f"needles: single: {name}: " in printed.out for name in ("mine", "lora", "prompt"))
+    assert "4 questions, put to 4 models in turn." in printed.err
+    together = [Result.load(tmp_path / "out" / f"needles__single_{i}.json").mean("loss") for i in range(4)]
+    assert len(set(together)) == 4
+    for number, folder in enumerate(several, start=1):  # each as if the others were not there
+        assert main(["measure", "--adapter", folder, *argv]) == 0
+        alone = Result.load(tmp_path / "out" / "needles__single_1.json").mean("loss")
+        assert alone == pytest.approx(together[number], rel=1e-6)
+    assert "names one twice" in error(capsys, "--adapter", adapter, adapter, *options)
 
 
 def test_a_task_that_is_named_twice_is_asked_once(model, document, options, tmp_path):
@@ -185,6 +197,19 @@ def result(*shares: float, model: str = "m", questions: int = 20) -> Result:
 )
 def test_the_verdict(shares, expected):
     assert expected in verdict(result(*shares))
+
+
+def test_what_an_adapter_changed_is_paired():
+    before, after = result(1.0, 0.2, 0.6), result(1.0, 0.8, 1.0, model="n")
+    mean, interval = after.difference(before)
+    assert mean == pytest.approx(1 / 3)
+    assert interval == bootstrap_interval([[0.0, float(4 <= i < 16), float(i >= 12)] for i in range(20)])
+    said = difference("routers", after, before)
+    assert said.startswith("facts: routers: +0.33 in the mean (+0.2") and said.endswith("paired), gap 0.80 to 0.20")
+    mean, (low, high) = before.difference(before)
+    assert mean == 0 and low < -0.05 and high > 0.05
+    with pytest.raises(ValueError, match="were not asked the same questions"):
+        after.difference(result(1.0, 0.2))
 
 
 def test_the_table_has_a_row_for_each_model_and_a_mean():

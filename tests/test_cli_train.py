@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from transformers import AutoTokenizer
 
 from peft_moice.cli import train
 from peft_moice.cli.main import main
+from peft_moice.cli.pace import in_words
 from peft_moice.tuner.config import RELEASED_MULTIPLIERS
 
 ROOT = Path(__file__).parents[1]
@@ -112,7 +114,7 @@ def test_errors_begin_a_line_behind_an_open_progress_bar(model, tmp_path, capsys
     template.write_text("{{ raise_exception('no systems here') }}")
     argv = arguments(model, tmp_path / "out", write_data(tmp_path, "messages"), chat_template=template)
     line = error(capsys, argv)
-    assert re.fullmatch(r"peft-moice train: .*jsonl, line 1: .* refuses this chat: no systems here", line)
+    assert re.fullmatch(r"peft-moice train: .*jsonl, line 1: .* refuses this chat: no systems here\. Set .*", line)
 
 
 def test_the_folder_of_an_adapter_is_no_base_model(model, tmp_path, capsys):
@@ -184,7 +186,7 @@ class TestPresets:
         assert "No --preset" not in said
         assert "loss/divergence" in said
         (line,) = re.findall(r"training [\d,]+ of .*", said)
-        assert "routers in 3 layers: rope_theta 10000 times 1, 1.5, 2, 3, 4, K = 5 of 5; attention by " in line
+        assert line.endswith("routers in 3 layers: rope_theta 10000 times 1, 1.5, 2, 3, 4, K = 5 of 5")
 
     def test_chats_are_read_once(self, model, tmp_path):
         file, folder = write_data(tmp_path, "alpaca"), tmp_path / "out"
@@ -223,7 +225,7 @@ def test_resuming_ends_where_the_straight_run_does(model, tmp_path):
     file = write_data(tmp_path, "documents")
     options = {"preset": "retrieval", "keep_tokens": 32, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    run(arguments(model, straight, file, **options, resume_from_checkpoint="last"))  # there is none
+    run(arguments(model, straight, file, **options))
     shutil.copytree(straight / "checkpoint-2", resumed / "checkpoint-2")
     run(arguments(model, resumed, file, **options, resume_from_checkpoint="last"))
     expected, actual = adapter(straight), adapter(resumed)
@@ -232,6 +234,70 @@ def test_resuming_ends_where_the_straight_run_does(model, tmp_path):
         assert torch.equal(weight, actual[name]), name
     at_two = adapter(resumed / "checkpoint-2")
     assert not all(torch.equal(weight, at_two[name]) for name, weight in expected.items())
+
+
+def test_resuming_what_is_finished_or_never_began(model, tmp_path, capsys):
+    file, folder = write_data(tmp_path, "messages"), tmp_path / "out"
+    options = {"save_strategy": "steps", "save_steps": 1}
+    last = {**options, "resume_from_checkpoint": "last"}
+    assert f"last: there is no checkpoint in {folder}" in error(capsys, arguments(model, folder, file, **last))
+    run(arguments(model, folder, file, **options))
+    trained = (folder / "adapter_model.safetensors").read_bytes()
+    capsys.readouterr()
+    run(arguments(model, folder, file, **last))
+    assert "after 2 of 2 steps. There was nothing to do" in capsys.readouterr().out.replace("\n", " ")
+    assert (folder / "adapter_model.safetensors").read_bytes() == trained
+    run(arguments(model, folder, file, **{**last, "max_steps": 3}))
+    assert "after 3 of 3 steps" in capsys.readouterr().out
+
+
+def test_a_used_folder_is_only_overwritten_where_that_is_asked_for(model, tmp_path, capsys):
+    file, folder = write_data(tmp_path, "messages"), tmp_path / "out"
+    run(arguments(model, folder, file, save_strategy="steps", save_steps=1))
+    again = arguments(model, folder, file, max_steps=1)
+    assert "holds adapter_config.json, checkpoint-1, checkpoint-2 of another training" in error(capsys, again)
+    assert adapter(folder / "checkpoint-2")
+    run([*again, "--overwrite"])
+    assert "| Steps | 1 |" in (folder / "README.md").read_text()
+    assert not list(folder.glob("checkpoint-*"))
+
+
+def test_a_full_disk_is_said_with_where_to_go_on(model, tmp_path, capsys):
+    """Files that may not grow beyond a size raise like a full disk; the optimizer's is the largest."""
+    file, folder = write_data(tmp_path, "messages"), tmp_path / "out"
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    run(arguments(model, folder, file, **{**options, "max_steps": 1}))
+    size = (folder / "checkpoint-1" / "optimizer.pt").stat().st_size
+    assert size > (folder / "adapter_model.safetensors").stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    argv = arguments(model, folder, file, **options, resume_from_checkpoint="last")
+    capsys.readouterr()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 100, before[1]))
+    try:
+        assert main(["train", *argv]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = re.search(r"^peft-moice train: .*", capsys.readouterr().err, re.MULTILINE)[0]
+    assert f"the disk of {folder} is full" in said and said.endswith("checkpoint-1.")
+
+
+def test_the_paper_on_a_cpu_is_told_what_it_needs(model, tmp_path, capsys):
+    argv = arguments(model, tmp_path / "out", write_data(tmp_path, "messages"), preset="paper", use_cpu=None)
+    assert "on an accelerator, and there is none. --use_cpu runs it" in error(capsys, argv)
+
+
+def test_the_work_is_said_before_and_estimated_after_the_first_step(model, tmp_path, capsys):
+    run(arguments(model, tmp_path / "out", write_data(tmp_path, "prompt_answer"), max_steps=3))
+    said = capsys.readouterr().err
+    assert "12 sequences of 9 tokens in the mean; 3 steps to go." in said
+    assert re.search(r"The first step took [\d.e-]+ seconds; the 2 left take about [\d.e-]+ seconds\.", said)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.034, "0.034 seconds"), (75, "75 seconds"), (600, "10 minutes"), (9000, "2.5 hours")]
+)
+def test_durations_in_the_units_that_people_say(seconds, words):
+    assert in_words(seconds) == words
 
 
 @pytest.mark.slow

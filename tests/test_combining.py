@@ -18,7 +18,7 @@ from tiny_models import (
 
 from peft_moice import MoICEConfig
 from peft_moice.routing.mixture import LayerMixture
-from peft_moice.tuner.combining import combined_config
+from peft_moice.tuner.combining import Combination, combined_config
 
 
 class TestAddWeightedAdapter:
@@ -95,7 +95,7 @@ class TestAddWeightedAdapter:
         first = MoICEConfig(rope_bases={"full": [1e6, 2e6], "sliding": [1e4, 3e4]}, **resolved)
         second = MoICEConfig(rope_bases=[5e5], **resolved)
         for order in ([first, second], [second, first]):
-            config = combined_config(["a", "b"], order, [0.5, 0.5], "cat", None)
+            config = combined_config(Combination(["a", "b"], [0.5, 0.5], "cat", None, "total"), order)
             assert config.rope_bases == {"full": [1e6, 5e5, 2e6], "sliding": [1e4, 3e4, 5e5]}
             assert config.top_k == 2
 

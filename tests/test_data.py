@@ -13,11 +13,11 @@ from tiny_models import load, save_tiny_model, wide_config
 from transformers import AutoTokenizer, ByT5Tokenizer
 
 from peft_moice.training.data import (
-    Collator,
     DataArguments,
     document_chats,
     encode_chat,
     load_examples,
+    make_collator,
     pack,
     plain_text,
     read_source,
@@ -94,6 +94,26 @@ class TestSources:
         assert read({"prompt": "u", "completion": "a"}) == read({"prompt": "u", "response": "a"}) == [user, answer]
         assert read({"prompt": [system, user], "completion": [answer]}) == [system, user, answer]
 
+    def test_tables_with_a_header(self, tmp_path):
+        """As strings: a code keeps its zeros, and "NA" is an answer."""
+        rows = 'query,passage,label\n"which, then?","w5\nw6",0073\nwho?,w7,NA\n'
+        for name, content in (("a[1].csv", rows.encode()), ("a.csv.gz", gzip.compress(rows.encode("utf-8-sig")))):
+            (tmp_path / name).write_bytes(content)
+            columns = {"question": "query", "context": "passage", "answer": "label"}
+            read = [chat for _, chat in read_chats(read_source(str(tmp_path / name)), columns=columns)]
+            said = [[message["content"] for message in chat] for chat in read]
+            assert said == [["w5\nw6\n\nwhich, then?", "0073"], ["w7\n\nwho?", "NA"]]
+        long = "w5 " * 50_000
+        (tmp_path / "long.csv").write_text(f"prompt,answer\n{long},w6\n")
+        assert chats(tmp_path / "long.csv")[0][0]["content"] == long
+
+    def test_columns_of_retrieval_data(self, tmp_path):
+        file = tmp_path / "data.jsonl"
+        for context in ("w5", ["w5"]):
+            for answers in (["w6", "w7"], "w6", {"text": ["w6", "w7"], "answer_start": [0, 3]}):
+                file.write_text(json.dumps({"question": "w8?", "context": context, "answers": answers, "id": 7}))
+                assert [message["content"] for message in chats(file)[0]] == ["w5\n\nw8?", "w6"]
+
     def test_a_byte_order_mark_is_no_part_of_the_text(self, tmp_path):
         expected = chats(write_data(tmp_path, "messages"))
         for name, content in (("a.jsonl", "\n".join(map(json.dumps, records("messages")))), ("a.txt", "w5 w6")):
@@ -124,7 +144,7 @@ class TestSources:
     def test_a_broken_parquet_file(self, tmp_path):
         pytest.importorskip("pyarrow")
         (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
-        with pytest.raises(ValueError, match=r"a\.parquet: not a parquet file"):
+        with pytest.raises(ValueError, match=r"a\.parquet: this file cannot be read \("):
             chats(tmp_path / "a.parquet")
 
 
@@ -147,6 +167,9 @@ class TestSources:
         ("auto", b"w5 w6\n", r"line 1: not JSON .* for plain text, say data_format text or documents"),
         ("sharegpt", b'{"conversations": [{"from": "tool", "value": "w5"}]}', r"line 1: a message is from 'tool'"),
         ("sharegpt", b'{"conversations": "w5"}', r"line 1: 'conversations' has to be a list"),
+        ("question_answer", b'{"question": "w5", "context": "w6", "answers": []}', r"line 1: there is no answer"),
+        ("question_answer", b'{"question": "w5", "context": {}, "answers": "w6"}', r"'context' a string or a list"),
+        ("question_answer", b'{"question": "w5", "answers": "w6"}', r"line 1: no 'context'"),
         ("alpaca", b'{"instruction": "w5", "input": 3, "output": "w5"}', r"line 1: 'instruction' and 'input' have"),
         ("prompt_answer", b'{"prompt": "w5", "answer": "w6"}\n{"prompt"\n', r"line 2: not JSON"),
         ("prompt_answer", b'{"prompt": "w5", "answer": "w6"}\n\xff\n', r"line 2: not UTF-8"),
@@ -166,6 +189,36 @@ def test_bad_files(tokenizer, tmp_path, data_format, content, message):
     with pytest.raises(ValueError, match=message) as raised:
         load_examples([str(file)], tokenizer, args, quiet=True)
     assert str(file) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "columns", "message"),
+    [
+        ("prompt,answer\nw5,w6,w7\n", [], r"line 2: another number of values"),
+        ("prompt,answer\nw5\n", [], r"line 2: another number of values"),
+        ('prompt,answer\n"w5"x,w6\n', [], r"line 2: not CSV"),
+        ("prompt,answer\n", [], r"is empty"),
+        ("prompt,answer\nw5,w6\n", ["answer=label"], r"line 2: no column 'label', .* there are prompt, answer"),
+        ("prompt,answer\nw5,w6\n", ["answer"], r"columns holds 'answer', but is made of NAME=COLUMN"),
+    ],
+)
+def test_bad_tables(tokenizer, tmp_path, content, columns, message):
+    (tmp_path / "data.csv").write_text(content)
+    file = str(tmp_path / "data.csv")
+    with pytest.raises(ValueError, match=message):
+        load_examples([file], tokenizer, DataArguments([file], columns=columns), quiet=True)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rows_are_padded_on_the_right_with_or_without_a_token_for_it(tokenizer, side):
+    own = AutoTokenizer.from_pretrained(tokenizer.name_or_path, padding_side=side)
+    own.pad_token = None
+    sequences = [{"input_ids": ids, "labels": [-100, *ids[1:]]} for ids in ([5, 6, 7], [8, 9])]
+    batch = make_collator(own)([[sequence] for sequence in sequences])
+    assert batch["input_ids"][:, :2].tolist() == [[5, 6], [8, 9]]
+    assert batch["labels"].tolist() == [[-100, 6, 7], [-100, 9, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert own.pad_token is None and own.padding_side == side
 
 
 def test_plain_text_beside_other_formats_is_refused(tmp_path, tokenizer):
@@ -233,12 +286,12 @@ def test_packed_chats_do_not_see_each_other(model, tokenizer):
     packed = pack(sequences, max_length=23)
     assert [[len(sequence["input_ids"]) for sequence in row] for row in packed] == [[7, 13], [10]]
 
-    collate = Collator(tokenizer)
+    collate, packing = make_collator(tokenizer), make_collator(tokenizer, packing=True)
     adapted = add_routers(load(model), wide_config(router_aux_loss_coef=0.0)).eval()
     with torch.no_grad():
         padded = adapted(**collate([[sequence] for sequence in sequences]), use_cache=False)
-        in_one_row = adapted(**collate([sequences]), use_cache=False)
-        seeing = adapted(input_ids=collate([sequences])["input_ids"], use_cache=False)
+        in_one_row = adapted(**packing([sequences[:2], sequences[2:]]), use_cache=False)
+        seeing = adapted(input_ids=packing([sequences])["input_ids"], use_cache=False)
     assert padded.loss.item() == pytest.approx(in_one_row.loss.item(), rel=1e-5)
     torch.testing.assert_close(in_one_row.logits[0, 20:], padded.logits[2, :10], rtol=1e-4, atol=1e-5)
     assert (seeing.logits[0, 20:] - padded.logits[2, :10]).abs().max() > 0.1

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 from byte_models import CHAT_TEMPLATE, byte_tokenizer, tiny_llama
-from peft import get_peft_model
+from peft import PromptTuningConfig, get_peft_model
 from tokenizers import processors
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
@@ -21,9 +21,7 @@ from peft_moice.evaluation import (
     evaluate,
     gates_along,
     losses_by_position,
-    perplexities,
     perplexity,
-    position_sweep,
     sample_facts,
     wilson_interval,
 )
@@ -136,7 +134,7 @@ def test_refuses_a_tokenizer_without_character_offsets():
 def knows_some():
     """A model that has learned by heart the facts at the first, the middle and the last position of one list."""
     model, tokenizer = tiny_llama(), byte_tokenizer(CHAT_TEMPLATE)
-    facts = sample_facts(5, random.Random(7))
+    facts = sample_facts(5, random.Random("7 5"))  # as `evaluate` draws them
     chats = [encode_chat(tokenizer, facts, [index]) for index in (0, 2, 4)]
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(60):
@@ -150,51 +148,33 @@ def knows_some():
     return model, tokenizer, facts
 
 
-class TestPositionSweep:
+class TestFactsByPosition:
     def test_counts_what_greedy_decoding_answers(self, knows_some):
         model, tokenizer, facts = knows_some
-        sweep = position_sweep(model, tokenizer, num_facts=5, num_lists=1, seed=7)
+        result = evaluate(model, tokenizer, Facts(), lengths=[5], num_groups=1, seed=7)
         expected = []
         for index, code in enumerate(facts.codes):
             chat = encode_chat(tokenizer, facts, [index])
             prompt = torch.tensor([chat.input_ids[: chat.is_answer.index(True)]])
             written = model.generate(prompt, max_new_tokens=5, do_sample=False, pad_token_id=0)[0, prompt.shape[1] :]
-            expected.append(int(tokenizer.decode(written) == code))
-        assert sweep.correct == tuple(expected) == (1, 0, 1, 0, 1)
-        assert sweep.accuracy == (1.0, 0.0, 1.0, 0.0, 1.0)
-        assert sweep.gap == 1.0
-        assert sweep.intervals() == [wilson_interval(count, 1) for count in expected]
-
-    def test_asks_at_the_given_positions(self, knows_some):
-        model, tokenizer, _ = knows_some
-        sweep = position_sweep(model, tokenizer, num_facts=5, num_lists=1, positions=(1.0, 0.75), seed=7)
-        assert sweep.positions == (1.0, 0.75) and sweep.correct == (1, 0)
-
-    def test_other_seeds_ask_other_questions(self, knows_some):
-        model, tokenizer, _ = knows_some
-        assert position_sweep(model, tokenizer, num_facts=5, num_lists=2, seed=8).correct == (0,) * 5
+            expected.append(float(tokenizer.decode(written) == code))
+        assert result.table() == [expected] == [[1.0, 0.0, 1.0, 0.0, 1.0]]
+        assert (result.gap(), result.gap(5)) == (1.0, 1.0)
 
     def test_leaves_the_model_in_its_mode(self, knows_some):
         model, tokenizer, _ = knows_some
         for mode in (True, False):
             model.train(mode)
-            position_sweep(model, tokenizer, num_facts=2, num_lists=1)
+            evaluate(model, tokenizer, Facts(), lengths=[2], num_groups=1)
             assert model.training is mode
 
-    def test_to_dict_is_plain_numbers(self, knows_some):
-        model, tokenizer, _ = knows_some
-        result = position_sweep(model, tokenizer, num_facts=5, num_lists=1, seed=7).to_dict()
-        assert result["correct"] == (1, 0, 1, 0, 1) and result["trials"] == 1 and result["num_facts"] == 5
-        assert result["intervals"][1] == wilson_interval(0, 1)
 
-    def test_refuses_bad_values(self):
-        model, tokenizer = tiny_llama(), byte_tokenizer()
-        with pytest.raises(ValueError, match="num_lists"):
-            position_sweep(model, tokenizer, num_lists=0)
-        with pytest.raises(ValueError, match="positions"):
-            position_sweep(model, tokenizer, positions=(0.0, 1.5))
-        with pytest.raises(ValueError, match="positions"):
-            position_sweep(model, tokenizer, positions=())
+@pytest.mark.parametrize(
+    ("name", "instead"), [("position_sweep", r"Facts\(\), lengths="), ("perplexities", "once for each `chunk_length`")]
+)
+def test_names_that_went_say_what_to_call(name, instead):
+    with pytest.raises(ImportError, match=instead):
+        exec(f"from peft_moice.evaluation import {name}", {})
 
 
 class TestPerplexity:
@@ -222,21 +202,6 @@ class TestPerplexity:
             perplexity(model, tokenizer, self.TEXT, chunk_length=1)
         with pytest.raises(ValueError, match="max_chunks"):
             perplexity(model, tokenizer, self.TEXT, max_chunks=0)
-
-    def test_every_length_reads_the_same_tokens(self):
-        model, tokenizer = tiny_llama(), byte_tokenizer()
-        measured = perplexities(model, tokenizer, self.TEXT, chunk_lengths=(50, 100, 300))
-        expected = {n: perplexity(model, tokenizer, self.TEXT[:600], chunk_length=n) for n in (50, 100, 300)}
-        assert measured == pytest.approx(expected)
-        measured = perplexities(model, tokenizer, self.TEXT, chunk_lengths=(100, 300), max_tokens=599)
-        assert measured[100] == pytest.approx(perplexity(model, tokenizer, self.TEXT[:300], chunk_length=100))
-
-    def test_lengths_that_read_different_tokens_are_refused(self):
-        model, tokenizer = tiny_llama(), byte_tokenizer()
-        with pytest.raises(ValueError, match=r"\[64, 100\], but each has to divide the longest"):
-            perplexities(model, tokenizer, self.TEXT, chunk_lengths=(64, 100))
-        with pytest.raises(ValueError, match="`max_tokens` is 99, fewer than a chunk of 100"):
-            perplexities(model, tokenizer, self.TEXT, chunk_lengths=(50, 100), max_tokens=99)
 
 
 class TestBootstrapInterval:
@@ -281,10 +246,11 @@ def models_that_read():
         sliding_window=8,
         layer_types=["sliding_attention", "full_attention"],
     )
-    return {"plain": tiny_llama(), "adapted": adapted, "sliding": Gemma3ForCausalLM(config)}
+    prompt = get_peft_model(tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    return {"plain": tiny_llama(), "adapted": adapted, "sliding": Gemma3ForCausalLM(config), "prompt": prompt}
 
 
-@pytest.mark.parametrize("kind", ["plain", "adapted", "sliding"])
+@pytest.mark.parametrize("kind", ["plain", "adapted", "sliding", "prompt"])
 def test_reader_gives_the_logits_of_whole_sequences(kind):
     model = models_that_read()[kind].eval()
     rng = random.Random(0)
@@ -521,6 +487,7 @@ def test_losses_by_position_are_means_of_their_own_tokens():
     assert result.edges == (2, 4, 8, 16, 20) and result.chunks == 2
     assert result.losses == pytest.approx(expected, rel=1e-5)
     assert result.centers == (1.0, 2.5, 5.5, 11.5, 17.5)
+    assert result.perplexity == pytest.approx(losses.mean().exp().item(), rel=1e-5)
 
 
 def test_gates_along_a_text_are_those_of_the_routers():

@@ -6,9 +6,9 @@ import random
 import re
 
 import pytest
-from byte_models import CHAT_TEMPLATE, byte_tokenizer, tiny_llama
+from byte_models import byte_tokenizer
 
-from peft_moice.evaluation import Exam, Facts, KeyValues, MultiDocument, Needles, evaluate
+from peft_moice.evaluation import Facts, KeyValues, MultiDocument, Needles
 
 
 def write_lines(file, records):
@@ -125,23 +125,6 @@ def test_files_are_drawn_from_without_repetition(tmp_path):
         draws = [task.draw(rng, 1, (0.0,))[0].prompt for _ in range(12)]
         assert len(set(draws[:6])) == len(set(draws[6:])) == 6
         assert draws[:6] != draws[6:]
-
-
-def test_exams_take_questions_of_one_right_answer(tmp_path):
-    record = {
-        "input": "abc " * 100,
-        "instructions": ["Q1\nA. x\nB. y", "Q2\nA. x\nB. y", "It rains, True or False?"],
-        "outputs": ["B", "AB", "False [fact: True]"],
-    }
-    file = write_lines(tmp_path / "coursera.jsonl", [record])
-    task = Exam(file, byte_tokenizer())
-    examples = task.draw(random.Random(0), 80, (0.0, 1.0))
-    assert [(e.answers, e.choices) for e in examples] == [(("B",), ("A", "B")), (("False",), ("True", "False"))]
-    assert examples[0].prompt.startswith("abc " * 20 + "\n\nAnswer") or examples[0].prompt.startswith("abc " * 20)
-    assert "abc " * 21 not in examples[0].prompt
-    model = tiny_llama()
-    result = evaluate(model, byte_tokenizer(CHAT_TEMPLATE), task, lengths=[40], num_groups=1)
-    assert result.positions == [] and len(result.scores) == 2
 
 
 def test_needs_files_in_their_format(tmp_path):

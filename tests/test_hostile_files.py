@@ -198,6 +198,31 @@ def test_layers_named_as_paths(copy_of):
     refused_model(folder, r"'\.\./\.\./\.\./etc/passwd'")
 
 
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"trainable_token_indices": [64]}, "holds 64, but 'model.embed_tokens' has the tokens 0 to 63"),
+        ({"trainable_token_indices": {"embed_tokens": [-1]}}, "holds -1"),
+        ({"trainable_token_indices": []}, "names no token"),
+        ({"trainable_token_indices": [[1, 2]]}, "has to be a list of integers"),
+        ({"trainable_token_indices": {"embed_tokens": 3}}, "has to be a list of integers"),
+        ({"trainable_token_indices": {"self_attn": [1]}}, "has no embeddings of tokens"),
+        ({"trainable_token_indices": [3]}, r"lacks the weight 'model\.embed_tokens\..*trainable_token_indices"),
+        ({"trainable_token_indices": [3], "modules_to_save": ["embed_tokens"]}, "Leave it out of one of them"),
+        ({"modules_to_save": ["lm_head"]}, r"lacks the weight 'lm_head\.weight'.*modules_to_save"),
+        ({"modules_to_save": ["ayers.0"]}, "which means the adapted attention module"),
+        ({"target_modules": "("}, "`target_modules` is no regular expression"),
+        ({"exclude_modules": "("}, "`exclude_modules` is no regular expression"),
+        ({"layers_to_transform": [0], "layers_pattern": ["layers", "("]}, "`layers_pattern` is no regular expression"),
+        ({"layers_to_transform": [0], "layers_pattern": 3}, "`layers_pattern` has to be one name or a list"),
+    ],
+)
+def test_fields_that_peft_acts_upon(copy_of, fields, match):
+    folder = copy_of("adapter")
+    change(folder / "adapter_config.json", lambda config: config.update(fields))
+    refused_adapter(folder, match, (ValueError, TypeError))
+
+
 FIELDS = {"rope_bases": [1e4, 2e4], "top_k": 1, "router_dim": 2, "router_scope": "layer", "hidden_act": "silu"}
 
 

@@ -203,8 +203,8 @@ def test_the_card(adapted, tmp_path):
     assert {"moice", "long-context", f"base_model:adapter:{BASE_ID}"} <= set(card.data.tags)
     own = adapted.config.rope_parameters["rope_theta"]
     angles = ", ".join(f"{own * multiple:g}" for multiple in (1, 0.25, 0.5, 4))
-    assert f"| {angles} |" in card.text
-    assert "| 2 of 4 |" in card.text
+    assert f"| {angles} (1, 0.25, 0.5, 4 times the first) |" in card.text
+    assert "| 2 of 4 per head and token |" in card.text
     assert "| learning rate | 0.01 |" in card.text
     assert "| position | base | with MoICE |\n| --- | --- | --- |\n| first | 1 | 1 |\n" in card.text
     assert "| middle | 0.1 | 0.95 |" in card.text
@@ -228,7 +228,7 @@ def test_the_card_names_angles_by_layer_type_and_routers_of_a_mean(llama, tmp_pa
     model.add_weighted_adapter(["one", "two"], [0.75, 0.25], "both")
     text = write_model_card(model, tmp_path, adapter_name="both", base_model=BASE_ID).read_text()
     assert "Router 1 of 2, share 0.75: Base angles" in text
-    assert "Router 2 of 2, share 0.25: Base angles (`rope_theta`) | 10000, 30000 |" in text
+    assert "Router 2 of 2, share 0.25: Base angles (`rope_theta`) | 10000, 30000 (1, 3 times" in text
 
 
 def test_the_card_replaces_any_other(adapted, tmp_path):

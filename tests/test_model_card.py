@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import adapted_model, load, save_tiny_model, two_adapters
 from transformers import Trainer, TrainingArguments
 
+import peft_moice
 from peft_moice import MoICECallback, MoICEConfig
 from peft_moice.hub.card import adapter_part, merged_part, plain, put_card, python_string, table, values_table
 from peft_moice.hub.push import add_to_card
@@ -45,7 +46,13 @@ def test_names_stay_names(base_model, source):
     for card in (part.as_card(), part.merged_into(honest)):
         parsed = ModelCard(card)
         assert parsed.data.base_model == (base_model or ("me/model" if card != part.as_card() else None))
-        assert set(parsed.data.to_dict()) <= {"base_model", "library_name", "pipeline_tag", "tags"}
+        assert set(parsed.data.to_dict()) <= {
+            "base_model",
+            "library_name",
+            "pipeline_tag",
+            "tags",
+            "peft_moice_version",
+        }
         # The same headings, blocks, tables and marks as with names that are harmless.
         for pattern in (r"^#+ ", r"^```", r"^\|", r"<!--", r"(?<!\\)<", r"^---$"):
             found = len(re.findall(pattern, parsed.text, re.MULTILINE))
@@ -125,9 +132,9 @@ def test_a_card_that_cannot_be_read_stays(tmp_path, caplog):
 # --- what lands on disk ---
 
 
-def assert_says_how(card: str, angles: str = "10000, 2500, 5000, 40000") -> None:
+def assert_says_how(card: str, angles: str = "10000, 2500, 5000, 40000 (1, 0.25, 0.5, 4 times the first)") -> None:
     assert card.count("import peft_moice") == 1
-    assert f"| {angles} |" in card and "| 2 of 4 |" in card
+    assert f"| {angles} |" in card and "| 2 of 4 per head and token |" in card
     assert "[More Information Needed]" not in card
     assert {"moice", "long-context"} <= set(ModelCard(card).data.tags)
     assert ModelCard(card).data.library_name == "peft"
@@ -147,7 +154,9 @@ def test_save_pretrained(llama, adapted, tmp_path):
 def test_each_of_several_adapters_has_its_card(llama, tmp_path):
     two_adapters(llama, base_multipliers=[1.0, 2.0, 3.0, 4.0]).save_pretrained(tmp_path)
     assert_says_how((tmp_path / "one" / "README.md").read_text())
-    assert_says_how((tmp_path / "two" / "README.md").read_text(), "10000, 20000, 30000, 40000")
+    assert_says_how(
+        (tmp_path / "two" / "README.md").read_text(), "10000, 20000, 30000, 40000 (1, 2, 3, 4 times the first)"
+    )
 
 
 def test_the_base_model_is_named_if_others_can_have_it(llama, tmp_path):
@@ -194,6 +203,7 @@ def test_metadata_is_yaml_that_any_parser_reads(tmp_path):
     adapted_model(str(tmp_path / "base")).merge_and_unload().save_pretrained(tmp_path / "merged")
     head = (tmp_path / "merged" / "README.md").read_text().split("---\n")[1]
     assert yaml.safe_load(head) == {
+        "peft_moice_version": peft_moice.__version__,
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["moice", "long-context"],

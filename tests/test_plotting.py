@@ -2,24 +2,23 @@ import sys
 
 import pytest
 import torch
-from matplotlib.colors import to_hex
 
-from peft_moice.evaluation import PositionLosses, PositionSweep
+from peft_moice.evaluation import PositionLosses, wilson_interval
 from peft_moice.evaluation.angles import attention_waveform
 from peft_moice.evaluation.plotting import (
-    plot_choices,
     plot_expert_load,
     plot_gates,
     plot_heat_map,
     plot_losses,
-    plot_position_sweeps,
     plot_positions,
-    plot_tradeoff,
     plot_waveforms,
 )
 
-AFTER = PositionSweep(30, (0.0, 0.5, 1.0), (20, 19, 20), 20)
-BEFORE = PositionSweep(30, (0.0, 0.5, 1.0), (20, 2, 11), 20)
+POSITIONS = (0.0, 0.5, 1.0)
+AFTER, BEFORE = (
+    ([count / 20 for count in right], [wilson_interval(count, 20) for count in right])
+    for right in ((20, 19, 20), (20, 2, 0))
+)
 
 
 def curves(axis):
@@ -27,23 +26,18 @@ def curves(axis):
 
 
 def test_curves_show_accuracies_and_bars_their_intervals():
-    figure = plot_position_sweeps({"30 facts": {"before": BEFORE, "after": AFTER}})
+    figure = plot_positions({"30 facts": {"before": BEFORE, "after": AFTER}}, POSITIONS)
     (axis,) = figure.axes
     assert list(curves(axis)) == ["before", "after"]
-    for name, sweep in (("before", BEFORE), ("after", AFTER)):
+    for name, (values, intervals) in (("before", BEFORE), ("after", AFTER)):
         line, _, (bars,) = curves(axis)[name]
-        assert tuple(line.get_ydata()) == sweep.accuracy
-        assert line.get_xdata() == pytest.approx(sweep.positions, abs=0.02)
+        assert list(line.get_ydata()) == values
+        assert line.get_xdata() == pytest.approx(POSITIONS, abs=0.02)
         ends = [(segment[0][1], segment[1][1]) for segment in bars.get_segments()]
-        for end, interval in zip(ends, sweep.intervals(), strict=True):
+        for end, interval in zip(ends, intervals, strict=True):
             assert end == pytest.approx(interval)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["before", "after"]
     assert "position" in axis.get_xlabel() and "95%" in axis.get_ylabel()
-
-
-@pytest.mark.parametrize("right, trials", [(0, 10), (13, 13)])
-def test_no_and_only_right_answers_are_drawn(right, trials):
-    plot_position_sweeps({"30 facts": {"model": PositionSweep(30, (0.5,), (right,), trials)}})
 
 
 def test_a_mean_that_rounding_put_beside_its_interval_is_drawn():
@@ -53,14 +47,8 @@ def test_a_mean_that_rounding_put_beside_its_interval_is_drawn():
     assert line.get_ydata() == [value]
 
 
-def test_sweeps_over_other_positions_are_refused():
-    other = PositionSweep(30, (0.0, 0.25, 1.0), (1, 1, 1), 20)
-    with pytest.raises(ValueError, match="different positions"):
-        plot_position_sweeps({"30 facts": {"before": BEFORE, "other": other}})
-
-
 def test_a_model_without_a_name_is_drawn():
-    figure = plot_position_sweeps({"30 facts": {"": BEFORE}})
+    figure = plot_positions({"30 facts": {"": BEFORE}}, POSITIONS)
     assert len(figure.axes[0].containers) == 1 and not figure.legends
 
 
@@ -75,32 +63,32 @@ def test_gates_are_drawn_in_any_precision_and_with_a_graph():
 
 
 def test_a_name_has_the_same_colour_in_every_panel():
-    figure = plot_position_sweeps({"short": {"before": BEFORE, "after": AFTER}, "long": {"after": AFTER}})
+    figure = plot_positions({"short": {"before": BEFORE, "after": AFTER}, "long": {"after": AFTER}}, POSITIONS)
     short, long = figure.axes
     assert curves(short)["after"][0].get_color() == curves(long)["after"][0].get_color()
     assert curves(short)["before"][0].get_color() != curves(short)["after"][0].get_color()
 
 
 def test_writes_a_png(tmp_path):
-    plot_position_sweeps({"30 facts": {"before": BEFORE}}).savefig(tmp_path / "curve.png")
+    plot_positions({"30 facts": {"before": BEFORE}}, POSITIONS).savefig(tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("panels", [{}, {"30 facts": {}}])
 def test_refuses_to_draw_nothing(panels):
     with pytest.raises(ValueError, match="nothing to draw"):
-        plot_position_sweeps(panels)
+        plot_positions(panels, POSITIONS)
 
 
 def test_refuses_more_curves_than_colours():
     with pytest.raises(ValueError, match="at most 7"):
-        plot_position_sweeps({"many": {str(index): BEFORE for index in range(8)}})
+        plot_positions({"many": {str(index): BEFORE for index in range(8)}}, POSITIONS)
 
 
 def test_without_matplotlib_it_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"peft_moice\[plot\]"):
-        plot_position_sweeps({"30 facts": {"before": BEFORE}})
+        plot_positions({"30 facts": {"before": BEFORE}}, POSITIONS)
 
 
 def test_waveforms_and_their_envelope():
@@ -137,21 +125,6 @@ def test_heat_map_shows_and_names_every_cell():
     assert axis.get_title() == "model"
 
 
-def test_tradeoff_joins_the_settings_of_a_method():
-    figure = plot_tradeoff({"routers": [(0.01, 0.4), (0.03, 0.6)], "LoRA": [(0.02, 0.9)]}, (0.0, 0.3), repair="right")
-    lines = {line.get_label(): line for line in figure.axes[0].lines}
-    assert list(lines["routers"].get_xdata()) == [0.01, 0.03] and list(lines["routers"].get_ydata()) == [0.4, 0.6]
-    assert list(lines["base model"].get_xdata()) == [0.0]
-
-
-def test_long_names_fit_into_the_picture():
-    names = [f"a method with a name of many words, number {i}" for i in range(5)]
-    figure = plot_tradeoff({name: [(0.01, 0.4)] for name in names}, (0.0, 0.3), repair="right")
-    figure.draw_without_rendering()
-    legend = figure.legends[0].get_window_extent()
-    assert legend.x0 >= 0 and legend.x1 <= figure.bbox.x1
-
-
 def test_expert_load_has_a_panel_for_each_expert():
     load = torch.rand(3, 4, 2)
     figure = plot_expert_load(load)
@@ -182,35 +155,6 @@ def test_gates_on_either_side_of_zero_are_equally_strong():
     assert (image.norm.vmin, image.norm.vmax) == (0.0, 1.0)
 
 
-def test_choices_show_the_expert_with_the_largest_gate():
-    gates = torch.tensor([[[0.7, 0.2, 0.1], [0.1, 0.2, 0.7]], [[0.3, 0.4, 0.3], [0.6, 0.2, 0.2]]])
-    figure = plot_choices(gates, ["What", "is"], names=["own", "low", "high"], title="model")
-    (axis,) = figure.axes
-    (image,) = axis.images
-    assert image.get_array().tolist() == [[0, 2], [1, 0]]
-    entries = figure.legends[0].legend_handles
-    assert [entry.get_label() for entry in entries] == ["own", "low", "high"]
-    for number, entry in enumerate(entries):
-        assert to_hex(image.cmap(image.norm(number))) == to_hex(entry.get_color())
-
-
-def test_a_legend_of_many_names_takes_nothing_of_the_axes():
-    heights = []
-    for count in (1, 13):
-        curves = {f"a method with a name of many words, number {i}": [(0.01, 0.4)] for i in range(count)}
-        figure = plot_tradeoff(curves, (0.0, 0.3), repair="right")
-        figure.draw_without_rendering()
-        heights.append(figure.axes[0].get_window_extent().height)
-    assert heights[1] == pytest.approx(heights[0], rel=0.1)
-
-
-def test_fourteen_methods_are_told_apart_and_no_more():
-    lines = plot_tradeoff({str(i): [(0.01, 0.4)] for i in range(14)}, (0.0, 0.3), repair="right").axes[0].lines
-    assert len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}) == 15
-    with pytest.raises(ValueError, match="at most 14"):
-        plot_tradeoff({str(i): [(0.01, 0.4)] for i in range(15)}, (0.0, 0.3), repair="right")
-
-
 def test_small_differences_of_losses_are_drawn_by_themselves():
     base, adapted = (PositionLosses((2, 4), losses, 1) for losses in ((5.0, 4.0), (5.0, 3.875)))
     upper, lower = plot_losses({"base": base, "adapted": adapted}).axes
@@ -221,8 +165,8 @@ def test_small_differences_of_losses_are_drawn_by_themselves():
 
 
 def test_pictures_name_the_model():
-    sweeps = plot_position_sweeps({"30 facts": {"before": BEFORE}}, title="model")
-    assert sweeps.get_suptitle() == "model"
+    figure = plot_positions({"30 facts": {"before": BEFORE}}, POSITIONS, title="model")
+    assert figure.get_suptitle() == "model"
     assert plot_waveforms(16, [1e4], 50, title="model").axes[0].get_title() == "model"
 
 
@@ -237,17 +181,13 @@ def test_losses_are_drawn_over_a_logarithmic_axis():
     ("draw", "arguments"),
     [
         (plot_heat_map, ([], [], [])),
-        (plot_tradeoff, ({}, (0, 0))),
         (plot_expert_load, (torch.zeros(2, 2),)),
         (plot_gates, (torch.zeros(2, 2), ["one"])),
         (plot_gates, (torch.zeros(1, 8), ["one"])),
-        (plot_choices, (torch.zeros(1, 2), ["one"])),
-        (plot_choices, (torch.zeros(2, 1, 8), ["one"])),
         (plot_losses, ({},)),
         (lambda load: plot_expert_load(load, names=["one"]), (torch.zeros(1, 1, 2),)),
     ],
 )
 def test_refuses_what_cannot_be_drawn(draw, arguments):
-    options = {"repair": "right"} if draw is plot_tradeoff else {}
     with pytest.raises(ValueError):
-        draw(*arguments, **options)
+        draw(*arguments)

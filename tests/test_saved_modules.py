@@ -8,6 +8,8 @@ from tiny_models import assert_logits, decide, layers_of, load, logits_of, token
 from transformers import AutoModelForCausalLM
 from versions import needs_transformers
 
+from peft_moice import MoICEConfig
+
 NAMES = ["embed_tokens", "norm"]
 
 
@@ -182,3 +184,19 @@ def test_merging_beside_trained_tokens(llama):
     assert not torch.allclose(expected, logits_of(load(llama), ids), atol=1e-3)
     merged = model.merge_and_unload()
     torch.testing.assert_close(logits_of(merged, ids), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_config_that_was_read_may_train_more_than_before(adapter, llama, tmp_path):
+    config = MoICEConfig.from_pretrained(adapter)
+    config.modules_to_save, config.inference_mode = ["lm_head"], False
+    model = get_peft_model(load(llama), config)
+    assert model.get_base_model().lm_head.modules_to_save["default"].weight.requires_grad
+    model.save_pretrained(tmp_path)
+    assert_logits(PeftModel.from_pretrained(load(llama), tmp_path).eval(), logits_of(model.eval()))
+
+
+def test_names_of_no_module_are_told(llama, caplog):
+    with caplog.at_level("WARNING", logger="peft_moice"):
+        get_peft_model(load(llama), wide_config(modules_to_save=["lm_haed", "score"]))
+    assert "lm_haed" in caplog.text
+    assert "score" not in caplog.text

@@ -16,8 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, Gemma3Config
 
 from peft_moice.standalone.transformers_server import add_model_class, main
 from peft_moice.standalone.vllm.folder import check_merged, refuse_adapter
-from peft_moice.standalone.vllm.options import chosen_cache
-from peft_moice.standalone.vllm.refusals import refuse_other_classes, refuse_unserved
+from peft_moice.standalone.vllm.refusals import refuse_other_caches, refuse_other_classes, refuse_unserved
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +85,7 @@ def test_a_shard_that_is_missing(copied):
 def test_a_file_cut_anywhere(copied, kept):
     weights = copied / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:kept])
-    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged or was copied in part"):
         check_merged(copied, description(copied))
 
 
@@ -98,9 +97,18 @@ def test_a_router_that_is_missing(copied):
         check_merged(copied, description(copied))
 
 
-@pytest.mark.parametrize("broken", [{}, {"layers": []}, {"layers": {"model.layers.0.self_attn": {}}}, {"layers": {}}])
-def test_a_description_that_says_nothing(merged, broken):
-    with pytest.raises(ValueError, match=r"config\.json .*Merge the adapter again"):
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        ({}, "'routers' as a list, not None"),
+        ({"routers": [], "layers": []}, r"'layers' as a dict, not \[\]"),
+        ({"routers": [], "layers": {"model.layers.0.self_attn": {}}}, "'num_heads' as a int, not None"),
+        ({"routers": [], "layers": {}}, r"config\.json describes no layer .*Merge the adapter again"),
+        ({"routers": [], "layers": {}, "ropes": []}, r"the fields \['ropes'\], of which this version .*knows nothing"),
+    ],
+)
+def test_a_description_that_says_nothing(merged, broken, reason):
+    with pytest.raises((ValueError, TypeError), match=reason):
         check_merged(merged, broken)
 
 
@@ -128,16 +136,18 @@ def test_a_model_of_images_and_text_is_not_served():
         refuse_unserved(config)
 
 
-@pytest.mark.parametrize("change", ["layers", "layout", "layer_type"])
-def test_a_description_that_cannot_be_read(merged, change):
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("layout", None, "'layout' as a dict, not None. Save the model anew"),
+        ("layer_type", "sliding_attention", "layer_type 'sliding_attention', of which the model's rotary .* nothing"),
+        ("query_ranges", [[0, 8]], r"the fields \['query_ranges'\], of which this version .*or a later one"),
+    ],
+)
+def test_a_description_that_cannot_be_read(merged, field, value, reason):
     config = AutoConfig.from_pretrained(merged)
-    if change == "layers":
-        del config.moice["layers"]
-    elif change == "layout":
-        config.moice["layers"]["model.layers.0.self_attn"]["layout"] = None
-    else:
-        config.moice["layers"]["model.layers.0.self_attn"]["layer_type"] = "sliding_attention"
-    with pytest.raises(ValueError, match=r"says nothing readable of the model's routers.*Merge the adapter again"):
+    config.moice["layers"]["model.layers.0.self_attn"][field] = value
+    with pytest.raises((ValueError, TypeError), match=reason):
         refuse_unserved(config)
 
 
@@ -169,13 +179,11 @@ def test_longrope_is_not_served(tmp_path):
         refuse_unserved(model.config)
 
 
-def test_caches():
-    assert chosen_cache({}, "cpu") == chosen_cache(None, "cuda") == "folded"
-    assert chosen_cache({"moice_cache": "rotating"}, "cpu") == "rotating"
-    with pytest.raises(ValueError, match=r"'once'.*folded, rotating"):
-        chosen_cache({"moice_cache": "once"}, "cpu")
-    with pytest.raises(ValueError, match=r"runs on the CPU.*'cuda'"):
-        chosen_cache({"moice_cache": "rotating"}, "cuda")
+def test_a_cache_that_there_is_not():
+    for config in (None, {}, {"moice_cache": "folded"}):
+        refuse_other_caches(config)
+    with pytest.raises(ValueError, match=r"'rotating', but there is one way .*Leave the option out"):
+        refuse_other_caches({"moice_cache": "rotating"})
 
 
 def test_transformers_own_server_finds_the_class(merged, monkeypatch):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from tiny_models import SHAPE, WIDE, decide, layers_of, load, logits_of, token_ids, two_adapters, wide_config
 from transformers import AutoModelForSeq2SeqLM, T5GemmaConfig
 from transformers.models.t5gemma.configuration_t5gemma import T5GemmaModuleConfig
@@ -137,3 +137,16 @@ def test_a_second_adapter_beside_another_rotary_embedding():
     model(input_ids=token_ids(length=14), decoder_input_ids=token_ids(length=4))
     with pytest.raises(ValueError, match="'dynamic' have grown"):
         model(input_ids=token_ids(length=30), decoder_input_ids=token_ids(length=4))
+
+
+def test_new_routers_do_not_replace_trained_ones(llama, adapter):
+    base = load(llama)
+    model = PeftModel.from_pretrained(base, adapter).eval()
+    expected = logits_of(model)
+    for inject in (get_peft_model, lambda *args: inject_adapter_in_model(*args[::-1])):
+        with pytest.raises(ValueError, match=r"add_adapter.*unload.*PeftModel.from_pretrained"):
+            inject(base, wide_config())
+        assert torch.equal(logits_of(model), expected)
+    assert torch.equal(logits_of(PeftModel.from_pretrained(base, adapter).eval()), expected)
+    model.unload()
+    get_peft_model(base, wide_config())

@@ -161,7 +161,7 @@ def test_the_card_of_a_merged_model(merged, folder, tmp_path):
     card = (folder / "README.md").read_text()
     assert "import peft_moice" in card
     assert "AutoModelForCausalLM.from_pretrained" in card
-    assert "| 10000, 2500, 5000, 40000 |" in card
+    assert "| 10000, 2500, 5000, 40000 (1, 0.25, 0.5, 4 times the first) |" in card
     assert "library_name: transformers\n" in card
     # What people add stays, and the part about the routers is there once.
     (folder / "README.md").write_text(card + "\n## Evaluation\n\nMeasured by hand.\n")

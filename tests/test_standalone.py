@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from families import tiny_model
-from peft import LoraConfig, get_peft_model
+from peft import AutoPeftModel, LoraConfig, get_peft_model
 from tiny_models import SHAPE, WIDE, assert_logits, decide, load, logits_of, save_tiny_model, token_ids, wide_config
 from transformers import (
     AutoConfig,
@@ -19,16 +19,24 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
     MixtralConfig,
     Phi3Config,
     PreTrainedModel,
+    SiglipVisionConfig,
     pipeline,
 )
 
 from peft_moice import MoICEConfig
-from peft_moice.standalone.models import install_described
+from peft_moice.standalone import models
+from peft_moice.standalone.installing import install_described
+from peft_moice.standalone.models import standalone_config_class
 from peft_moice.tuner.pretraining import add_routers
 
 FAMILIES = {
@@ -91,6 +99,45 @@ def test_config(llama, tmp_path):
     config = AutoConfig.from_pretrained(tmp_path)
     assert {**config.to_dict(), "_name_or_path": None} == {**model.config.to_dict(), "_name_or_path": None}
     assert type(config).__name__ == "MoICELlamaConfig"
+
+
+@pytest.mark.parametrize(
+    ("read", "options"),
+    [
+        (LlamaForCausalLM, {}),
+        (LlamaForSequenceClassification, {"num_labels": 3}),
+        (LlamaModel, {"dtype": torch.bfloat16}),
+        (LlamaConfig, {"id2label": {0: "a"}}),
+    ],
+)
+def test_a_class_without_routers_refuses_the_folder(llama, tmp_path, read, options):
+    merged(llama)[0].save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"this model has MoICE routers.*auto class, such as AutoModelForCausalLM"):
+        read.from_pretrained(tmp_path, **options)
+
+
+def test_a_config_within_a_config_is_refused_and_read_back_whole(tmp_path):
+    config = standalone_config_class(Gemma3Config)(
+        base_model_type="gemma3", moice={"routers": [], "layers": {}}, text_config={"id2label": {0: "a", 1: "b"}}
+    )
+    config.to_json_file(tmp_path / "config.json")
+    for plain in (Gemma3Config, Gemma3TextConfig, SiglipVisionConfig):
+        with pytest.raises(ValueError, match="this model has MoICE routers"):
+            plain.from_pretrained(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert {**again.to_dict(), "_name_or_path": ""} == {**config.to_dict(), "_name_or_path": ""}
+    assert again.text_config.id2label == {0: "a", 1: "b"}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_another_rope_theta_is_refused(family, tmp_path):
+    """As by an adapter: the base angles are multiples of the one that they were made for."""
+    merged(base_folder(family, tmp_path / "base"))[0].save_pretrained(tmp_path / "merged")
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    if family == "gemma3":
+        rope = {"sliding_attention": rope, "full_attention": {"rope_type": "default", "rope_theta": 1e6}}
+    with pytest.raises(ValueError, match=r"made for the rope_theta 10+, and the model now has 500000"):
+        load(tmp_path / "merged", rope_parameters=rope)
 
 
 def test_a_config_without_routers_is_refused(tmp_path):
@@ -296,6 +343,30 @@ def test_lora_on_a_standalone_model(llama, tmp_path):
     assert_logits(lora.merge_and_unload(), changed, atol=1e-5)
 
 
+@pytest.mark.parametrize("library", ["peft_moice.standalone", "peft_moice.standalone.models"])
+def test_an_adapter_of_another_kind_names_the_class_of_its_base(llama, tmp_path, library):
+    """Without a task type PEFT imports the class by its name."""
+    model, _ = merged(llama)
+    model.save_pretrained(tmp_path / "merged")
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    lora = get_peft_model(load(tmp_path / "merged"), config).eval()
+    lora.save_pretrained(tmp_path / "lora")
+    file = tmp_path / "lora" / "adapter_config.json"
+    fields = json.loads(file.read_text())
+    assert fields["auto_mapping"]["base_model_class"] == "MoICELlamaForCausalLM"
+    file.write_text(json.dumps({**fields, "auto_mapping": {**fields["auto_mapping"], "parent_library": library}}))
+    again = AutoPeftModel.from_pretrained(tmp_path / "lora", import_allowlist=[library]).eval()
+    assert_logits(again, logits_of(lora))
+
+
+def test_classes_by_their_names():
+    assert models.MoICELlamaForCausalLM is models.standalone_model_class(LlamaForCausalLM)
+    assert pickle.loads(pickle.dumps(models.MoICELlamaConfig)) is models.standalone_config_class(LlamaConfig)
+    for name in ("MoICENobodysForCausalLM", "MoICEAutoTokenizer", "LlamaForCausalLM"):
+        with pytest.raises(AttributeError, match=f"standalone.models' has no attribute '{name}'"):
+            getattr(models, name)
+
+
 def test_a_standalone_model_takes_no_second_router(llama):
     model, _ = merged(llama)
     with pytest.raises(ValueError, match="has routers built in already"):
@@ -332,8 +403,9 @@ def test_routers_of_a_mean_keep_their_own_coefficients_of_the_balance_loss(llama
     assert [router["router_aux_loss_coef"] for router in built.config.moice["routers"]] == [0.1, 0.2]
 
 
-def test_a_description_that_meets_a_model_without_rotary_embedding():
+def test_a_description_that_meets_a_model_without_rotary_embedding(llama):
     model = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=32))
-    description = {"routers": [], "layers": {"transformer.h.0.attn": {"rope_theta": 1e4}}}
+    described = merged(llama)[0].config.moice
+    described["layers"] = {"transformer.h.0.attn": described["layers"]["model.layers.0.self_attn"]}
     with pytest.raises(ValueError, match=r"'transformer.h.0.attn', but that of GPT2LMHeadModel has no rotary embed"):
-        install_described(model, description)
+        install_described(model, described)

@@ -149,10 +149,11 @@ def test_the_balance_loss_of_a_classifier_does_not_depend_on_accumulation(llama,
     torch.testing.assert_close(cut, whole, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing(llama, tmp_path, expected, use_reentrant):
-    arguments = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
-    assert_equal(trained(llama, tmp_path, **arguments), expected)
+def test_gradient_checkpointing(llama, tmp_path, expected):
+    assert_equal(trained(llama, tmp_path, gradient_checkpointing=True), expected)
+    reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(ValueError, match="use_reentrant"):
+        trained(llama, tmp_path, **reentrant)
 
 
 @pytest.mark.parametrize("trainer_class", [Trainer, BalancedTrainer])
@@ -165,6 +166,15 @@ def test_mixin_serves_loss_functions(llama, tmp_path, expected, arguments):
     """The model's own loss, written outside the model: the same steps, balance loss included."""
     weights = trained(llama, tmp_path, BalancedTrainer, cross_entropy, **arguments)
     assert_equal(weights, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_mixin_takes_no_step_with_a_gradient_that_is_not_finite(llama, tmp_path):
+    model = adapted(llama)
+    before = {name: value.clone() for name, value in router_state(model).items()}
+    trainer = trainer_of(model, tmp_path, BalancedTrainer, lambda outputs, *_, **__: outputs["logits"].sum() / 0)
+    with pytest.raises(RuntimeError, match="gradient of step 1 is not finite"):
+        trainer.train()
+    assert_equal(router_state(model), before)
 
 
 def test_mixin_serves_label_smoothing(llama, tmp_path):

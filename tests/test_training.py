@@ -1,6 +1,7 @@
 """The balance loss on every path to a trained model."""
 
 import copy
+import dataclasses
 import gc
 import pickle
 import threading
@@ -14,6 +15,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import SHAPE, WIDE, decide, layers_of, load, token_ids, wide_config
+from torch.utils import _pytree as pytree
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -23,6 +25,7 @@ from transformers import (
     T5GemmaForConditionalGeneration,
     T5GemmaModuleConfig,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from versions import needs_adapter_verbs_of_transformers
 
 from peft_moice import MoICEModel, collect_balance_loss
@@ -247,7 +250,7 @@ def test_training_an_adapter_that_was_loaded_frozen_is_said(llama, tmp_path):
     adapted(llama).save_pretrained(tmp_path)
     ids = token_ids()
     frozen = PeftModel.from_pretrained(load(llama), tmp_path)
-    use_checkpointing(frozen, "reentrant")
+    use_checkpointing(frozen, "non-reentrant")
     with pytest.warns(UserWarning, match=r"routers of \['default'\].*is_trainable=True"):
         frozen.train()(input_ids=ids, labels=ids)
     with warnings.catch_warnings():
@@ -268,7 +271,7 @@ def test_training_an_adapter_that_was_loaded_frozen_is_said(llama, tmp_path):
         stacked.train()(input_ids=ids, labels=ids)
 
 
-@pytest.mark.parametrize("checkpointing", [None, "reentrant"])
+@pytest.mark.parametrize("checkpointing", [None, "non-reentrant"])
 def test_a_loss_computed_outside_the_model_is_said(llama, checkpointing):
     """Whether the model had no labels or its loss is ignored; but only if a balance loss is left out."""
     model, ids = adapted(llama), token_ids()
@@ -298,12 +301,11 @@ def gradients_of(model: torch.nn.Module) -> list[torch.Tensor]:
     return gradients
 
 
-@pytest.mark.parametrize("kind", ["reentrant", "non-reentrant"])
 @pytest.mark.parametrize("order", ["one pass", "two passes, one backward", "two passes, two backwards"])
-def test_gradient_checkpointing_leaves_loss_and_gradients(llama, kind, order):
+def test_gradient_checkpointing_leaves_loss_and_gradients(llama, order):
     ids = token_ids(4)
     results = []
-    for checkpointing in (None, kind):
+    for checkpointing in (None, "non-reentrant"):
         model = adapted(llama)
         use_checkpointing(model, checkpointing)
         parts = ids.split(4 if order == "one pass" else 2)
@@ -320,17 +322,23 @@ def test_gradient_checkpointing_leaves_loss_and_gradients(llama, kind, order):
         torch.testing.assert_close(actual, expected)
 
 
-def test_reentrant_checkpointing_has_the_balance_gradient(llama):
-    """Reentrant checkpointing detaches the collected logits; alone, the test above could pass without any."""
-    ids, gradients = token_ids(), []
-    for coef in (0.0, 100.0):
-        model = adapted(llama)
-        use_checkpointing(model, "reentrant")
-        for layer in layers_of(model):
-            layer.router_specs["default"][0].router_aux_loss_coef = coef
-        model(input_ids=ids, labels=ids).loss.backward()
-        gradients.append(torch.cat([g.flatten() for g in gradients_of(model)]))
-    assert (gradients[1] - gradients[0]).norm() > gradients[0].norm()
+def test_reentrant_checkpointing_would_lose_the_balance_gradient(llama):
+    """It runs a layer without a graph, and again in the backward pass."""
+    ids, way_out = token_ids(), r'gradient_checkpointing_kwargs=\{"use_reentrant": False\}'
+    model = adapted(llama)
+    use_checkpointing(model, "reentrant")
+    with pytest.raises(ValueError, match=way_out):
+        model(input_ids=ids, labels=ids)
+    with collect_balance_loss(model) as balance:
+        model(input_ids=ids)
+    with pytest.raises(ValueError, match=way_out):
+        balance.loss()
+    expected, silent = (adapted(llama, router_aux_loss_coef=0.0) for _ in range(2))
+    use_checkpointing(silent, "reentrant")
+    for without_balance in (expected, silent):
+        without_balance(input_ids=ids, labels=ids).loss.backward()
+    for actual, wanted in zip(gradients_of(silent), gradients_of(expected), strict=True):
+        torch.testing.assert_close(actual, wanted)
 
 
 SEQUENCE_LENGTHS = (14, 9, 14, 5, 11, 7, 14, 3)
@@ -385,6 +393,17 @@ def test_part_of_a_batch_balances_every_sequence_on_its_own(llama):
     )
     plain = model.eval()(**batch, num_items_in_batch=torch.tensor(50)).loss
     torch.testing.assert_close(with_balance.loss - plain, COEF * expected)
+
+
+@pytest.mark.parametrize("num_items", [0, torch.tensor(0)])
+def test_a_batch_that_predicts_nothing_teaches_nothing(llama, num_items):
+    model, ids = adapted(llama), token_ids()
+    with collect_balance_loss(model) as balance:
+        model(input_ids=ids)
+    loss = balance.loss(torch.full_like(ids, -100), num_items)
+    loss.backward()
+    assert loss == 0
+    assert all(not gradient.any() for gradient in gradients_of(model))
 
 
 def test_labels_of_whole_sequences(llama):
@@ -455,7 +474,7 @@ def test_balance_loss_for_losses_computed_outside_the_model(llama):
     inside = adapted(llama)
     expected = accumulated(inside, 2)
     model, num_items, total = adapted(llama), torch.tensor(sum(ANSWER_LENGTHS)), 0.0
-    use_checkpointing(model, "reentrant")
+    use_checkpointing(model, "non-reentrant")
     for first in range(0, 8, 2):
         batch = batch_of(range(first, first + 2), packed=False)
         labels = batch.pop("labels")
@@ -473,17 +492,50 @@ def test_balance_loss_for_losses_computed_outside_the_model(llama):
         torch.testing.assert_close(actual, wanted)
 
 
+def test_a_loss_computed_from_hidden_states_has_the_balance_loss_of_the_decoder(llama):
+    model, batch = adapted(llama), batch_of(range(8), packed=False)
+    labels, num_items = batch.pop("labels"), torch.tensor(sum(ANSWER_LENGTHS))
+    with collect_balance_loss(model) as whole:
+        model(**batch)
+    expected = whole.loss(labels, num_items)
+    expected.backward()
+    gradients = gradients_of(model)
+    decoder = model.get_base_model().model
+    with collect_balance_loss(model) as balance:
+        decoder(**batch)
+    loss = balance.loss(labels, num_items)
+    loss.backward()
+    assert torch.equal(loss, expected)
+    assert all(torch.equal(*pair) for pair in zip(gradients_of(model), gradients, strict=True))
+    with pytest.warns(UserWarning, match="the balance loss of MoICE has no part in it"):
+        decoder(**batch).last_hidden_state.mean().backward()
+    twin = copy.deepcopy(decoder)
+    assert len(decoder(**batch, output_router_logits=True).router_logits) == len(layers_of(model))
+    model.unload()
+    assert not decoder._forward_hooks
+    assert twin(**batch).aux_loss > 0
+
+
+def test_a_decoder_alone_counts_its_own_tokens(t5gemma):
+    model = get_peft_model(copy.deepcopy(t5gemma), wide_config(task_type="SEQ_2_SEQ_LM", router_aux_loss_coef=COEF))
+    decide(model)
+    ids, mask = token_ids(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, 5:] = 0
+    base = model.train().get_base_model().model
+    states = base.encoder(input_ids=ids).last_hidden_state
+    outputs = base.decoder(ids, attention_mask=mask, encoder_hidden_states=states, output_router_logits=True)
+    torch.testing.assert_close(outputs.aux_loss, balance_loss(list(outputs.router_logits), 2, mask).detach())
+
+
 def test_collecting_needs_an_adapter(llama):
     with pytest.raises(ValueError, match="has no MoICE adapter"), collect_balance_loss(load(llama)):
         pass
 
 
-@pytest.mark.parametrize("kind", [None, "reentrant"])
-def test_grad_scaler_scales_the_balance_gradient_too(llama, kind):
+def test_grad_scaler_scales_the_balance_gradient_too(llama):
     ids, results = token_ids(), []
     for scale in (1.0, 1024.0):
         model = adapted(llama)
-        use_checkpointing(model, kind)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
         scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         scaler.scale(model(input_ids=ids, labels=ids).loss).backward()
@@ -506,7 +558,7 @@ def test_autocast_computes_the_balance_loss_in_float32(llama):
 
 def test_passes_are_freed_without_the_garbage_collector(llama):
     model, ids = adapted(llama), token_ids()
-    use_checkpointing(model, "reentrant")
+    use_checkpointing(model, "non-reentrant")
     gc.collect()
     gc.disable()
     try:
@@ -519,14 +571,23 @@ def test_passes_are_freed_without_the_garbage_collector(llama):
         gc.enable()
 
 
-def test_a_pass_that_breaks_off_leaves_nothing_recording(llama):
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_pass_that_breaks_off_leaves_nothing_recording(llama, error, inner):
     model, ids = adapted(llama), token_ids()
-    handle = layers_of(model)[1].register_forward_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        model(input_ids=ids)
+    expected = model(ids, labels=ids).loss
+
+    def break_off(*_):
+        raise error
+
+    handle = layers_of(model)[1].register_forward_hook(break_off)
+    with pytest.raises(error):
+        (model.get_base_model().model if inner else model)(input_ids=ids)
     handle.remove()
-    outputs = model.eval()(input_ids=ids)
-    assert not hasattr(outputs, "router_logits")
+    if error is ZeroDivisionError:
+        assert not any(layer.recorder for layer in layers_of(model))
+    assert torch.equal(model(ids, labels=ids).loss, expected)
+    assert not hasattr(model.eval()(input_ids=ids), "router_logits")
     assert not any(layer.recorder for layer in layers_of(model))
 
 
@@ -603,6 +664,28 @@ def test_an_identity_scale_that_learns_picks_the_chosen_experts_and_the_own_angl
     assert expected.sum(-1).max() == 3 == mixture.call_of_pass(0, (torch.zeros(2, 5, 32),), {}).top_k
     layer.moice_router.requires_grad_(False)
     assert mixture.gate(query, mixture.rope_bases()).picked is None
+
+
+@pytest.mark.parametrize(
+    "rebuilt",
+    [
+        lambda outputs: pytree.tree_unflatten(*reversed(pytree.tree_flatten(outputs))),
+        lambda outputs: type(outputs)(dict(outputs)),
+        lambda outputs: pickle.loads(pickle.dumps(outputs)),
+        copy.copy,
+        copy.deepcopy,
+        dataclasses.replace,
+    ],
+    ids=["pytree", "mixed precision", "pickle", "copy", "deepcopy", "replace"],
+)
+def test_outputs_made_anew_keep_our_entries(llama, rebuilt):
+    with torch.no_grad():
+        outputs = adapted(llama)(token_ids(), labels=token_ids(), output_router_logits=True, use_cache=False)
+    twin = rebuilt(outputs)
+    assert isinstance(twin, CausalLMOutputWithPast)
+    assert list(twin) == list(outputs) == ["loss", "logits", "router_logits", "aux_loss"]
+    assert torch.equal(twin["aux_loss"], outputs.aux_loss)
+    assert all(map(torch.equal, twin.router_logits, outputs.router_logits))
 
 
 def test_router_logits_of_a_mixture_of_experts_model_are_left_alone():

@@ -1,13 +1,16 @@
 """TRL's trainers: supervised fine-tuning with packing and answer-only loss, and DPO."""
 
+import copy
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import PeftModel
-from tiny_models import VOCABULARY, decide, load, router_state, save_tiny_model, wide_config
+from peft import PeftModel, get_peft_model
+from tiny_models import VOCABULARY, decide, layers_of, load, router_state, save_tiny_model, wide_config
 from transformers import AutoTokenizer
 
 from peft_moice import BalanceLossMixin, MoICEConfig
@@ -130,7 +133,7 @@ def test_sft_steps_do_not_depend_on_accumulation_or_packing(llama, tmp_path, ass
     for cut in (
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
         {"packing": True, "max_length": 120},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"gradient_checkpointing": True},
     ):
         assert distance(weights(**cut), expected) < 1e-4, cut
     without = step(
@@ -212,3 +215,20 @@ def test_the_model_cards_of_trl_say_how_the_model_is_loaded(llama, tmp_path):
         assert "moice" in ModelCard(card).data.tags
     assert "trained using [TRL]" in (tmp_path / "README.md").read_text()
     assert "sft" in ModelCard.load(tmp_path / "README.md").data.tags
+
+
+def test_weights_sent_to_vllm_are_those_of_the_merged_model(llama):
+    """What trainers send while an adapter trains; a merged model in vLLM takes weights by these names."""
+    generation = pytest.importorskip("trl.generation.vllm_generation").VLLMGeneration
+    model = get_peft_model(load(llama), wide_config())
+    sender = generation.__new__(generation)
+    sender.model = model
+    sender._dist = SimpleNamespace(is_fsdp=False, gather_params=lambda parameters: nullcontext())
+    for seed in (0, 1):
+        decide(model, seed=seed)
+        sent = {name: value.clone() for name, value in sender._iter_named_params()}
+        merged = dict(copy.deepcopy(model).merge_and_unload().named_parameters())
+        assert sent.keys() == merged.keys()
+        assert all(torch.equal(value, merged[name]) for name, value in sent.items())
+    assert any("moice_routers" in name for name in sent)
+    assert not any(layer.merged for layer in layers_of(model))

@@ -21,11 +21,10 @@ ANGLES = [1.0, 0.25, 0.5, 2.0, 4.0]
 REQUESTS, PROMPT_TOKENS, NEW_TOKENS = 8, 256, 32
 CACHE_GIB = 1
 ROWS = {
-    "vLLM, base": ("vllm", "base", {}),
-    "vLLM, merged, folded": ("vllm", "merged", {"moice_cache": "folded"}),
-    "vLLM, merged, rotating": ("vllm", "merged", {"moice_cache": "rotating"}),
-    "transformers, base": ("transformers", "base", {}),
-    "transformers, merged": ("transformers", "merged", {}),
+    "vLLM, base": ("vllm", "base"),
+    "vLLM, merged": ("vllm", "merged"),
+    "transformers, base": ("transformers", "base"),
+    "transformers, merged": ("transformers", "merged"),
 }
 
 
@@ -52,7 +51,7 @@ def prompts(folder: Path, round_index: int) -> list[list[int]]:
     return [[1000 + round_index * REQUESTS + i, *ids[i * 60 :][: PROMPT_TOKENS - 1]] for i in range(REQUESTS)]
 
 
-def run_vllm(folder: Path, options: dict[str, str]) -> dict[str, float]:
+def run_vllm(folder: Path) -> dict[str, float]:
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -61,7 +60,6 @@ def run_vllm(folder: Path, options: dict[str, str]) -> dict[str, float]:
         enforce_eager=True,
         max_model_len=1024,
         distributed_executor_backend="uni",
-        additional_config=options,
         disable_log_stats=True,
     )
     cache = llm.llm_engine.vllm_config.cache_config
@@ -76,7 +74,7 @@ def run_vllm(folder: Path, options: dict[str, str]) -> dict[str, float]:
     return {**timed(ask), "cached": cache.num_gpu_blocks * cache.block_size}
 
 
-def run_transformers(folder: Path, options: dict[str, str]) -> dict[str, float]:
+def run_transformers(folder: Path) -> dict[str, float]:
     import torch
     from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
@@ -120,9 +118,9 @@ def main() -> None:
     if args.what == "make":
         make(args.folder)
     elif args.only:
-        engine, name, options = ROWS[args.only]
+        engine, name = ROWS[args.only]
         run = run_vllm if engine == "vllm" else run_transformers
-        print(json.dumps(run(args.folder / name, options)))
+        print(json.dumps(run(args.folder / name)))
     else:
         print(
             "| | prompt tokens per second | answer tokens per second | tokens in 1 GiB of cache |\n|---|---|---|---|"

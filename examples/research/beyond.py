@@ -19,7 +19,7 @@ from compare import command
 from methods import halve
 
 from peft_moice.evaluation.losses import token_losses
-from peft_moice.probing.evaluating import evaluating
+from peft_moice.probing.evaluation_mode import evaluating
 
 
 def main(args: argparse.Namespace) -> None:

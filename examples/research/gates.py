@@ -13,9 +13,10 @@ import torch
 import trained
 from forms import table
 from methods import EXPERTS, METHODS
+from pictures import plot_choices
 
 from peft_moice.evaluation import gates_along
-from peft_moice.evaluation.plotting import plot_choices, plot_expert_load, plot_gates
+from peft_moice.evaluation.plotting import plot_expert_load, plot_gates
 
 
 def main() -> None:

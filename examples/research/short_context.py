@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 import trained
 from compare import command
+from exams import Exam
 from methods import halve
 
-from peft_moice.evaluation import Exam, Result, evaluate
+from peft_moice.evaluation import Result, evaluate
 from peft_moice.evaluation.losses import token_losses
-from peft_moice.probing.evaluating import evaluating
+from peft_moice.probing.evaluation_mode import evaluating
 
 FILES = ("coursera", "tpo", "sci_fi")
 

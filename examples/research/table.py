@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from peft_moice.evaluation.plotting import plot_tradeoff
+from pictures import plot_tradeoff
 
 NAMES = {
     "base": "base model",

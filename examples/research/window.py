@@ -9,7 +9,9 @@ count for its loss. One line of JSON for each text and method; those that the fi
 """
 
 import argparse
+import copy
 import gzip
+import itertools
 import json
 import random
 import sys
@@ -27,8 +29,9 @@ from peft_moice.tuner.extending import extension_config
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from loading import load_model
 
-ENDS = (0.25, 0.5, 1.0, 1.5, 2.0)
+ENDS = (0.25, 0.5, 1.0, 1.25, 1.5, 2.0)
 """Where spans of the text end, in windows; from 1 on, losses are of what lies beyond."""
+BINS_OF_A_WINDOW = 16
 DISTANCES = (0.25, 0.75, 1.25, 1.75)
 """How far back facts lie, in windows."""
 METHODS = {
@@ -67,33 +70,38 @@ def run(args: argparse.Namespace, text: int, method: str) -> dict:
     model, tokenizer = load_model(args.model)
     model.eval()
     window = args.window or model.config.max_position_embeddings
-    ids, counts, facts = text_with_facts(tokenizer, args.data, text, window, args.questions)
+    ids, counts, facts = text_with_facts(tokenizer, args, text, window)
     started = time.perf_counter()
     if method == "cut":
         losses, cache = losses_when_cut(model, ids, window)
-        start = ids.shape[1] - cache.get_seq_length()
     else:
-        model = under(model, window, METHODS[method])
-        losses, cache = losses_of(model, ids)
-        start = 0
+        changed = under(model, window, METHODS[method])
+        if method != "base" and not is_own_within(METHODS[method]):
+            losses, cache = losses_of(changed, ids)
+        else:
+            losses, cache = losses_beyond(model, changed, ids, (args.model, window, text, args.questions))
+        model = changed
     seconds = time.perf_counter() - started
-    edges = [0, *(int(end * window) for end in ENDS)]
+    bins = [
+        losses[first : first + window // BINS_OF_A_WINDOW][counts[1:][first : first + window // BINS_OF_A_WINDOW]]
+        for first in range(0, losses.shape[0], window // BINS_OF_A_WINDOW)
+    ]
+    edges = [0, *(int(end * window) for end in ENDS if end <= args.length)]
     spans = {}
-    for first, end in zip(edges, edges[1:], strict=False):
+    for first, end in itertools.pairwise(edges):
         kept = losses[max(first - 1, 0) : end - 1][counts[max(first, 1) : end]]
-        spans[f"{first} to {end}"] = kept.mean().item() if first >= start or method != "cut" else None
-    asked = {
-        str(distance): ask(model, tokenizer, cache, of_distance)
-        for distance, of_distance in facts.items()
-    }
+        spans[f"{first} to {end}"] = kept.mean().item() if first >= window or method != "cut" else None
+    asked = {str(distance): ask(model, tokenizer, cache, of_distance) for distance, of_distance in facts.items()}
     return {
         "text": text,
         "method": method,
         "window": window,
         "losses": spans,
+        "bins": [None if kept.isnan().any() else round(kept.mean().item(), 4) for kept in bins],
         "facts": asked,
         "seconds": round(seconds),
-        "command": f"python examples/research/window.py --data FOLDER --out FILE --texts {text} --methods {method!r}",
+        "command": f"python examples/research/window.py --data FOLDER --out FILE --length {args.length:g} "
+        f"--texts {text} --methods {method!r}",
     }
 
 
@@ -122,15 +130,21 @@ def under(model, window: int, options: dict):
     return get_peft_model(model, config).get_base_model()
 
 
-def text_with_facts(tokenizer, data: Path, number: int, window: int, questions: int):
-    """Token ids `[1, S]` of a text of twice the window, which of them count for its loss, and facts by distance."""
-    with gzip.open(data / "leval-sci_fi.jsonl.gz", "rt", encoding="utf-8") as lines:
+def is_own_within(options: dict) -> bool:
+    """Whether nothing changes within the window."""
+    return "near" in options or "ropes" in options
+
+
+def text_with_facts(tokenizer, args: argparse.Namespace, number: int, window: int):
+    """Token ids `[1, S]` of a text, which of them count for its loss, and facts by their distance in windows."""
+    questions, distances = args.questions, [distance for distance in DISTANCES if distance < args.length - 0.1]
+    with gzip.open(args.data / "leval-sci_fi.jsonl.gz", "rt", encoding="utf-8") as lines:
         texts = list(dict.fromkeys(json.loads(line)["input"] for line in lines))
     tokens = tokenizer(texts[number]).input_ids
-    rng, length = random.Random(number), 2 * window
-    drawn = sample_facts(questions * len(DISTANCES), rng, split="eval")
+    rng, length = random.Random(number), int(args.length * window)
+    drawn = sample_facts(questions * len(distances), rng, split="eval")
     facts, places = {}, {}
-    for index, distance in enumerate(DISTANCES):
+    for index, distance in enumerate(distances):
         facts[distance] = list(zip(drawn.names, drawn.codes, strict=True))[index * questions : (index + 1) * questions]
         for i, fact in enumerate(facts[distance]):
             # Spread over an eighth of a window around the distance.
@@ -149,9 +163,27 @@ def text_with_facts(tokenizer, data: Path, number: int, window: int, questions: 
     return torch.tensor([ids[:length]]), torch.tensor(counts[:length]), facts
 
 
-def losses_of(model, ids: torch.Tensor):
+_WITHIN: dict = {}
+"""What the base model has made of the window of the last text, which some methods go on from."""
+
+
+def losses_beyond(base, model, ids: torch.Tensor, key: tuple):
+    """As [`losses_of`], with the window read by the base model, once for all methods that leave it as it is."""
+    window = key[1]
+    if key not in _WITHIN:
+        _WITHIN.clear()
+        # One token more, whose loss is that of the window's last.
+        _WITHIN[key] = losses_of(base, ids[:, : window + 1])
+    within, cache = _WITHIN[key]
+    cache = copy.deepcopy(cache)
+    cache.crop(-1)
+    beyond, cache = losses_of(model, ids[:, window:], cache)
+    return torch.cat((within, beyond)), cache
+
+
+def losses_of(model, ids: torch.Tensor, cache: DynamicCache | None = None):
     """The loss of every token but the first, `[S - 1]`, and the cache."""
-    output = model.model(ids, use_cache=True)
+    output = model.model(ids, past_key_values=cache, use_cache=True)
     losses = []
     for first in range(0, ids.shape[1] - 1, 512):
         logits = model.lm_head(output.last_hidden_state[0, first : min(first + 512, ids.shape[1] - 1)])
@@ -163,6 +195,7 @@ def losses_of(model, ids: torch.Tensor):
 def losses_when_cut(model, ids: torch.Tensor, window: int):
     """As [`losses_of`], with at least half a window and at most a whole one before each token beyond the window."""
     losses, half = torch.full((ids.shape[1] - 1,), torch.nan), window // 2
+    # (Of what lies within the window there is no loss: that is the base model's.)
     for first in range(window, ids.shape[1], half):
         found, cache = losses_of(model, ids[:, first - half : first + half])
         losses[first - 1 : first + half - 1] = found[half - 1 :]
@@ -191,6 +224,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--texts", nargs="+", type=int, default=[1, 3, 5])
+    parser.add_argument("--length", type=float, default=2.0, help="of the texts, in windows; at least 1.5")
     parser.add_argument("--questions", type=int, default=10, help="at each distance")
     parser.add_argument("--window", type=int, help="default: the model's own")
     parser.add_argument("--threads", type=int, default=2)

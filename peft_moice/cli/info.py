@@ -28,34 +28,26 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> Outcome:
     """Read the files."""
     found = describe_saved(args.adapter)
+    found["layers"] = sorted(found["layers"], key=_by_number)
+    # Files of weights and configs do not say it.
+    found["versions"]["peft_moice"] = (found["card"] or {}).get("peft_moice_version")
     return Outcome(_as_text(found), found)
+
+
+def _by_number(layer: str) -> list[tuple[int, str]]:
+    """Sorts "layers.2" before "layers.10"."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in layer.split(".")]
 
 
 def _as_text(found: dict[str, Any]) -> str:
     rows = {"": f"MoICE {found['kind']} {found['source']}", "base model": found["base_model"] or "not recorded"}
-    several = len(found["routers"]) > 1
-    for number, router in enumerate(found["routers"], start=1):
-        prefix = f"router {number}, share {router['weight']:g}: " if several else ""
-        bases = router["rope_bases"]
-        by_type = bases if isinstance(bases, dict) else {"": bases}
-        for layer_type, values in by_type.items():
-            multiples = ", ".join(f"{value / values[0]:.4g}" for value in values)
-            rows[f"{prefix}base angles{' ' + layer_type if layer_type else ''}"] = (
-                f"{', '.join(f'{value:.12g}' for value in values)} ({multiples} times the first)"
-            )
-        rows[f"{prefix}angles mixed"] = f"{router['top_k']} of {router['num_experts']} per head and token (top_k)"
-        scope = "one per head" if router["router_scope"] == "head" else "one per layer, shared by its heads"
-        identity = "starts as the base model (identity scale)" if router["identity"] else "no identity scale"
-        rows[f"{prefix}routers"] = f"{scope}; hidden size {router['router_dim']}, {router['hidden_act']}; {identity}"
-        rows[f"{prefix}balance loss"] = f"weight {router['router_aux_loss_coef']:g}"
+    rows |= found["in_words"]
     layers = found["layers"]
     if layers:
         rows["layers"] = f"{len(layers)}: {layers[0]}" + (f" to {layers[-1]}" if len(layers) > 1 else "")
     if found["parameters"] is not None:
-        rows["size"] = (
-            f"{found['parameters']:,} router parameters in {', '.join(found['dtypes'])}; files of weights "
-            f"{found['bytes']:,} bytes"
-        )
+        kinds = f" in {', '.join(found['dtypes'])}" if found["dtypes"] else ""
+        rows["size"] = f"{found['parameters']:,} router parameters{kinds}; files of weights {found['bytes']:,} bytes"
     if found["also_saved"]:
         rows["also saved"] = ", ".join(found["also_saved"])
     rows["saved with"] = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)

@@ -12,10 +12,11 @@ import torch
 from safetensors import SafetensorError
 
 from .. import __version__
-from . import angles, info, measure, merge, train
+from . import angles, extend, info, measure, merge, train
 from .parsing import UsageError
 
 COMMANDS: dict[str, ModuleType] = {
+    "extend": extend,
     "measure": measure,
     "train": train,
     "angles": angles,
@@ -24,10 +25,11 @@ COMMANDS: dict[str, ModuleType] = {
 }
 """Modules with a `SUMMARY`, `parse(argv)` and `run(arguments)`."""
 
-_OVERVIEW = f"""peft-moice {__version__}: for language models that lose what stands in the middle of a long prompt
+_OVERVIEW = f"""peft-moice {__version__}: longer windows for language models, and routers against what they lose within
 
 {{commands}}
 
+  peft-moice extend HuggingFaceTB/SmolLM2-135M-Instruct outputs/longer    read four times as much
   peft-moice measure --model HuggingFaceTB/SmolLM2-135M-Instruct          is there something to repair?
   peft-moice train --preset chats --model ... --train_files chats.jsonl   train routers, nothing else
   peft-moice measure --adapter outputs/routers                            did it help?

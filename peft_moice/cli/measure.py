@@ -12,7 +12,6 @@ from peft import PeftModel
 
 from ..evaluation import (
     POSITIONS,
-    Exam,
     Facts,
     KeyValues,
     MultiDocument,
@@ -22,7 +21,6 @@ from ..evaluation import (
     Task,
     evaluate,
     losses_by_position,
-    perplexity,
 )
 from ..evaluation.needles import Kind
 from ..evaluation.plotting import plot_losses
@@ -30,7 +28,7 @@ from ..evaluation.trial import try_task
 from ..training.data import read_text
 from .models import Dtype, base_of, load_model, load_tokenizer
 from .parsing import Outcome, Parser, UsageError, output_folder
-from .tables import score_table, verdict
+from .tables import difference, score_table, verdict
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +44,7 @@ _EPILOG = """tasks (--tasks; 'right' is decided by greedy decoding, loss is that
   keys        the same, among the numbers of three other keys
   values      the same, all four numbers of one key
   variables   a chain of assignments (needles to variables: definitions of RULER)
-  also        --key_value_file and --question_file of "Lost in the Middle", --exam_files of L-Eval, by their paths
+  also        --key_value_file and --question_file of "Lost in the Middle", by their paths
 
 Documents are files of text (UTF-8); perplexity and loss by position are measured on their first 16 chunks as well.
 Scores are written to --output_dir as soon as a task is done at a length, so Ctrl-C loses only what is under way.
@@ -61,8 +59,9 @@ class Arguments:
     """What to measure."""
 
     model: str | None = field(default=None, metadata={"help": "Folder or Hub id. Default: the base of --adapter."})
-    adapter: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of any adapter of PEFT, measured beside its base model."}
+    adapter: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Folders or Hub ids of adapters of PEFT, of any type, measured beside their base."},
     )
     documents: list[str] = field(default_factory=list, metadata={"help": "Files of your own text."})
     tasks: list[str] | None = field(default=None, metadata={"help": "What to ask, see below."})
@@ -76,7 +75,6 @@ class Arguments:
     key_value_file: str | None = field(default=None, metadata={"help": "kv-retrieval-*.jsonl.gz, --items pairs each."})
     question_file: str | None = field(default=None, metadata={"help": "nq-open-oracle.jsonl.gz, --passages each."})
     passages: list[int] = field(default_factory=lambda: [10], metadata={"help": "Passages in a prompt of questions."})
-    exam_files: list[str] = field(default_factory=list, metadata={"help": "Closed tasks of L-Eval, --lengths tokens."})
     chunk_length: int = field(
         default=1024, metadata={"help": "Tokens of a chunk of the documents, for loss and perplexity."}
     )
@@ -93,7 +91,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     parser = Parser(
         "measure",
         (Arguments,),
-        usage="--model MODEL [--adapter ADAPTER] [--documents FILE ...] [options] [--json]",
+        usage="--model MODEL [--adapter ADAPTER ...] [--documents FILE ...] [options] [--json]",
         description=f"{SUMMARY[0].upper()}{SUMMARY[1:]}.",
         epilog=_EPILOG,
     )
@@ -108,24 +106,23 @@ class Measured:
 
     Attributes:
         name: of the model.
+        adapter: folder or Hub id of its adapter; None for the base model.
         results: by task.
         losses: on the documents by position, None without enough text.
-        perplexity: of the documents, likewise.
     """
 
     name: str
+    adapter: str | None = None
     results: dict[str, Result] = field(default_factory=dict)
     losses: PositionLosses | None = None
-    perplexity: float | None = None
 
 
 def run(args: Arguments) -> Outcome:
     """Check, load, measure, report."""
     text = "\n\n".join(read_text(file) for file in args.documents)
-    base = base_of(args.model, args.adapter)
+    base, tokenizer = common_base(args.model, args.adapter)
     names = chosen_tasks(args, text)
     output_dir = output_folder(args.output_dir)
-    tokenizer = load_tokenizer(base, args.adapter)
     tasks = make_tasks(names, args, text, tokenizer)
     for task, lengths in tasks:
         # What cannot be asked shows before a model is loaded.
@@ -141,13 +138,19 @@ def run(args: Arguments) -> Outcome:
     if not can_draw:
         logger.warning("Without matplotlib no pictures are drawn: pip install 'peft_moice[plot]'.")
 
-    measured, interrupted = [], False
+    asked = sum(len(lengths) for _, lengths in tasks) * len(args.positions) * args.questions
+    logger.info("%s questions, put to %d models in turn.", f"{asked:,}", 1 + len(args.adapter))
+    measured: list[Measured] = []
+    interrupted = False
     try:
         model = load_model(base, args.dtype)
         for name, adapter in variants(base, args.adapter):
+            if isinstance(model, PeftModel):
+                # Virtual tokens are no modules in the base model, which is as it was.
+                model = model.unload() if hasattr(model.base_model, "unload") else model.get_base_model()
             if adapter is not None:
                 model = PeftModel.from_pretrained(model, adapter)
-            measured.append(Measured(name))
+            measured.append(Measured(name, adapter))
             running = text if num_tokens >= args.chunk_length else ""
             for _ in measure(model, tokenizer, tasks, running, args, measured[-1]):
                 write(measured, output_dir)
@@ -168,7 +171,7 @@ def chosen_tasks(args: Arguments, text: str) -> list[str]:
     Raises:
         UsageError: an unknown name, or a task over documents without text.
     """
-    with_files = any((args.key_value_file, args.question_file, args.exam_files))
+    with_files = bool(args.key_value_file or args.question_file)
     default = ["needles", "keys"] if args.documents else [] if with_files else ["facts"]
     names = default if args.tasks is None else list(dict.fromkeys(args.tasks))
     if unknown := sorted(set(names) - {*NEEDLES, *_WITHOUT_FILES}):
@@ -192,14 +195,37 @@ def make_tasks(names: list[str], args: Arguments, text: str, tokenizer: Any) -> 
         tasks.append((Facts(), args.items))
     if args.question_file:
         tasks.append((MultiDocument(args.question_file), args.passages))
-    tasks += [(Exam(file, tokenizer), args.lengths) for file in args.exam_files]
     return tasks
 
 
-def variants(base: str, adapter: str | None) -> list[tuple[str, str | None]]:
+def common_base(model: str | None, adapters: Sequence[str]) -> tuple[str, Any]:
+    """Name of the model to measure, which all adapters are of, and its tokenizer.
+
+    Raises:
+        UsageError: adapters are named twice, or have different base models or chat templates.
+    """
+    if len(set(adapters)) < len(adapters):
+        raise UsageError(f"--adapter {' '.join(adapters)} names one twice. Drop it.")
+    each: Sequence[str | None] = adapters or [None]
+    bases = dict.fromkeys(base_of(model, adapter) for adapter in each)
+    if len(bases) > 1:
+        raise UsageError(
+            f"the adapters have different base models, {', '.join(bases)}. Measure them one by one, or name the "
+            "model for all with --model."
+        )
+    (base,) = bases
+    tokenizers = [load_tokenizer(base, adapter) for adapter in each]
+    if len({tokenizer.chat_template for tokenizer in tokenizers}) > 1:
+        raise UsageError("the adapters were trained with different chat templates. Measure them one by one.")
+    return base, tokenizers[0]
+
+
+def variants(base: str, adapters: Sequence[str]) -> list[tuple[str, str | None]]:
     """Names of the models to measure, and their adapters."""
     name = Path(base).name
-    return [(name, None)] if adapter is None else [(name, None), (f"{name} with {Path(adapter).name}", adapter)]
+    short = [Path(adapter).name for adapter in adapters]
+    names = short if len(set(short)) == len(short) else adapters
+    return [(name, None), *((f"{name} with {own}", adapter) for own, adapter in zip(names, adapters, strict=True))]
 
 
 def measure(
@@ -228,9 +254,9 @@ def measure(
             measured.results[task.name] = result if before is None else _joined(before, result)
             yield
     if text:
-        chunks = {"chunk_length": args.chunk_length, "max_chunks": _MAX_CHUNKS}
-        measured.losses = losses_by_position(model, tokenizer, text, **chunks)
-        measured.perplexity = perplexity(model, tokenizer, text, **chunks)
+        measured.losses = losses_by_position(
+            model, tokenizer, text, chunk_length=args.chunk_length, max_chunks=_MAX_CHUNKS
+        )
         yield
 
 
@@ -269,15 +295,29 @@ def _as_text(measured: list[Measured], where: str, interrupted: bool) -> str:
     parts = [score_table(list(results)) for _, *results in _by_task(measured)]
     parts += [
         f"perplexity of your documents ({one.losses.chunks * one.losses.edges[-1]:,} tokens), {one.name}: "
-        f"{one.perplexity:.3f}"
+        f"{one.losses.perplexity:.3f}"
         for one in measured
-        if one.losses is not None and one.perplexity is not None
+        if one.losses is not None
     ]
-    parts += [verdict(result) for result in measured[0].results.values() if result.positions]
+    base, *adapted = measured
+    parts += [verdict(result) for result in base.results.values() if result.positions]
+    parts += ["\n".join(lines) for one in adapted if (lines := _changes(one, base))]
     if interrupted:
         parts.append("Interrupted: this is what was finished.")
     parts.append(where)
     return "\n\n".join(parts)
+
+
+def _changes(one: Measured, base: Measured) -> list[str]:
+    """What an adapter changed, a line for each task; the cost on ordinary text stands at the end of each."""
+    cost = ""
+    if one.losses is not None and base.losses is not None:
+        cost = f", perplexity {one.losses.perplexity / base.losses.perplexity - 1:+.1%}"
+    return [
+        difference(one.name.removeprefix(f"{base.name} with "), result, base.results[task]) + cost + "."
+        for task, result in one.results.items()
+        if result.lengths == base.results[task].lengths
+    ]
 
 
 def _as_values(measured: list[Measured], output_dir: Path) -> dict[str, Any]:
@@ -288,7 +328,7 @@ def _as_values(measured: list[Measured], output_dir: Path) -> dict[str, Any]:
                 {"task": task, "unit": result.unit, "cells": result.to_dict()["cells"]}
                 for task, result in one.results.items()
             ],
-            "perplexity": one.perplexity,
+            "perplexity": one.losses and one.losses.perplexity,
         }
         for one in measured
     ]

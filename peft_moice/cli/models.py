@@ -1,6 +1,7 @@
 """Loads models, tokenizers and adapters by name, as cheaply as what is asked of them allows."""
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -35,6 +36,7 @@ def base_of(model: str | None, adapter: str | None, peft_type: str | None = None
     """
     base = model
     if adapter is not None:
+        check_folder(adapter, "--adapter", ADAPTER_CONFIG_NAME)
         try:
             config = PeftConfig.from_pretrained(adapter)
         except KeyError as error:
@@ -44,12 +46,46 @@ def base_of(model: str | None, adapter: str | None, peft_type: str | None = None
         base = base or config.base_model_name_or_path
     if not base:
         raise UsageError("no base model. Name it with --model, as a folder or Hub id.")
+    check_folder(base, "--model" if model else "the base model of the adapter", CONFIG_NAME, ADAPTER_CONFIG_NAME)
     return base
 
 
+def check_folder(name: str, what: str, *files: str) -> None:
+    """Raise a UsageError where `name` is a path that leads to nothing, which else would be looked for on the Hub.
+
+    Args:
+        name: folder or Hub id.
+        what: what it is of, for the message.
+        files: of which a folder has to hold one.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        if any((folder / file).is_file() for file in files):
+            return
+        inside = [child for child in sorted(folder.iterdir()) if any((child / file).is_file() for file in files)]
+        raise UsageError(
+            f"{what} {name}: the folder holds no {' and no '.join(files)}. "
+            + (f"{inside[0]} does; name that." if inside else "Name the folder that `save_pretrained` wrote.")
+        )
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise UsageError(f"{what} {name}: there is no such folder. Name one, or a Hub id, OWNER/NAME.")
+
+
 def load_tokenizer(model: str, adapter: str | None = None) -> Any:
-    """The tokenizer of a model, with the chat template that its adapter was trained with, if that was saved."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    """The tokenizer of a model, with the chat template that its adapter was trained with, if that was saved.
+
+    Raises:
+        UsageError: `model` is a folder without one.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if not Path(model).is_dir():
+            raise
+        raise UsageError(
+            f"{model}: no tokenizer can be read from this folder ({error}) Save the model's there, with "
+            "`tokenizer.save_pretrained`."
+        ) from error
     if adapter is not None:
         try:
             template = AutoTokenizer.from_pretrained(adapter).chat_template

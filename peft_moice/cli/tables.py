@@ -26,6 +26,13 @@ def score_table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
+def difference(name: str, after: Result, before: Result) -> str:
+    """What an adapter changed on the questions of a task."""
+    mean, (low, high) = after.difference(before)
+    text = f"{after.task}: {name}: {mean:+.2f} in the mean ({low:+.2f} to {high:+.2f}, paired)"
+    return f"{text}, gap {before.gap():.2f} to {after.gap():.2f}" if after.positions else text
+
+
 def verdict(result: Result) -> str:
     """What the scores of one model say about positions, at the length where they differ most."""
     gaps = {}

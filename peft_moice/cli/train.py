@@ -1,28 +1,44 @@
 """`peft-moice train`: routers on one's own data, with transformers' Trainer."""
 
 import argparse
+import errno
 import logging
-from collections.abc import Sequence
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft import get_peft_model
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SchedulerType, sort_checkpoints
+from transformers.utils import CONFIG_NAME
 
 from ..hub.push import write_model_card
 from ..training import BalanceLossMixin, KeepCloseMixin
 from ..training.callback import MoICECallback
-from ..training.data import Collator, DataArguments, load_examples, plain_text, read_text
+from ..training.data import DataArguments, load_examples, make_collator, plain_text, read_text
 from ..training.keep_close import check_enough_text, text_ids
 from ..tuner.config import MoICEConfig
 from .interrupts import StopOnSignal
-from .models import Dtype
+from .models import Dtype, check_folder, load_tokenizer
+from .pace import TellPace
 from .parsing import Outcome, Parser, UsageError, output_folder
 from .presets import PRESETS
 
@@ -31,20 +47,20 @@ logger = logging.getLogger(__name__)
 SUMMARY = "train routers, and nothing else, on chats, prompts with answers, text, or questions about your documents"
 
 _EPILOG = """formats (--data_format; auto tells them by their columns, and takes .txt and .md for text)
-  messages       {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}
-  sharegpt       {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}
-  prompt_answer  {"prompt": ..., "answer": ...}; "completion" or "response" in place of "answer"
-  alpaca         {"instruction": ..., "input": ..., "output": ...}
-  text           plain text, learned whole, in sequences of --max_length tokens
-  documents      plain text that retrieval questions are made of: "repeat the sentence that starts with ..."
-  Files are JSON lines, a JSON array (both also .gz) or parquet. OWNER/NAME[:SPLIT] is a data set of the Hub.
+  messages         {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}
+  sharegpt         {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}
+  prompt_answer    {"prompt": ..., "answer": ...}; "completion" or "response" in place of "answer"
+  question_answer  {"question": ..., "context": ..., "answers": ...}; context and answers may be lists
+  alpaca           {"instruction": ..., "input": ..., "output": ...}
+  text             plain text, learned whole, in sequences of --max_length tokens
+  documents        plain text that retrieval questions are made of: "repeat the sentence that starts with ..."
+  Files are JSON lines, a JSON array, CSV (all also .gz) or parquet. OWNER/NAME[:SPLIT] is a data set of the Hub.
 presets (--preset; any argument overrides them)
   retrieval      documents, 40 steps; five angles, start at the base model, rate 5e-2, KL to the base model of weight 2
   chats          the same routers on any chats, one epoch; the KL is taken on what users say in them
   paper          the released recipe for 7B models: 128 sequences a step, 7 steps, rate 1e-4; hardly moves small models
-Every argument of transformers' TrainingArguments is one: --max_steps, --num_train_epochs, --learning_rate, --bf16,
---per_device_train_batch_size, --gradient_accumulation_steps, --save_steps, --report_to, --push_to_hub, ...; --help_all
-lists them. --resume_from_checkpoint last goes on from the last checkpoint in --output_dir. Ctrl-C loses nothing.
+Every argument of transformers' TrainingArguments is one (--max_steps, --learning_rate, ...; --help_all lists them).
+--resume_from_checkpoint last goes on from the last checkpoint in --output_dir. Ctrl-C loses nothing.
 examples
   peft-moice train --preset chats --model HuggingFaceTB/SmolLM2-135M-Instruct --train_files chats.jsonl
   accelerate launch -m peft_moice train --preset paper --model meta-llama/Llama-2-7b-chat-hf --train_files my.jsonl"""
@@ -79,6 +95,7 @@ class Arguments:
     )
     dtype: Dtype = field(default="auto", metadata={"help": "Of the base model: auto, float32, bfloat16, float16."})
     attn_implementation: str | None = field(default=None, metadata={"help": "Of the base model. Default: its own."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace the adapter and checkpoints in --output_dir."})
 
 
 @dataclass
@@ -113,7 +130,15 @@ def parse(argv: Sequence[str]) -> TrainArguments:
     if "--help_all" in argv:
         parser.print_help()
         raise SystemExit(0)
-    ours, data, trainer = parser.parse(argv)
+    try:
+        ours, data, trainer = parser.parse(argv)
+    except ValueError as error:
+        if known.preset != "paper" or "bf16" not in str(error):
+            raise
+        raise UsageError(
+            "--preset paper computes in bfloat16 on an accelerator, and there is none. --use_cpu runs it on the CPU, "
+            "where a step of 128 long sequences is slow; --preset retrieval and --preset chats are for small models."
+        ) from None
     if ours.sequences_per_step is not None:
         per_pass = trainer.train_batch_size * trainer.world_size
         if trainer.gradient_accumulation_steps != 1 or ours.sequences_per_step % per_pass:
@@ -138,7 +163,9 @@ def run(args: TrainArguments) -> Outcome:
         )
     set_seed(training.seed)
     config = make_config(ours)
-    tokenizer = AutoTokenizer.from_pretrained(ours.model)
+    check_folder(ours.model, "--model", CONFIG_NAME, ADAPTER_CONFIG_NAME)
+    checkpoint = checkpoint_of(args)
+    tokenizer = load_tokenizer(ours.model)
     if data.chat_template is not None:
         tokenizer.chat_template = read_text(data.chat_template)
     # Whatever is wrong with the data shows before a large model is loaded.
@@ -146,10 +173,7 @@ def run(args: TrainArguments) -> Outcome:
     train_examples = load_examples(data.train_files, tokenizer, data, training.seed, quiet)
     eval_examples = load_examples(data.eval_files, tokenizer, data, training.seed + 1, quiet)
     keep_ids = ordinary_text(args, tokenizer)
-    output_folder(str(training.output_dir))
-    checkpoint = training.resume_from_checkpoint
-    if checkpoint == "last":
-        checkpoint = last_checkpoint(str(training.output_dir))
+    folder = output_folder(str(training.output_dir))
     model = AutoModelForCausalLM.from_pretrained(
         ours.model, dtype=ours.dtype, attn_implementation=ours.attn_implementation
     )
@@ -159,7 +183,7 @@ def run(args: TrainArguments) -> Outcome:
             f"({model.name_or_path}); merge LoRA into it first. --resume_from_checkpoint goes on with a training."
         )
     adapted = get_peft_model(model, config)
-    if checkpoint is not None and Path(checkpoint, CONFIG_NAME).is_file():
+    if checkpoint is not None and Path(checkpoint, ADAPTER_CONFIG_NAME).is_file():
         check_same_routers(checkpoint, config)
     try:
         trainer = RouterTrainer(
@@ -171,14 +195,40 @@ def run(args: TrainArguments) -> Outcome:
             args=training,
             train_dataset=train_examples,
             eval_dataset=eval_examples or None,
-            data_collator=Collator(tokenizer),
+            data_collator=make_collator(tokenizer, data.packing),
             processing_class=tokenizer,
         )
     except RuntimeError as error:
         if "to be installed" not in str(error):
             raise
         raise UsageError(f"--report_to {' '.join(training.report_to or [])}: {error}") from error
+    if checkpoint is None and training.process_index == 0:
+        for obsolete in sort_checkpoints(str(folder)):
+            shutil.rmtree(obsolete)
     return train(trainer, checkpoint)
+
+
+def checkpoint_of(args: TrainArguments) -> str | None:
+    """Where to resume from; None to train from the start.
+
+    Raises:
+        UsageError: there is no checkpoint, or a new training would mix with what another has left.
+    """
+    folder, checkpoint = str(args.trainer.output_dir), args.trainer.resume_from_checkpoint
+    if checkpoint == "last":
+        checkpoint = last_checkpoint(folder)
+        if checkpoint is None:
+            raise UsageError(
+                f"--resume_from_checkpoint last: there is no checkpoint in {folder}. Leave it out to train anew."
+            )
+    if checkpoint is None and not args.ours.overwrite:
+        left = [Path(folder, ADAPTER_CONFIG_NAME), *map(Path, sort_checkpoints(folder))]
+        if found := [path.name for path in left if path.exists()]:
+            raise UsageError(
+                f"--output_dir {folder} holds {', '.join(found)} of another training. Name another folder; "
+                "--resume_from_checkpoint last goes on from its last checkpoint; --overwrite replaces all of them."
+            )
+    return checkpoint
 
 
 def last_checkpoint(folder: str) -> str | None:
@@ -228,7 +278,7 @@ def ordinary_text(args: TrainArguments, tokenizer: Any) -> torch.Tensor | None:
     if args.ours.keep_weight == 0:
         return None
     files = args.ours.keep_files
-    text = plain_text(files) if files else plain_text(args.data.train_files, args.data.data_format)
+    text = plain_text(files) if files else plain_text(args.data.train_files, args.data.data_format, args.data.columns)
     ids = text_ids(text, tokenizer)
     try:
         check_enough_text(ids, args.ours.keep_weight, args.ours.keep_tokens)
@@ -242,26 +292,69 @@ def train(trainer: "RouterTrainer", checkpoint: str | None) -> Outcome:
     stop = StopOnSignal(trainer)
     trainer.add_callback(MoICECallback(trainer))
     trainer.add_callback(stop)
+    trainer.add_callback(RaiseIfDone())
+    rows: Any = trainer.train_dataset
+    trainer.add_callback(TellPace(sum(map(len, rows)), sum(len(part["input_ids"]) for row in rows for part in row)))
     interrupted = False
-    with stop.listening():
-        try:
-            trainer.train(resume_from_checkpoint=checkpoint)
-        except KeyboardInterrupt:
-            interrupted = True
-    interrupted = interrupted or stop.stopped
-    if trainer.eval_dataset is not None and not interrupted:
-        adapted: Any = trainer.model
-        with adapted.disable_adapter():
-            base = trainer.evaluate(metric_key_prefix="eval_base")["eval_base_loss"]
-        trainer.losses = [{"model": "base", "loss": base}, {"model": "MoICE", "loss": trainer.evaluate()["eval_loss"]}]
-    trainer.save_model()
-    trainer.create_model_card()
-    if not trainer.is_world_process_zero():
-        return Outcome("", None, interrupted)
+    with telling_of_a_full_disk(trainer):
+        with stop.listening():
+            try:
+                trainer.train(resume_from_checkpoint=checkpoint)
+            except KeyboardInterrupt:
+                interrupted = True
+            except NothingToDo:
+                return _outcome(trainer, interrupted=False, is_done_before=True)
+        interrupted = interrupted or stop.stopped
+        if trainer.eval_dataset is not None and not interrupted:
+            adapted: Any = trainer.model
+            with adapted.disable_adapter():
+                base = trainer.evaluate(metric_key_prefix="eval_base")["eval_base_loss"]
+            moice = trainer.evaluate()["eval_loss"]
+            trainer.losses = [{"model": "base", "loss": base}, {"model": "MoICE", "loss": moice}]
+        trainer.save_model()
+        trainer.create_model_card()
     return _outcome(trainer, interrupted)
 
 
-def _outcome(trainer: "RouterTrainer", interrupted: bool) -> Outcome:
+@contextmanager
+def telling_of_a_full_disk(trainer: Trainer) -> Iterator[None]:
+    """Raise a UsageError for what Python, PyTorch and safetensors raise where a file cannot be written whole."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if not is_full and not re.search(
+            r"unexpected pos|iostream error|PytorchStreamWriter|os error (28|122|27)\b", str(error)
+        ):
+            raise
+        for callback in trainer.callback_handler.callbacks:
+            if getattr(callback, "training_bar", None) is not None:
+                callback.training_bar.close()
+        folder = str(trainer.args.output_dir)
+        whole = last_checkpoint(folder)
+        raise UsageError(
+            f"the disk of {folder} is full, or a quota used up ({error}). Make room, then "
+            + (f"--resume_from_checkpoint last goes on from {whole}." if whole else "train again with --overwrite.")
+        ) from error
+
+
+class NothingToDo(Exception):
+    """A training that is resumed has done all of its steps."""
+
+
+class RaiseIfDone(TrainerCallback):
+    """Raises NothingToDo, because Trainer would do one step more."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step >= state.max_steps:
+            raise NothingToDo
+
+
+def _outcome(trainer: "RouterTrainer", interrupted: bool, is_done_before: bool = False) -> Outcome:
+    if not trainer.is_world_process_zero():
+        return Outcome("", None, interrupted)
     folder, step = trainer.args.output_dir, trainer.state.global_step
     file = Path(str(folder), SAFETENSORS_WEIGHTS_NAME)
     if file.is_file() and not all(weight.isfinite().all() for weight in load_file(file).values()):
@@ -283,6 +376,10 @@ def _outcome(trainer: "RouterTrainer", interrupted: bool) -> Outcome:
     if trainer.losses:
         lines.append(
             "Loss on --eval_files: " + ", ".join(f"{row['model']} {row['loss']:.4g}" for row in trainer.losses)
+        )
+    if is_done_before:
+        lines.append(
+            "There was nothing to do: all steps were done before. More --max_steps or --num_train_epochs go on."
         )
     if interrupted:
         lines.append("Interrupted: the same command with --resume_from_checkpoint last goes on.")

@@ -4,24 +4,22 @@ A task draws questions, [`evaluate`] asks a model, a [`Result`] holds scores and
 language model of transformers, adapted or not.
 """
 
-from .exams import Exam
+from typing import NoReturn
+
 from .facts import EncodedChat, FactList, Facts, encode_chat, sample_facts
 from .gates import gates_along
 from .grid import evaluate
 from .intervals import bootstrap_interval, wilson_interval
 from .key_values import KeyValues
-from .losses import PositionLosses, losses_by_position
+from .losses import PositionLosses, losses_by_position, perplexity
 from .multi_document import MultiDocument
 from .needles import Needles
-from .perplexity import perplexities, perplexity
 from .result import Result, Score
-from .sweep import PositionSweep, position_sweep
 from .task import POSITIONS, Example, Task
 
 __all__ = [
     "POSITIONS",
     "EncodedChat",
-    "Exam",
     "Example",
     "FactList",
     "Facts",
@@ -29,7 +27,6 @@ __all__ = [
     "MultiDocument",
     "Needles",
     "PositionLosses",
-    "PositionSweep",
     "Result",
     "Score",
     "Task",
@@ -38,9 +35,20 @@ __all__ = [
     "evaluate",
     "gates_along",
     "losses_by_position",
-    "perplexities",
     "perplexity",
-    "position_sweep",
     "sample_facts",
     "wilson_interval",
 ]
+
+_GONE = {
+    "position_sweep": "Call `evaluate(model, tokenizer, Facts(), lengths=[num_facts], num_groups=num_lists)`.",
+    "PositionSweep": "`evaluate` returns a `Result`, which has the same means and intervals.",
+    "perplexities": "Call `perplexity` once for each `chunk_length`.",
+    "Exam": "A task is a class with `name`, `unit`, `scoring` and `draw`; examples/research/exams.py has this one.",
+}
+
+
+def __getattr__(name: str) -> NoReturn:
+    if name in _GONE:
+        raise ImportError(f"`{__name__}.{name}` is no longer here. {_GONE[name]}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -39,8 +39,8 @@ def attention_waveform(head_dim: int, rope_theta: float, context_length: int) ->
             f"`rope_theta` has to be positive and finite, and `context_length` at least 3, not {rope_theta} and "
             f"{context_length}."
         )
-    frequencies = rope_theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angles = torch.arange(context_length, dtype=torch.float64)[:, None] * frequencies
+    frequencies = rope_theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
+    angles = torch.arange(context_length, dtype=torch.float64, device="cpu")[:, None] * frequencies
     partial_sums = torch.polar(torch.ones_like(angles), angles).cumsum(dim=-1)
     waveform = partial_sums.abs().mean(dim=-1)
     return waveform / waveform[0]
@@ -224,4 +224,5 @@ def score_angles(
                 losses.append([float(loss) for loss in losses_of(adapted)])
         finally:
             adapted.unload()
-    return AngleScores(tuple(multiple * own[0] for multiple in multipliers), torch.tensor(losses, dtype=torch.float64))
+    scores = torch.tensor(losses, dtype=torch.float64, device="cpu")
+    return AngleScores(tuple(multiple * own[0] for multiple in multipliers), scores)

@@ -78,7 +78,7 @@ def explain(model: Any, tokenizer: PreTrainedTokenizerBase, text: str) -> Explan
     """
     if not isinstance(text, str):
         raise TypeError(f"`text` is a {type(text).__name__}, but has to be one string. Explain texts one by one.")
-    input_ids = torch.tensor(tokenizer(text)["input_ids"], dtype=torch.long)
+    input_ids = torch.tensor(tokenizer(text)["input_ids"], dtype=torch.long, device="cpu")
     if not len(input_ids):
         raise ValueError(f"The text {text!r} has no tokens. Give a longer one.")
     passed = records_along(model, input_ids)
@@ -110,4 +110,5 @@ def _in_columns_of(rope_bases: tuple[float, ...], layer: MixesAngles, record: Ro
     """The gates `[H, S, N]` of one router over all base angles of its layer."""
     columns = [rope_bases.index(base) for base in record.share.spec.bases_of(layer.rope.layer_type)]
     gates = record.gates[0].float().cpu()
-    return gates.new_zeros(*gates.shape[:-1], len(rope_bases)).index_add(-1, torch.tensor(columns), gates)
+    index = torch.tensor(columns, device=gates.device)
+    return gates.new_zeros(*gates.shape[:-1], len(rope_bases)).index_add(-1, index, gates)

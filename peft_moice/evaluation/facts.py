@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .encoding import apply_template, check_fast
+from ..training.data.sequences import check_fast, encode_marked, render_chat
 from .task import Example, Scoring, place
 
 NAMES = """
@@ -121,24 +121,14 @@ def encode_chat(tokenizer: Any, facts: FactList, asked: list[int]) -> EncodedCha
         question = _question(facts.names[index])
         messages.append({"role": "user", "content": question if turn else f"{facts}\n\n{question}"})
         messages.append({"role": "assistant", "content": _fact(facts.names[index], facts.codes[index])})
-    has_template = bool(tokenizer.chat_template)
-    if has_template:
-        text = apply_template(tokenizer, messages)
-    else:
-        text = "\n".join(message["content"] for message in messages)
-    encoded = tokenizer(text, add_special_tokens=not has_template, return_offsets_mapping=True)
-
+    text = render_chat(tokenizer, messages)
     spans, end = [], 0
     for index in asked:
         question = _question(facts.names[index])
         start = text.index(facts.codes[index], text.index(question, end) + len(question))
         end = start + len(facts.codes[index])
         spans.append((start, end))
-    is_answer = [
-        any(start < token_end and token_start < end for start, end in spans)
-        for token_start, token_end in encoded["offset_mapping"]
-    ]
-    return EncodedChat(encoded["input_ids"], is_answer)
+    return EncodedChat(*encode_marked(tokenizer, text, spans))
 
 
 def _complete(stem: int, split: Split, rng: random.Random) -> str:

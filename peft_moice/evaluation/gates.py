@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ..probing.evaluating import evaluating
+from ..probing.evaluation_mode import evaluating
 from ..routing.mixture import MixesAngles, RouterRecord
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..probing.evaluating import evaluating
+from ..probing.evaluation_mode import evaluating
 from .encoding import EncodedExample, encode_example
 from .reader import Reader
 from .result import Result, Score

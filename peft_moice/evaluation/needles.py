@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
-from .encoding import check_fast
+from ..training.data.sequences import check_fast
 from .task import Example, Scoring
 
 Kind = Literal["single", "keys", "values", "variables"]

@@ -6,7 +6,7 @@ ImportError where matplotlib is not installed and ValueError where there is noth
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
 
@@ -27,18 +27,6 @@ _BUCKETS = 240
 
 Curve = tuple[Sequence[float], Sequence[tuple[float, float]]]
 """Values by position, and their intervals."""
-
-
-class AccuracyByPosition(Protocol):
-    """What [`plot_position_sweeps`] draws, such as `evaluation.PositionSweep`."""
-
-    @property
-    def positions(self) -> Sequence[float]: ...
-
-    @property
-    def accuracy(self) -> Sequence[float]: ...
-
-    def intervals(self, confidence: float = 0.95) -> Sequence[tuple[float, float]]: ...
 
 
 class LossByPosition(Protocol):
@@ -107,28 +95,6 @@ def plot_positions(
     return figure
 
 
-def plot_position_sweeps(
-    panels: Mapping[str, Mapping[str, AccuracyByPosition]], *, confidence: float = 0.95, title: str = ""
-) -> "Figure":
-    """Draw accuracy against the position of the asked fact, one curve per model, with Wilson intervals as bars.
-
-    Args:
-        panels: for each panel's title, the sweeps to draw in it by the names of their curves. All have the same
-            positions.
-        confidence: of the intervals, in (0, 1). Default: 0.95.
-        title: of the picture; name the model in it, unless the curves do.
-    """
-    curves = {
-        title: {name: (sweep.accuracy, sweep.intervals(confidence)) for name, sweep in sweeps.items()}
-        for title, sweeps in panels.items()
-    }
-    asked = {tuple(sweep.positions) for sweeps in panels.values() for sweep in sweeps.values()}
-    if len(asked) > 1:
-        raise ValueError(f"The sweeps asked at different positions: {sorted(asked)}. Measure all at the same.")
-    positions = asked.pop() if asked else ()
-    return plot_positions(curves, positions, confidence=confidence, title=title)
-
-
 def plot_heat_map(
     table: Sequence[Sequence[float]],
     lengths: Sequence[int],
@@ -162,47 +128,6 @@ def plot_heat_map(
     axis.set_ylabel(unit)
     axis.set_title(title, fontsize=10)
     figure.colorbar(image, ax=axis, label="right answers")
-    return figure
-
-
-def plot_tradeoff(
-    curves: Mapping[str, Sequence[tuple[float, float]]],
-    base: tuple[float, float],
-    *,
-    repair: str,
-    damage: str = "perplexity of ordinary text, change",
-    title: str = "",
-) -> "Figure":
-    """Draw what methods repair against what they damage, one curve per method over its settings.
-
-    Args:
-        curves: for each method, points (damage, repair), in the order in which they are joined; at most 14 methods.
-        base: the base model's point.
-        repair: label of the vertical axis, on which higher is better.
-        damage: label of the horizontal axis, in shares.
-        title: of the picture; name the model in it.
-    """
-    figure_class = _figure_class()
-    from matplotlib.ticker import PercentFormatter
-
-    if not curves or not all(curves.values()):
-        raise ValueError("There is nothing to draw; give at least one method, with one point.")
-    names = _distinct(curves, most=2 * len(_COLORS))
-    figure = figure_class(figsize=(1.7 * _PANEL[0], 1.2 * _PANEL[1]), layout="constrained")
-    axis = figure.subplots()
-    for style, name in enumerate(names):
-        across, up = zip(*curves[name], strict=True)
-        again, color = divmod(style, len(_COLORS))
-        # Colours come a second time with other markers.
-        marker = _MARKERS[(color + 3 * again) % len(_MARKERS)]
-        axis.plot(across, up, color=_COLORS[color], marker=marker, linestyle=("-", "--")[again], label=name)
-    axis.plot(*base, color="black", marker="*", markersize=12, linestyle="none", label="base model")
-    axis.set_xlabel(damage)
-    axis.set_ylabel(repair)
-    axis.set_title(title, fontsize=10)
-    axis.xaxis.set_major_formatter(PercentFormatter(1.0))
-    axis.grid(alpha=0.3)
-    _legend_below(figure, [axis])
     return figure
 
 
@@ -272,45 +197,6 @@ def plot_gates(
     return figure
 
 
-def plot_choices(
-    gates: torch.Tensor, tokens: Sequence[str], *, names: Sequence[str] | None = None, title: str = ""
-) -> "Figure":
-    """Draw which expert each head chose at each token of a prompt: the one with the largest gate.
-
-    Args:
-        gates: `[H, S, N]`, gates of N experts at each of S tokens in H heads, such as `evaluation.gates_along` gives
-            for a layer. Where the own angle always has the largest, hand over the gates of the others (with the
-            identity start their absolute values).
-        tokens: the S tokens as text; every token is named where they are few, else some of them.
-        names: of the experts. Default: their numbers.
-        title: of the picture; name the model and the layer in it.
-    """
-    figure_class = _figure_class()
-    from matplotlib.colors import ListedColormap
-
-    if gates.dim() != 3 or len(tokens) != gates.shape[1] or not gates.numel():
-        raise ValueError(
-            f"`gates` has shape {tuple(gates.shape)} and there are {len(tokens)} tokens; give [heads, tokens, "
-            "experts]."
-        )
-    experts = gates.shape[2]
-    if experts > len(_COLORS):
-        raise ValueError(f"{experts} experts cannot be told apart; draw at most {len(_COLORS)}.")
-    names = _names_of(experts, names)
-    figure = figure_class(figsize=(9, 1.8 + 0.2 * len(gates)), layout="constrained")
-    axis = figure.subplots()
-    colors = ListedColormap(_COLORS[:experts])
-    chosen = gates.argmax(dim=-1).cpu().numpy()
-    axis.imshow(chosen, cmap=colors, vmin=-0.5, vmax=experts - 0.5, aspect="auto", interpolation="nearest")
-    axis.set_ylabel("head")
-    _name_tokens(axis, tokens)
-    axis.set_title(title, fontsize=10)
-    for color, name in zip(_COLORS, names, strict=False):
-        axis.plot([], [], color=color, marker="s", linestyle="none", label=name)
-    _legend_below(figure, [axis])
-    return figure
-
-
 def plot_losses(losses: Mapping[str, LossByPosition], *, title: str = "") -> "Figure":
     """Draw loss against position in running text, one curve per model, on a logarithmic axis of positions; and below,
     where there are several, how far each is from the first.
@@ -362,7 +248,7 @@ def plot_waveforms(head_dim: int, rope_bases: Sequence[float], context_length: i
         raise ValueError(f"`rope_bases` holds {len(rope_bases)} angles; draw 1 to {len(_COLORS)} in a picture.")
     waveforms = torch.stack([attention_waveform(head_dim, base, context_length) for base in rope_bases])
     # Means over buckets of equal width on the axis: finer waves would hide each other in solid bands.
-    edges = torch.unique(torch.logspace(0, math.log10(context_length), _BUCKETS + 1).round().long())
+    edges = torch.unique(torch.logspace(0, math.log10(context_length), _BUCKETS + 1, device="cpu").round().long())
     sizes = edges.diff().tolist()
     smooth = torch.stack([part.mean(dim=-1) for part in torch.split(waveforms[:, 1:], sizes, dim=-1)], dim=-1).numpy()
     distances = ((edges[:-1] + edges[1:] - 1) / 2).tolist()
@@ -412,11 +298,11 @@ def _name_tokens(axis: "Axes", tokens: Sequence[str]) -> None:
     axis.set_xlim(-0.5, len(tokens) - 0.5)
 
 
-def _distinct(names: Iterable[str], most: int = len(_COLORS)) -> list[str]:
+def _distinct(names: Iterable[str]) -> list[str]:
     """Names without repetitions."""
     names = list(dict.fromkeys(names))
-    if len(names) > most:
-        raise ValueError(f"{len(names)} curves cannot be told apart; draw at most {most} in a picture.")
+    if len(names) > len(_COLORS):
+        raise ValueError(f"{len(names)} curves cannot be told apart; draw at most {len(_COLORS)} in a picture.")
     return names
 
 
@@ -442,3 +328,16 @@ def _figure_class() -> type["Figure"]:
     except ImportError as error:
         raise ImportError("Plotting needs matplotlib: pip install 'peft_moice[plot]'.") from error
     return Figure
+
+
+_GONE = {
+    "plot_position_sweeps": "`Result.plot` draws what `evaluate` returns, and `plot_positions` other curves.",
+    "plot_tradeoff": "It is in examples/research/pictures.py.",
+    "plot_choices": "It is in examples/research/pictures.py.",
+}
+
+
+def __getattr__(name: str) -> NoReturn:
+    if name in _GONE:
+        raise ImportError(f"`{__name__}.{name}` is no longer here. {_GONE[name]}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

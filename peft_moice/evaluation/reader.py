@@ -13,8 +13,8 @@ from transformers.cache_utils import DynamicLayer
 class Reader:
     """A model with a cache that goes back to where two sequences part.
 
-    Models whose layers keep something else than keys and values (linear attention, ...) cannot go back, so they read
-    every sequence whole.
+    Models whose layers keep something else than keys and values (linear attention, ...), or prompts of virtual tokens,
+    cannot go back, so they read every sequence whole.
 
     Args:
         model: a causal language model of transformers.
@@ -24,7 +24,9 @@ class Reader:
         self.model = model
         self._keyword = cache_keyword(model)
         kinds = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
-        self._goes_back = all(isinstance(layer, DynamicLayer) for layer in kinds)
+        # PEFT puts virtual tokens before whatever is read, also behind a cache.
+        has_virtual_tokens = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+        self._goes_back = all(isinstance(layer, DynamicLayer) for layer in kinds) and not has_virtual_tokens
         self._ids: list[int] = []
         self._cache: Any = None
 
@@ -106,7 +108,7 @@ class Reader:
         rests = [ids[shared:] for ids, _ in batch]
         longest = max(map(len, rests))
         # What stands behind a sequence changes nothing before it, so any token fills the rows up.
-        inputs = torch.tensor([[*rest, *[rest[-1]] * (longest - len(rest))] for rest in rests])
+        inputs = torch.tensor([[*rest, *[rest[-1]] * (longest - len(rest))] for rest in rests], device="cpu")
         output = self.model(input_ids=inputs.to(self.model.device), use_cache=True, **{self._keyword: cache})
         logits = [output.logits[row, : len(rest)] for row, rest in enumerate(rests)]
         return [part[first - 1 - shared :].float() for part, (_, first) in zip(logits, batch, strict=True)]

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import hypot
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -90,6 +91,11 @@ class Result:
         """Mean "score", "loss" or "tokens" of the questions that [`select`] gives."""
         return fmean(getattr(score, field) for score in self.select(length, position))
 
+    def gap(self, length: int | None = None) -> float:
+        """Mean score at the best position minus that at the worst, 0 to 1; 0 where positions are not known."""
+        scores = [self.mean("score", length, position) for position in self._columns]
+        return max(scores) - min(scores)
+
     def interval(
         self,
         field: str = "score",
@@ -115,6 +121,33 @@ class Result:
         if field == "score" and (independent or len(set(means)) == 1):
             return wilson_interval(fmean(means) * len(means), len(means), confidence)
         return bootstrap_interval(groups, confidence)
+
+    def difference(self, before: "Result", confidence: float = 0.95) -> tuple[float, tuple[float, float]]:
+        """How much higher the mean score is than that of `before`, another model's on the same questions, and an
+        interval that covers the true value with probability `confidence`, in (0, 1).
+
+        A bootstrap over draws of the differences. Where all draws have the same, it would have no width, and the
+        interval is Newcombe's (Statistics in Medicine 1998) from those of both means, which knows of no pairs.
+
+        Raises:
+            ValueError: other questions.
+        """
+        questions, asked = ([(s.length, s.group, s.position) for s in result.scores] for result in (self, before))
+        if self.task != before.task or self.seed != before.seed or questions != asked or not asked:
+            raise ValueError(
+                f"{self.model} and {before.model} were not asked the same questions. Measure both with one task, "
+                "seed, `lengths`, `positions` and `num_groups`."
+            )
+        draws: dict[tuple[int, int], list[float]] = {}
+        for after, other in zip(self.scores, before.scores, strict=True):
+            draws.setdefault((after.length, after.group), []).append(after.score - other.score)
+        mean = self.mean() - before.mean()
+        if len({fmean(draw) for draw in draws.values()}) > 1:
+            return mean, bootstrap_interval(list(draws.values()), confidence)
+        (low, high), (low_before, high_before) = (result.interval(confidence=confidence) for result in (self, before))
+        below = hypot(self.mean() - low, high_before - before.mean())
+        above = hypot(high - self.mean(), before.mean() - low_before)
+        return mean, (mean - below, mean + above)
 
     def table(self, field: str = "score") -> list[list[float]]:
         """Means by length (rows) and position (columns)."""

@@ -8,18 +8,19 @@ import importlib.metadata
 import logging
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml  # type: ignore[import-untyped, unused-ignore]
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..files.atomic import write_text
-
-if TYPE_CHECKING:
-    from ..routing.spec import Bases, RouterSpec
+from ..rope.rules import RopeExpert, facts_of
+from ..routing.describing import router_facts
+from ..routing.spec import RouterSpec
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ PAPER = "https://arxiv.org/abs/2406.19598"
 UNNAMED_FOLDER = "path/to/this/folder"
 """What a snippet loads where nobody has said how others will find the folder."""
 
+_VERSION = "peft_moice_version"
 _BEGIN, _END = (
     "<!-- peft_moice: what stands up to the next such mark is written anew by saving -->",
     "<!-- peft_moice -->",
@@ -69,7 +71,7 @@ class CardPart:
         except (ValueError, yaml.YAMLError) as error:
             raise ValueError(f"The metadata of the model card cannot be read: {error}") from error
         own: Any = self.data
-        data = {**own.to_dict(), **existing.data.to_dict()}
+        data = {**own.to_dict(), **existing.data.to_dict(), _VERSION: _own_version()}
         if self.data.base_model or _is_local(data.get("base_model")):
             data["base_model"] = self.data.base_model
         theirs = existing.data.tags or []
@@ -92,6 +94,14 @@ class CardPart:
 
 
 _ADAPTER_OF = "base_model:adapter:"
+_WHAT_ROUTERS_DO = (
+    f"[MoICE]({PAPER}) lets every attention head mix several rotary base angles, chosen per token by a small router, "
+    "so that the model uses all of a long context."
+)
+_WHAT_ROPES_DO = (
+    "Queries have ropes by their positions, and keys by their distances, so that the model reads longer texts and is "
+    "unchanged where the first rule gives its own rope."
+)
 
 
 def put_card(folder: Path, part: CardPart) -> None:
@@ -105,8 +115,9 @@ def put_card(folder: Path, part: CardPart) -> None:
 
 
 def adapter_part(
-    specs: Sequence["RouterSpec"],
+    specs: Sequence[RouterSpec],
     *,
+    ropes: Sequence[RopeExpert] = (),
     base_model: str | None,
     is_causal_lm: bool,
     source: str = UNNAMED_FOLDER,
@@ -116,6 +127,7 @@ def adapter_part(
 
     Args:
         specs: its routers.
+        ropes: its ropes by position. Default: none.
         base_model: Hub id of the base model, if it has one.
         is_causal_lm: whether it was made for a causal language model.
         source: what the snippet loads. Default: a placeholder.
@@ -135,17 +147,17 @@ def adapter_part(
             "base_model = ...  # the model that the adapter was trained on\n"
             f"model = PeftModel.from_pretrained(base_model, {python_string(source)})\n"
         )
-    facts = _facts(specs)
-    if parameters is not None:
+    facts = router_facts(specs) | facts_of(ropes)
+    if parameters:
         facts["Router parameters"] = f"{parameters:,}"
     tags = [*TAGS, *([_ADAPTER_OF + base_model] if base_model else [])]
     return CardPart(
         _metadata("peft", base_model, tags, is_causal_lm),
-        f"MoICE routers{_for(base_model)}",
+        f"{'MoICE routers' if specs else 'A longer window'}{_for(base_model)}",
         _sections(
-            f"[MoICE]({PAPER}) lets every attention head mix several rotary base angles, chosen per token by a small "
-            "router, so that the model uses all of a long context. This adapter holds the routers; the base model's "
-            "weights are unchanged.",
+            f"{_WHAT_ROUTERS_DO} This adapter holds the routers; the base model's weights are unchanged."
+            if specs
+            else f"{_WHAT_ROPES_DO} This adapter has no parameters.",
             load,
             f"## Adapter\n\n{_facts_table(facts)}",
         ),
@@ -153,8 +165,9 @@ def adapter_part(
 
 
 def merged_part(
-    specs: Sequence["RouterSpec"],
+    specs: Sequence[RouterSpec],
     *,
+    ropes: Sequence[RopeExpert] = (),
     base_model: str | None,
     auto_class: str,
     source: str = UNNAMED_FOLDER,
@@ -163,6 +176,7 @@ def merged_part(
 
     Args:
         specs: all kinds of routers in it.
+        ropes: its ropes by position. Default: none.
         base_model: Hub id of the model that they were built into, if it has one.
         auto_class: name of the auto class that loads it, such as "AutoModelForCausalLM".
         source: what the snippet loads. Default: a placeholder.
@@ -177,12 +191,13 @@ def merged_part(
         _metadata("transformers", base_model, list(TAGS), auto_class == "AutoModelForCausalLM"),
         f"MoICE model{_for(base_model)}",
         _sections(
-            f"[MoICE]({PAPER}) lets every attention head mix several rotary base angles, chosen per token by a small "
-            "router, so that the model uses all of a long context. This is a whole model with the routers built in.",
+            f"{_WHAT_ROUTERS_DO} This is a whole model with the routers built in."
+            if specs
+            else f"{_WHAT_ROPES_DO} This is a whole model.",
             load,
             "Where that import cannot be made, `trust_remote_code=True` makes it: it runs `configuration_moice.py` of "
             "this repository, which imports the installed package and contains nothing else.",
-            f"## Routers\n\n{_facts_table(_facts(specs))}",
+            f"## {'Routers' if specs else 'Ropes'}\n\n{_facts_table(router_facts(specs) | facts_of(ropes))}",
         ),
     )
 
@@ -232,7 +247,15 @@ def _in_literal(character: str) -> str:
 
 def _metadata(library: str, base_model: str | None, tags: list[str], is_causal_lm: bool) -> ModelCardData:
     pipeline_tag = "text-generation" if is_causal_lm else None
-    return ModelCardData(library_name=library, base_model=base_model or None, tags=tags, pipeline_tag=pipeline_tag)
+    data = ModelCardData(library_name=library, base_model=base_model or None, tags=tags, pipeline_tag=pipeline_tag)
+    data[_VERSION] = _own_version()
+    return data
+
+
+def _own_version() -> str:
+    # Not by an import: the package imports this module.
+    version: str = sys.modules["peft_moice"].__version__
+    return version
 
 
 def _with_metadata(data: ModelCardData, text: str) -> str:
@@ -244,40 +267,16 @@ def _for(base_model: str | None) -> str:
 
 
 def _sections(introduction: str, load: str, *further: str) -> str:
-    versions = {name: importlib.metadata.version(name) for name in ("peft", "transformers", "torch")}
+    versions = {"peft_moice": _own_version()}
+    versions |= {name: importlib.metadata.version(name) for name in ("peft", "transformers", "torch")}
     versions_table = table([{"package": name, "version": version} for name, version in versions.items()])
     use = f"## Use\n\n```python\n{load}```"
     return "\n\n".join([introduction, use, *further, f"## Versions\n\n{versions_table}"])
 
 
-def _facts(specs: Sequence["RouterSpec"]) -> dict[str, str]:
-    """What the table of routers says, in Markdown."""
-    facts: dict[str, str] = {}
-    for number, spec in enumerate(specs, start=1):
-        which = "" if len(specs) == 1 else f"Router {number} of {len(specs)}, share {spec.weight:g}: "
-        facts |= {f"{which}{name}": value for name, value in _router_facts(spec).items()}
-    return facts
-
-
-def _router_facts(spec: "RouterSpec") -> dict[str, str]:
-    first = next(iter(spec.rope_bases.values())) if isinstance(spec.rope_bases, dict) else spec.rope_bases
-    return {
-        "Base angles (`rope_theta`)": _angles(spec.rope_bases),
-        "Angles per head and token (`top_k`)": f"{spec.top_k} of {len(first)}",
-        "Routers": "one per head" if spec.router_scope == "head" else "one per layer, shared by its heads",
-        "Hidden size of a router": str(spec.router_dim),
-        "Identity scale": "one per head" if spec.identity else "none",
-    }
-
-
-def _angles(bases: "Bases") -> str:
-    if isinstance(bases, dict):
-        return "; ".join(f"{plain(layer_type)}: {_angles(values)}" for layer_type, values in bases.items())
-    return ", ".join(f"{base:.12g}" for base in bases)
-
-
 def _facts_table(facts: Mapping[str, str]) -> str:
-    return _table(["", "value"], [[name, value] for name, value in facts.items()])
+    # The names are ours, the values may quote names of layer types.
+    return _table(["", "value"], [[name, plain(value)] for name, value in facts.items()])
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

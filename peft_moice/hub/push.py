@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import unwrap_model
 
 from ..files.atomic import write_text
+from ..files.weights import read_json
 from ..routing.spec import PEFT_TYPE_NAME
 from .card import CARD_NAME, adapter_part, table, values_table
 
@@ -70,30 +71,29 @@ def push_to_hub(
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
+    said = {"repo_id": repo_id, "base_model": base_model, "recipe": recipe, "evaluation": evaluation}
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder, selected_adapters=[adapter_name])
-        # PEFT puts every adapter but "default" into a folder of its own; in a repository it stands at the top.
-        adapter_folder = Path(folder) if adapter_name == "default" else Path(folder, adapter_name)
-        base_model = _base_model_of(model, adapter_name, base_model)
-        if base_model is not None:
-            _rename_base_model(adapter_folder, base_model)
-        write_model_card(
-            model,
-            adapter_folder,
-            adapter_name=adapter_name,
-            repo_id=repo_id,
-            base_model=base_model,
-            recipe=recipe,
-            evaluation=evaluation,
-        )
         commit = api.upload_folder(
             repo_id=repo_id,
-            folder_path=adapter_folder,
+            folder_path=_save_for_others(model, Path(folder), adapter_name, said),
             commit_message=commit_message,
             revision=revision,
             create_pr=create_pr,
         )
     return commit.commit_url
+
+
+def _save_for_others(model: PeftModel, folder: Path, adapter_name: str, said: dict[str, Any]) -> Path:
+    """Write one adapter and its card, see [`write_model_card`] for what is `said` in it; returns where they are."""
+    model.save_pretrained(str(folder), selected_adapters=[adapter_name])
+    # PEFT puts every adapter but "default" into a folder of its own; in a repository it stands at the top.
+    adapter_folder = folder if adapter_name == "default" else folder / adapter_name
+    base_model = _base_model_of(model, adapter_name, said["base_model"])
+    if base_model is not None:
+        file = adapter_folder / CONFIG_NAME
+        write_text(file, json.dumps({**read_json(file), "base_model_name_or_path": base_model}, indent=2))
+    write_model_card(model, adapter_folder, adapter_name=adapter_name, **{**said, "base_model": base_model})
+    return adapter_folder
 
 
 def write_model_card(
@@ -133,6 +133,7 @@ def write_model_card(
     weights = [parameter for name, parameter in model.named_parameters() if f".moice_router.{adapter_name}." in name]
     part = adapter_part(
         config.router_specs(),
+        ropes=config.ropes_by_position(),
         base_model=base_model,
         is_causal_lm=config.task_type == TaskType.CAUSAL_LM,
         source=str(repo_id or folder),
@@ -199,9 +200,3 @@ def _base_model_of(model: PeftModel, adapter_name: str, base_model: str | None) 
         )
         return None
     return name or None
-
-
-def _rename_base_model(folder: Path, base_model: str) -> None:
-    file = folder / CONFIG_NAME
-    config = json.loads(file.read_text(encoding="utf-8"))
-    write_text(file, json.dumps({**config, "base_model_name_or_path": base_model}, indent=2))

@@ -66,7 +66,7 @@ def error_of(capture: Capture, deltas: torch.Tensor, layout: RotaryLayout) -> fl
 
     In units of the two coordinates that a rotation mixes, so that large ones elsewhere hide nothing.
     """
-    angles = torch.tensor(capture.positions, dtype=torch.float64)[:, None] * deltas
+    angles = torch.tensor(capture.positions, dtype=torch.float64, device="cpu")[:, None] * deltas
     quarter = torch.zeros_like(angles, dtype=torch.float32), torch.ones_like(angles, dtype=torch.float32)
 
     def error(own: torch.Tensor, rotated: torch.Tensor) -> float:

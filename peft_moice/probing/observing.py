@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .attention_modules import attention_module_names, decoder_of
 from .running import undisturbed
-from .targets import attention_module_names, decoder_of
 
 _NUM_TOKENS = 3
 _NUM_ENCODER_STATES = 5
@@ -79,10 +79,11 @@ def observe(model: nn.Module) -> dict[nn.Module, Observation]:
                     failure = failure or error
                 else:
                     return received
+        raise UnobservedError(f"{type(failure).__name__}: {failure}") from failure
     finally:
         for handle in handles:
             handle.remove()
-    raise UnobservedError(f"{type(failure).__name__}: {failure}") from failure
+        del failure  # whose traceback holds this frame, and so the model
 
 
 def _are_encoder_states(value: Any) -> bool:

@@ -19,10 +19,10 @@ from ..attention.interface import uses_attention_interface
 from ..rope import LayerRope, RotaryLayout
 from ..rope.frequencies import inverse_frequencies, original_length, rope_parameters, rotary_with_theta
 from ..rope.own_rotary import OwnRotary
+from .attention_modules import explain_target
 from .layouts import Capture, best_layout, error_of, explains
 from .observing import Observation, UnobservedError, observe
 from .running import UnsupportedLayerError, position_embeddings_of, run_up_to_attention
-from .targets import explain_target
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class LayerProbe:
         # Some families hand keys and values from layer to layer; one such hand-over per angle and set of positions.
         self._shared_keys: dict[tuple[float, tuple[int, ...]], dict[torch.dtype, dict[str, Any]]] = {}
         self._observations: dict[nn.Module, Observation] | None = None
-        self._failure: UnobservedError | None = None
+        self._why_unobserved: str | None = None
         # Whether attention modules of a class run without position embeddings too.
         self._optional: dict[type[nn.Module], bool] = {}
 
@@ -99,61 +99,53 @@ class LayerProbe:
             return LayerPlan(rope=None)
         if self._has_other_keys(module):
             return LayerPlan(rope=None, lacks=OTHER_KEYS)
-        rotary = found.module
-        layer_type = _layer_type(module, rotary)
-        parameters = rope_parameters(rotary.config, layer_type)
-        if parameters is None:
+        layer_type = _layer_type(module, found.module)
+        if rope_parameters(found.module.config, layer_type) is None:
             return LayerPlan(rope=None)
         _refuse_cache_without_layer(module)
-        disagreement = found.disagreement(layer_type)
-        if disagreement is not None:
-            raise UnsupportedLayerError(
-                f"{disagreement}, and MoICE has to know which the model was trained with. Load the model with the "
-                "right `rope_parameters` in its config, or build the rotary embedding anew from the config"
-            )
+        _refuse_other_frequencies(found, layer_type)
         self._refuse_other_embeddings(module, found, layer_type)
+        return self._plan_by_running(module, _ThetaPair(found, layer_type))
 
-        own_theta = float(parameters["rope_theta"])
-        other_theta = own_theta * _THETA_FACTOR
-        build = (type(rotary), rotary.config, layer_type)
-        own_frequencies, own_scaling = inverse_frequencies(*build, own_theta)
-        frequencies, scaling = inverse_frequencies(*build, other_theta)
-        if scaling != own_scaling:
-            raise UnsupportedLayerError("its attention scaling depends on rope_theta")
-
-        limit = original_length(rotary.config, layer_type)
+    def _plan_by_running(self, module: nn.Module, pair: "_ThetaPair") -> LayerPlan:
+        """What running `module` under both base angles of `pair` says of it."""
+        limit = pair.original_length
         positions = tuple(p for p in _POSITIONS if limit is None or p < limit)
-        thetas = (own_theta, other_theta)
-        capture = self._capture(module, found, build, thetas, positions)
+        capture = self._capture(module, pair, positions)
         query, _ = capture.pairs[0]
         plan = LayerPlan(None, num_heads=query.shape[1], head_dim=query.shape[-1])
         if capture.is_unchanged():
             return plan
-
-        deltas = frequencies - own_frequencies
-        best = best_layout(capture, deltas)
+        best = best_layout(capture, pair.deltas())
         if best is None:
             raise UnsupportedLayerError(
                 "its queries and keys under another rope_theta are not a rotation of those under its own, so "
                 "something other than a rotation acts on them after the rotary embedding"
             )
         layout, direction = best
-        switch = None
-        if parameters.get("rope_type") == "longrope" and limit is not None:
-            # One more token, at a position that makes the long factors hold for all.
-            capture = self._capture(module, found, build, thetas, (*positions, limit))
-            capture.positions = positions
-            own_long, long = (inverse_frequencies(*build, theta, is_long=True)[0] for theta in thetas)
-            if explains(capture, error_of(capture, direction * (long - own_long), layout)):
-                switch = limit
-            elif not explains(capture, error_of(capture, direction * deltas, layout)):
-                raise UnsupportedLayerError(
-                    f"beyond its original length of {limit} tokens, its queries and keys under another rope_theta are "
-                    "rotated neither by the long nor by the short factors of its rope type 'longrope'"
-                )
-        rope_key = (id(rotary), layer_type, layout)
-        plan.rope = self._ropes.setdefault(rope_key, LayerRope(*build, layout, direction, switch, own=found))
+        switch = limit if limit is not None and self._changes_factors(module, pair, positions, best) else None
+        rope = LayerRope(*pair.build, layout, direction, switch, own=pair.found)
+        plan.rope = self._ropes.setdefault((id(pair.found.module), pair.layer_type, layout), rope)
         return plan
+
+    def _changes_factors(
+        self, module: nn.Module, pair: "_ThetaPair", positions: tuple[int, ...], best: tuple[RotaryLayout, int]
+    ) -> bool:
+        """Whether `module` rotates by the long factors of longrope once a token stands beyond the original length."""
+        if pair.parameters.get("rope_type") != "longrope" or pair.original_length is None:
+            return False
+        layout, direction = best
+        # One more token, at a position that makes the long factors hold for all.
+        capture = self._capture(module, pair, (*positions, pair.original_length))
+        capture.positions = positions
+        if explains(capture, error_of(capture, direction * pair.deltas(is_long=True), layout)):
+            return True
+        if explains(capture, error_of(capture, direction * pair.deltas(), layout)):
+            return False
+        raise UnsupportedLayerError(
+            f"beyond its original length of {pair.original_length} tokens, its queries and keys under another "
+            "rope_theta are rotated neither by the long nor by the short factors of its rope type 'longrope'"
+        )
 
     def find_rotary(self, name: str, rope_theta: float | None = None) -> OwnRotary | None:
         """The rotary embedding nearest to the module called `name`: inside it, or beside one of its ancestors.
@@ -206,7 +198,7 @@ class LayerProbe:
 
         Only modules that run without position embeddings raise the question.
         """
-        if any(holder is found.holder for holder in module.modules()):
+        if _lies_inside(found, module):
             return False
         return self._runs_without_embeddings(module, found) and self._observation(module).position_embeddings is None
 
@@ -245,7 +237,7 @@ class LayerProbe:
 
         Positions that reach the module are used as they are.
         """
-        if any(holder is found.holder for holder in module.modules()):
+        if _lies_inside(found, module):
             return
         # Running a model whose weights lie elsewhere takes too long where nothing depends on it.
         if self._observations is None and any(parameter.is_meta for parameter in self.model.parameters()):
@@ -272,42 +264,63 @@ class LayerProbe:
 
     def _observation(self, module: nn.Module) -> Observation:
         """What `module` receives when the model runs on three tokens."""
-        if self._observations is None and self._failure is None:
+        if self._why_unobserved is not None:
+            raise UnsupportedLayerError(self._why_unobserved)
+        if self._observations is None:
             try:
                 self._observations = observe(self.model)
             except UnobservedError as error:
-                self._failure = error
-        if self._failure is not None:
-            raise UnsupportedLayerError(
-                "what this layer receives depends on the model, and the model could not be run to see "
-                f"({self._failure})"
-            ) from self._failure.__cause__
-        observation = (self._observations or {}).get(module)
+                # Not the error itself, whose traceback holds the model.
+                self._why_unobserved = (
+                    f"what this layer receives depends on the model, and the model could not be run to see ({error})"
+                )
+                raise UnsupportedLayerError(self._why_unobserved) from error.__cause__
+        observation = self._observations.get(module)
         if observation is None:
             raise UnsupportedLayerError("what this layer receives depends on the model, and running it did not tell")
         return observation
 
-    def _capture(
-        self,
-        module: nn.Module,
-        found: OwnRotary,
-        build: tuple[type[nn.Module], object, str | None],
-        thetas: tuple[float, float],
-        positions: tuple[int, ...],
-    ) -> Capture:
-        """Queries and keys of tokens at `positions` under both of `thetas`."""
-        rotaries = [rotary_with_theta(*build, theta) for theta in thetas]
-        shared = [self._shared_keys.setdefault((theta, positions), {}) for theta in thetas]
-        own, rotated = run_up_to_attention(module, found, rotaries, build[2], positions, shared)
+    def _capture(self, module: nn.Module, pair: "_ThetaPair", positions: tuple[int, ...]) -> Capture:
+        """Queries and keys of tokens at `positions` under both base angles of `pair`."""
+        rotaries = [rotary_with_theta(*pair.build, theta) for theta in pair.thetas]
+        shared = [self._shared_keys.setdefault((theta, positions), {}) for theta in pair.thetas]
+        own, rotated = run_up_to_attention(module, pair.found, rotaries, pair.layer_type, positions, shared)
         return Capture(positions, list(zip(own, rotated, strict=True)))
 
 
+class _ThetaPair:
+    """A rotary embedding of the model under two base angles: its own, and another.
+
+    Raises:
+        UnsupportedLayerError: more than the inverse frequencies depends on the base angle.
+    """
+
+    def __init__(self, found: OwnRotary, layer_type: str | None):
+        rotary = found.module
+        self.found = found
+        self.layer_type = layer_type
+        self.build = (type(rotary), rotary.config, layer_type)
+        self.parameters = rope_parameters(rotary.config, layer_type)
+        self.original_length = original_length(rotary.config, layer_type)
+        own = float(self.parameters["rope_theta"])
+        self.thetas = (own, own * _THETA_FACTOR)
+        own_scaling, scaling = (inverse_frequencies(*self.build, theta)[1] for theta in self.thetas)
+        if scaling != own_scaling:
+            raise UnsupportedLayerError("its attention scaling depends on rope_theta")
+
+    def deltas(self, is_long: bool = False) -> torch.Tensor:
+        """Angles `[P]` per position that lead from the own base angle to the other."""
+        own, other = (inverse_frequencies(*self.build, theta, is_long)[0] for theta in self.thetas)
+        return other - own
+
+
 def _is_rotary(module: nn.Module) -> bool:
-    return _has_frequencies(module) and hasattr(module, "config")
+    return hasattr(module, "config") and _has_frequencies(module)
 
 
 def _has_frequencies(module: nn.Module) -> bool:
-    return any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False))
+    buffers = module._buffers
+    return bool(buffers) and any(name.endswith("inv_freq") and buffers[name] is not None for name in buffers)
 
 
 def _layer_type(module: nn.Module, rotary: nn.Module) -> str | None:
@@ -323,6 +336,21 @@ def _layer_type(module: nn.Module, rotary: nn.Module) -> str | None:
     if layer_type not in rope_parameters(rotary.config, None):
         raise UnsupportedLayerError(f"the model's config has no rope parameters for layers of type {layer_type!r}")
     return layer_type
+
+
+def _refuse_other_frequencies(found: OwnRotary, layer_type: str | None) -> None:
+    """Refuse a rotary embedding that rotates by other frequencies than its config gives."""
+    disagreement = found.disagreement(layer_type)
+    if disagreement is not None:
+        raise UnsupportedLayerError(
+            f"{disagreement}, and MoICE has to know which the model was trained with. Load the model with the "
+            "right `rope_parameters` in its config, or build the rotary embedding anew from the config"
+        )
+
+
+def _lies_inside(found: OwnRotary, module: nn.Module) -> bool:
+    """Whether the rotary embedding hangs on `module` or on a part of it."""
+    return found.holder in set(module.modules())
 
 
 def _refuse_cache_without_layer(module: nn.Module) -> None:

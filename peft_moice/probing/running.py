@@ -3,7 +3,7 @@
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import torch
@@ -20,8 +20,12 @@ class UnsupportedLayerError(ValueError):
     """An attention layer whose position encoding cannot be rotated to other base angles."""
 
 
-class QueryKeyCapture(Exception):
-    """Stands in for a mixture, and leaves the forward pass with the queries and keys it was given."""
+class _Captured(Exception):
+    """Leaves the forward pass once queries and keys are known."""
+
+
+class _QueryKeyCapture:
+    """Stands in for a mixture, keeps the queries and keys it was given, and leaves the forward pass."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -37,7 +41,7 @@ class QueryKeyCapture(Exception):
         **kwargs: Any,
     ) -> NoReturn:
         self.query, self.key, self.kwargs = query, key, kwargs
-        raise self
+        raise _Captured
 
 
 def run_up_to_attention(
@@ -64,29 +68,31 @@ def run_up_to_attention(
         UnsupportedLayerError: the module cannot be run on its own, or chooses keys by the name of the implementation.
     """
     with _on_real_weights(module) as runnable, undisturbed(runnable):
-        weights = _in_float32(runnable)
-        for replaced in ([weights] if weights else []) + [{}]:
-            try:
-                return [
-                    _run(runnable, replaced, found, rotary, layer_type, positions, keys)
-                    for rotary, keys in zip(rotaries, shared_keys, strict=True)
-                ]
-            except UnsupportedLayerError as error:
-                failure = error
-        raise failure
+
+        def run_with(weights: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+            captured = []
+            for rotary, keys in zip(rotaries, shared_keys, strict=True):
+                with _in_place_of(found, rotary):
+                    captured.append(_run(runnable, weights, rotary, layer_type, positions, keys))
+            return captured
+
+        in_float32 = _in_float32(runnable)
+        if in_float32:
+            with suppress(UnsupportedLayerError):
+                return run_with(in_float32)
+        return run_with({})
 
 
 @torch.enable_grad()
 def _run(
     module: nn.Module,
     weights: dict[str, torch.Tensor],
-    found: OwnRotary | None,
     rotary: nn.Module | None,
     layer_type: str | None,
     positions: tuple[int, ...],
     shared_keys: dict[torch.dtype, dict[str, Any]],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As [`run_up_to_attention`], with `weights` in place of the module's own."""
+    """As [`run_up_to_attention`] under `rotary`, which hangs in its place, with `weights` for the module's own."""
     weight = next((p for p in module.parameters() if p.is_floating_point() and not p.is_meta), None)
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     device = torch.device(device if device is not None else (weight.device if weight is not None else "cpu"))
@@ -109,7 +115,7 @@ def _run(
 
     intercept(module)
     try:
-        with _in_place_of(found, rotary), torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False):
             capture = _call(module, _with_uneven_vectors(module, weights), hidden_states, arguments)
     finally:
         restore(module)
@@ -122,27 +128,33 @@ def _run(
 
 def _call(
     module: nn.Module, weights: dict[str, torch.Tensor], hidden_states: torch.Tensor, arguments: dict[str, Any]
-) -> QueryKeyCapture:
-    capture = QueryKeyCapture()
+) -> _QueryKeyCapture:
+    capture = _QueryKeyCapture()
     length = hidden_states.shape[-2]
     future = torch.ones(length, length, dtype=torch.bool, device=hidden_states.device).triu(1)
     mask = torch.zeros(1, 1, length, length, device=hidden_states.device, dtype=hidden_states.dtype)
     failure = None
     # Most modules run without a mask; those that choose keys themselves need one; in others it is not a tensor.
-    for attention_mask in (None, mask.masked_fill(future, torch.finfo(mask.dtype).min)):
-        keywords = {"moice": capture, "attention_mask": attention_mask, **arguments}
-        try:
-            torch.func.functional_call(module, weights, (hidden_states,), keywords)
-        except QueryKeyCapture:
-            return capture
-        except Exception as error:
-            failure = failure or error
-        else:
-            raise UnsupportedLayerError("its attention function did not receive the keyword arguments of its forward")
-    raise UnsupportedLayerError(f"it could not be run on its own ({type(failure).__name__}: {failure})") from failure
+    try:
+        for attention_mask in (None, mask.masked_fill(future, torch.finfo(mask.dtype).min)):
+            keywords = {"moice": capture, "attention_mask": attention_mask, **arguments}
+            try:
+                torch.func.functional_call(module, weights, (hidden_states,), keywords)
+            except _Captured:
+                return capture
+            except Exception as error:
+                failure = failure or error
+            else:
+                raise UnsupportedLayerError(
+                    "its attention function did not receive the keyword arguments of its forward"
+                )
+        reason = f"it could not be run on its own ({type(failure).__name__}: {failure})"
+        raise UnsupportedLayerError(reason) from failure
+    finally:
+        del failure  # whose traceback holds this frame, and so the module
 
 
-def _refuse_own_key_selection(module: nn.Module, capture: QueryKeyCapture) -> None:
+def _refuse_own_key_selection(module: nn.Module, capture: _QueryKeyCapture) -> None:
     """Refuse sparse attention that reads the name of the attention implementation, which is ours."""
     selections = [
         name

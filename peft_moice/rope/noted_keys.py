@@ -224,7 +224,7 @@ class NotedKeys:
 
     def _lose(self, num_keys: int) -> None:
         """Note that keys were taken out or moved, so that the order of the `num_keys` keys says nothing."""
-        self._positions = torch.full((1, num_keys), torch.nan, dtype=torch.float64)
+        self._positions = torch.full((1, num_keys), torch.nan, dtype=torch.float64, device="cpu")
         self.num_keys, self._num_blank = num_keys, 0
         self.counted, self.continues, self.is_guess = 0, False, True
 

@@ -1,41 +1,47 @@
 """The rotary embedding module of a model, and whether it rotates by the frequencies that its config gives."""
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from .frequencies import inverse_frequencies, original_length, rope_parameters
+from .weak_module import WeakModule
 
 _RELATIVE_TOLERANCE = 1e-5
 
 
-@dataclass
 class OwnRotary:
     """A rotary embedding of the model and where it hangs, so that another one in its place is noticed.
 
     A deep copy of the model watches the copy's rotary embedding; what comes out of a pickle watches none.
 
-    Attributes:
-        holder: the module that it hangs on, or None after a pickle.
+    Args:
+        holder: the module that it hangs on, which is not kept alive. None where there is none to watch.
         attribute: its name there.
     """
 
-    holder: nn.Module | None
-    attribute: str
-    # Per layer type: the frequencies that were accepted, and the buffer and its version that they were read from.
-    _accepted: dict[str | None, torch.Tensor] = field(default_factory=dict, repr=False)
-    _seen: dict[str | None, tuple[torch.Tensor, int | None]] = field(default_factory=dict, repr=False)
-    # Likewise: the attribute of which module holds the frequencies.
-    _names: dict[str | None, tuple[nn.Module, str]] = field(default_factory=dict, repr=False)
+    def __init__(self, holder: nn.Module | None, attribute: str):
+        self.attribute = attribute
+        self._holder = WeakModule(holder)
+        # Per layer type: the frequencies that were accepted, and the buffer and its version that they were read from.
+        self._accepted: dict[str | None, torch.Tensor] = {}
+        self._seen: dict[str | None, tuple[torch.Tensor, int | None]] = {}
+        # Likewise: the attribute of which module holds the frequencies.
+        self._names: dict[str | None, tuple[WeakModule, str]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OwnRotary":
-        holder = memo.get(id(self.holder), self.holder)
-        return OwnRotary(holder, self.attribute, dict(self._accepted))
+        copied = OwnRotary(memo.get(id(self.holder), self.holder), self.attribute)
+        copied._accepted = dict(self._accepted)
+        return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "holder": None, "_seen": {}, "_names": {}}
+        return {**self.__dict__, "_holder": WeakModule(None), "_seen": {}, "_names": {}}
+
+    @property
+    def holder(self) -> nn.Module | None:
+        """The module that the rotary embedding hangs on, as long as the model is there."""
+        return self._holder()
 
     @property
     def module(self) -> nn.Module:
@@ -48,13 +54,13 @@ class OwnRotary:
 
         Reads no values while the same buffer lies there untouched. None where they agree, or cannot be known yet.
         """
-        if self.holder is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.holder is None:
             return None
         rotary = self.module
         known, name = self._names.get(layer_type, (None, ""))
-        if known is not rotary:
+        if known is None or known() is not rotary:
             name = _name_of_frequencies(rotary, layer_type)
-            self._names[layer_type] = (rotary, name)
+            self._names[layer_type] = (WeakModule(rotary), name)
         buffer: torch.Tensor = getattr(rotary, name)
         version = None if buffer.is_inference() else buffer._version
         seen, seen_version = self._seen.get(layer_type, (None, None))

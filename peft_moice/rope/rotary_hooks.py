@@ -9,6 +9,7 @@ from torch import nn
 
 from .given_positions import give_positions
 from .layer_rope import LayerRope
+from .weak_module import WeakModule
 
 
 def attach_rotary_hooks(model: nn.Module, ropes: Iterable[LayerRope], mixes: Callable[[nn.Module], bool]) -> None:
@@ -25,7 +26,7 @@ def attach_rotary_hooks(model: nn.Module, ropes: Iterable[LayerRope], mixes: Cal
         if (type(module), id(getattr(module, "config", None))) in rotaries:
             module.register_forward_hook(give_positions, with_kwargs=True)
             if "dynamic" in _rope_types(module).values():
-                module.register_forward_hook(functools.partial(_check_growth, model, mixes))
+                module.register_forward_hook(functools.partial(_check_growth, WeakModule(model), mixes))
 
 
 def detach_rotary_hooks(model: nn.Module) -> None:
@@ -45,14 +46,15 @@ def _rope_types(rotary: nn.Module) -> dict[str, Any]:
 
 
 def _check_growth(
-    model: nn.Module, mixes: Callable[[nn.Module], bool], rotary: nn.Module, args: tuple[Any, ...], output: Any
+    held: WeakModule, mixes: Callable[[nn.Module], bool], rotary: nn.Module, args: tuple[Any, ...], output: Any
 ) -> None:
     """Refuse angles of the rope type dynamic that have grown beyond the original length.
 
     Transformers notes the length that the angles are made for: a number at first, a tensor once they have grown.
     """
     names = [f"{prefix}max_seq_len_cached" for prefix in _rope_types(rotary)]
-    if any(isinstance(getattr(rotary, name, None), torch.Tensor) for name in names) and mixes(model):
+    has_grown = any(isinstance(getattr(rotary, name, None), torch.Tensor) for name in names)
+    if has_grown and (model := held()) is not None and mixes(model):
         raise ValueError(
             f"The angles of the rope type 'dynamic' have grown with a sequence beyond the model's original length of "
             f"{rotary.original_max_seq_len} tokens, and change with every token, while keys in the cache keep the old "

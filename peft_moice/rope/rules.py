@@ -95,6 +95,28 @@ def experts_of(rules: object) -> tuple[RopeExpert, ...]:
     return tuple(_expert(queries, groups[queries]) for queries in ordered)
 
 
+def rules_of(experts: Sequence[RopeExpert]) -> list[dict[str, Any]]:
+    """The rules that stand for `experts`, in JSON's types; the inverse of [`experts_of`]."""
+    rules = []
+    for expert in experts:
+        queries = {"query_positions": [expert.first, expert.end]}
+        if expert.far is None:
+            rules.append({**queries, **_in_json(expert.near)})
+            continue
+        for parameters, first, end in ((expert.near, 0, expert.start), (expert.far, expert.start, None)):
+            rules.append({**queries, "distances": [first, end], **_in_json(parameters)})
+    return rules
+
+
+def _in_json(parameters: Parameters) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in parameters}
+
+
+def facts_of(experts: Sequence[RopeExpert]) -> dict[str, str]:
+    """Names and values of a table about ropes by position."""
+    return {f"Rule {number}": expert.in_words() for number, expert in enumerate(experts, start=1)}
+
+
 def _expert(queries: tuple[int, int | None], parts: list[tuple[int, int | None, Parameters]]) -> RopeExpert:
     parts = sorted(parts, key=lambda part: part[0])
     starts, ends = [start for start, _, _ in parts], [end for _, end, _ in parts]

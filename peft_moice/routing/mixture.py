@@ -237,13 +237,11 @@ class MixesAngles(nn.Module):
         rope: the layer's rotary embedding.
         layer_idx: the layer's index in the model and in caches.
         recorder: receives the records of forward passes; None (default) where nobody asks for them.
-        was_called: whether a pass has called the module; noted until [`watch_first_pass`] has seen all of them.
     """
 
     rope: LayerRope
     layer_idx: int | None
     recorder: Recorder | None = None
-    was_called: bool = False
     _mixture: LayerMixture | None = None
 
     def shares(self) -> list[RouterShare]:

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..attention import MixtureCall, intercept
@@ -27,6 +26,7 @@ class BuiltInRouters(MixesAngles, nn.ModuleList):
         specs: what each of them is; `weight` is its share in this layer.
         rope: the module's rotary embedding.
         num_heads: H, its number of query heads.
+        head_dim: D, the size of a query.
         by_position: the ropes of queries by their positions. Default: None.
     """
 
@@ -36,11 +36,13 @@ class BuiltInRouters(MixesAngles, nn.ModuleList):
         specs: list[RouterSpec],
         rope: LayerRope,
         num_heads: int,
+        head_dim: int,
         by_position: RopesByPosition | None = None,
     ):
         super().__init__(routers)
         self.rope = rope
         self.num_heads = num_heads
+        self.head_dim = head_dim
         self.router_specs = specs
         self.ropes_by_position = by_position
         if routers:
@@ -91,6 +93,7 @@ def build_in(
     attention: nn.Module,
     rope: LayerRope,
     num_heads: int,
+    head_dim: int,
     shares: list[RouterShare],
     by_position: RopesByPosition | None = None,
 ) -> None:
@@ -105,9 +108,10 @@ def build_in(
         # Made anew, because a copy would take along what others have hooked onto the adapter's router. In float32
         # whatever the model's dtype, as PEFT keeps adapters, so that a reloaded model chooses the same experts.
         router = MoICERouter.from_spec(share.spec, rope.layer_type, num_heads, share.router.head_dim)
-        router.to(share.router.gate_proj.device, torch.float32).load_state_dict(share.router.state_dict())
+        weights = {name: weight.detach().float().clone() for name, weight in share.router.state_dict().items()}
+        router.load_state_dict(weights, assign=True)  # spread over processes where the adapter's are
         routers.append(router.requires_grad_(False))
-    BuiltInRouters(routers, specs, rope, num_heads, by_position).install(attention)
+    BuiltInRouters(routers, specs, rope, num_heads, head_dim, by_position).install(attention)
 
 
 def take_out(attention: nn.Module) -> None:

@@ -8,11 +8,13 @@ the base model.
 
 import copy
 import functools
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
+import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import modeling_auto
@@ -20,14 +22,20 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..attention import exchange_config, own_config
+from ..files.atomic import write_text
 from ..hub.card import shared_name
+from ..rope.rules import longest
 from ..routing.mixture import watch_positions
 from ..training import register_hooks, remove_hooks
 from .built_in import ROUTERS_NAME, BuiltInRouters
-from .described import check_loaded, describe_routers, install_described
-from .saving import auto_map, has_tokenizer, put_model_card, put_tokenizer, staged_model, write_stub
+from .description import describe_routers, read_description
+from .installing import install_described
+from .saving import WholeFolder, auto_map, put_model_card, write_stub
+from .sealing import sealed, unsealed
 
 MODEL_TYPE = "moice"
+_PREFIX = "MoICE"
+"""What stands before a class's name in that of its standalone models."""
 
 
 def make_standalone(model: PreTrainedModel) -> PreTrainedModel:
@@ -42,12 +50,21 @@ def make_standalone(model: PreTrainedModel) -> PreTrainedModel:
     config.__class__ = standalone_config_class(original_config)
     config.base_model_type = original_config.model_type
     config.moice = describe_routers(model)
+    _state_new_length(config)
     if original is type(model):
         config.base_model_name_or_path = shared_name(model.config.name_or_path)
     _exchange_config(model, model.config, config)
     model.__class__ = standalone_model_class(original)
     model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), ROUTERS_NAME}
     return model
+
+
+def _state_new_length(config: Any) -> None:
+    """Let a config say how long texts may be under its ropes by position."""
+    experts, text = read_description(config.moice).ropes, config.get_text_config(decoder=True)
+    end = longest(experts) if experts else None
+    if end is not None and end > text.max_position_embeddings:
+        text.max_position_embeddings = end
 
 
 def _exchange_config(model: PreTrainedModel, old: PreTrainedConfig, new: PreTrainedConfig) -> None:
@@ -92,6 +109,16 @@ def standalone_config_class(original: type[PreTrainedConfig]) -> type[PreTrained
             self.put_in_card(folder)
             super().save_pretrained(str(folder), *args, **kwargs)
 
+        def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
+            """Write the config so that no class without routers reads it, see `PreTrainedConfig`."""
+            fields = sealed(json.loads(self.to_json_string(use_diff)))
+            write_text(Path(json_file_path), json.dumps(fields, indent=2, sort_keys=True) + "\n")
+
+        @classmethod
+        def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+            """Make a config from fields as they are in a file, see `PreTrainedConfig`."""
+            return super().from_dict(unsealed(config_dict), **kwargs)
+
         def put_in_card(self, folder: str | os.PathLike[str]) -> None:
             """Say in the model card of `folder` what the model is."""
             put_model_card(Path(folder), self, _auto_class_of(self))
@@ -99,7 +126,7 @@ def standalone_config_class(original: type[PreTrainedConfig]) -> type[PreTrained
         def __reduce__(self) -> tuple[Any, ...]:
             return _new_instance, (standalone_config_class, original), self.__dict__
 
-    StandaloneConfig.__name__ = StandaloneConfig.__qualname__ = f"MoICE{original.__name__}"
+    StandaloneConfig.__name__ = StandaloneConfig.__qualname__ = f"{_PREFIX}{original.__name__}"
     for auto_class in _AUTO_CLASSES:
         if original in auto_class._model_mapping:
             found = auto_class._model_mapping[original]
@@ -113,6 +140,16 @@ def standalone_model_class(original: type[PreTrainedModel]) -> type[PreTrainedMo
     return _model_class(original, standalone_config_class(_config_class_of(original)))
 
 
+def __getattr__(name: str) -> type[PreTrainedModel] | type[PreTrainedConfig]:
+    # The classes made above by the names that adapters, pickles and servers know them by.
+    original = getattr(transformers, name.removeprefix(_PREFIX), None) if name.startswith(_PREFIX) else None
+    if isinstance(original, type) and issubclass(original, PreTrainedModel):
+        return standalone_model_class(original)
+    if isinstance(original, type) and issubclass(original, PreTrainedConfig):
+        return standalone_config_class(original)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def _config_class_of(model_class: type[PreTrainedModel]) -> type[PreTrainedConfig]:
     assert model_class.config_class is not None  # only abstract classes have none
     return model_class.config_class
@@ -120,7 +157,7 @@ def _config_class_of(model_class: type[PreTrainedModel]) -> type[PreTrainedConfi
 
 @_made_once
 def _model_class(original: type[PreTrainedModel], standalone_config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
-    class StandaloneModel(original):  # type: ignore[misc, valid-type]  # a base known at run time only
+    class StandaloneModel(WholeFolder, original):  # type: ignore[misc, valid-type]  # a base known at run time only
         original_class = original
         config_class = standalone_config
         _keep_in_fp32_modules_strict: ClassVar[set[str]] = {
@@ -136,43 +173,6 @@ def _model_class(original: type[PreTrainedModel], standalone_config: type[PreTra
                 remove_hooks(module)
             register_hooks(self)
             watch_positions(self)
-            from ..tuner.check import watch_first_pass
-
-            watch_first_pass(self)
-
-        def save_pretrained(
-            self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args: Any, **kwargs: Any
-        ) -> None:
-            """Write the model, its tokenizer if it is at hand, a stub and a card, see `PreTrainedModel`.
-
-            Until all is written, a model that was in the folder stays there as it was.
-
-            Raises:
-                OSError: the files cannot be written.
-            """
-            folder = Path(save_directory)
-            # All processes write parts of a distributed checkpoint into the same folder.
-            if not is_main_process or kwargs.get("distributed_checkpoint"):
-                super().save_pretrained(folder, is_main_process, *args, **kwargs)
-                return
-            folder.mkdir(parents=True, exist_ok=True)
-            if kwargs.get("push_to_hub"):
-                kwargs.setdefault("repo_id", folder.name)
-            with staged_model(folder, kwargs.get("variant")) as staging:
-                super().save_pretrained(staging, is_main_process, *args, **kwargs)
-                if not has_tokenizer(folder):
-                    put_tokenizer(staging, self.name_or_path)
-
-        @classmethod
-        def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-            """Read a model, see `PreTrainedModel`.
-
-            Raises:
-                ValueError: the files lack weights of the routers or of layers, or hold routers that are not finite.
-            """
-            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-            check_loaded(model, info)
-            return (model, info) if output_loading_info else model
 
         @classmethod
         def is_custom_code(cls) -> bool:
@@ -182,7 +182,7 @@ def _model_class(original: type[PreTrainedModel], standalone_config: type[PreTra
         def __reduce__(self) -> tuple[Any, ...]:
             return _new_instance, (standalone_model_class, original), self.__dict__
 
-    StandaloneModel.__name__ = StandaloneModel.__qualname__ = f"MoICE{original.__name__}"
+    StandaloneModel.__name__ = StandaloneModel.__qualname__ = f"{_PREFIX}{original.__name__}"
     # Families whose checkpoints differ from their modules (fused experts, ...) stay in their checkpoint format.
     for identifier in (original.__name__, _config_class_of(original).model_type):
         conversions = get_checkpoint_conversion_mapping(identifier)

@@ -7,13 +7,12 @@ puts the class there, in its own process only, and hands all arguments on.
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import transformers
 from transformers import AutoConfig
 
 import peft_moice  # noqa: F401  # tells `AutoConfig` about merged models
-from peft_moice.standalone.models import standalone_model_class
+from peft_moice.standalone import models
 from peft_moice.standalone.vllm.folder import check_merged, refuse_adapter
 
 _USAGE = "usage: python -m peft_moice.standalone.transformers_server FOLDER [OPTIONS of `transformers serve`]"
@@ -23,13 +22,13 @@ def add_model_class(source: str) -> None:
     """Put the class of the merged model at `source`, a folder or a name on the Hub, into the package `transformers`.
 
     Raises:
-        ValueError: it is not a merged model, or its files are damaged; says what to do.
+        ValueError, TypeError: it is not a merged model, or its files are damaged; says what to do.
         OSError: there is no model.
     """
     is_folder = os.path.isdir(source)
     if is_folder:
         refuse_adapter(Path(source))
-    config: Any = AutoConfig.from_pretrained(source)
+    config = AutoConfig.from_pretrained(source)
     if not hasattr(type(config), "original_class"):
         raise ValueError(
             f"{source} holds a plain {config.model_type!r} model, without MoICE routers. Serve it with `transformers "
@@ -37,14 +36,14 @@ def add_model_class(source: str) -> None:
         )
     if is_folder:
         check_merged(Path(source), config.moice)
-    architecture = (config.architectures or [""])[0]
-    original: Any = getattr(transformers, architecture.removeprefix("MoICE"), None)
-    if original is None:
+    name = (config.architectures or [""])[0]
+    try:
+        setattr(transformers, name, getattr(models, name))
+    except AttributeError:
         raise ValueError(
             f"The config of {source} names {config.architectures} as the model's class, of which transformers has no "
             "base. Write the model anew, with `merge_and_unload().save_pretrained(...)`."
-        )
-    setattr(transformers, architecture, standalone_model_class(original))
+        ) from None
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -58,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(_USAGE)
     try:
         add_model_class(arguments[0])
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         sys.exit(str(error))
     from transformers.cli.transformers import app
 

@@ -13,10 +13,10 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from ..hub.push import add_to_card
 from ..routing.mixture import RouterRecord
-from .balance import PassRecords
+from .balance_outside import BalanceLossMixin
 from .describing import describe_training
 from .hooks import RouterHooks, hooks_of
-from .losses_outside import BalanceLossMixin
+from .pass_records import PassRecords
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,8 @@ class MoICECallback(TrainerCallback):
         summary, details = {}, {}
         for name, sums in reduced.items():
             prefix = "moice" if len(reduced) == 1 else f"moice/{name}"
-            drift = (sums.gates() - torch.tensor(self.start[name])).abs().sum(dim=-1) / 2
+            gates = sums.gates()
+            drift = (gates - torch.tensor(self.start[name], device=gates.device)).abs().sum(dim=-1) / 2
             pooled = sums.pooled()
             summary[f"{prefix}/balance_loss"] = pooled.balance_loss().item()
             summary[f"{prefix}/entropy"] = pooled.entropy().item()

@@ -1,24 +1,27 @@
-"""The two forward hooks of the model that computes the loss.
+"""The two forward hooks of whatever runs the adapted layers: the model that computes the loss, and those inside it.
 
 A loss added in the tuner's own forward would be lost wherever PEFT or transformers call that model directly: with
-`task_type` unset, or after `model.add_adapter`.
+`task_type` unset, or after `model.add_adapter`. And trainers that compute a loss from hidden states call the decoder
+inside of it. A pass belongs to the outermost model that was called.
 """
 
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from ..routing.mixture import MixesAngles
-from .balance import PassRecords, mixing_layers
-from .outputs import add_entry, add_to_loss, warn_if_left_out
+from .model_outputs import add_to_loss, warn_if_left_out, with_entry
+from .pass_records import PassRecords, mixing_layers, shifts_labels
 
 _NAME = "moice_hooks"
+_HANDLES = "moice_hook_handles"
+"""Attribute of a model: torch's handles of its own hooks. So copies of an inner model hold nothing of the outer."""
 _PASS = "moice_pass"
 """Attribute of a model: the pass that is going on, if anybody asked for its records. It is not one of its hooks, which
 the replicas of `nn.DataParallel` have in common."""
@@ -26,36 +29,40 @@ the replicas of `nn.DataParallel` have in common."""
 
 @dataclass
 class RouterHooks:
-    """The hooks of one model, kept by it under `moice_hooks`.
+    """The hooks of one model and the models inside it, kept by each of them under `moice_hooks`.
 
     Attributes:
-        handles: torch's handles of the hooks.
+        shifts_labels: whether the model that computes the loss shifts its labels.
         observer: called with the records of every training pass; see `callback.py`.
         collected: takes the balance losses in place of `outputs.loss`; see [`collect_balance_loss`].
     """
 
-    handles: list[RemovableHandle] = field(default_factory=list)
+    shifts_labels: bool = False
     observer: Callable[[PassRecords], None] | None = None
     collected: list[PassRecords] | None = None
 
 
 def register_hooks(model: nn.Module) -> None:
-    """Register both hooks on `model`, unless they are there already."""
-    if _NAME not in vars(model):
-        hooks = RouterHooks()
-        hooks.handles.append(model.register_forward_pre_hook(start_recording, with_kwargs=True))
-        hooks.handles.append(model.register_forward_hook(add_balance_loss, with_kwargs=True))
-        setattr(model, _NAME, hooks)
+    """Register both hooks on `model` and on the models inside it that run adapted layers, where they are missing."""
+    hooks: RouterHooks = vars(model).get(_NAME) or RouterHooks(shifts_labels(model))
+    inner = [module for module in model.modules() if isinstance(module, PreTrainedModel) and mixing_layers(module)]
+    for module in dict.fromkeys([model, *inner]):
+        if _NAME not in vars(module):
+            before = module.register_forward_pre_hook(start_recording, with_kwargs=True)
+            after = module.register_forward_hook(add_balance_loss, with_kwargs=True, always_call=True)
+            setattr(module, _HANDLES, (before, after))
+            setattr(module, _NAME, hooks)
 
 
 def remove_hooks(model: nn.Module) -> None:
     """Undo [`register_hooks`]."""
     hooks: RouterHooks | None = vars(model).get(_NAME)
-    if hooks is not None:
-        for handle in hooks.handles:
-            handle.remove()
-        delattr(model, _NAME)
-        vars(model).pop(_PASS, None)
+    for module in model.modules() if hooks is not None else ():
+        if vars(module).get(_NAME) is hooks:
+            for handle in getattr(module, _HANDLES):
+                handle.remove()
+            for name in (_NAME, _HANDLES, _PASS):
+                vars(module).pop(name, None)
 
 
 def hooks_of(model: nn.Module) -> RouterHooks:
@@ -89,10 +96,15 @@ def start_recording(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         _stop_recording(model)
     if not (model.training or kwargs.get("output_router_logits")):
         return
+    for module in model.modules():
+        if getattr(module, _PASS, None) is not None:
+            _stop_recording(module)  # interrupted, for it is not this pass that it runs in
     layers = mixing_layers(model)
+    if any(layer.recorder is not None for layer in layers):
+        return  # the pass is part of an outer model's
     if model.training and torch.is_grad_enabled():
         _check_training(model, layers, args, kwargs)
-    records = PassRecords(model, args, kwargs)
+    records = PassRecords(model, args, kwargs, hooks_of(model).shifts_labels)
     setattr(model, _PASS, records)
     for layer in layers:
         layer.recorder = records
@@ -113,10 +125,10 @@ def add_balance_loss(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     if passed is None:
         return outputs
     _stop_recording(model)
-    if not passed.records:
-        return outputs
+    if not passed.records or outputs is None:
+        return outputs  # nothing adapted ran, or the pass has raised
     if kwargs.get("output_router_logits"):
-        add_entry(outputs, "router_logits", passed.router_logits())
+        outputs = with_entry(outputs, "router_logits", passed.router_logits())
     if not model.training:
         return outputs
     if hooks.observer is not None and torch.is_grad_enabled():
@@ -129,8 +141,7 @@ def add_balance_loss(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     if passed.aux_loss is None:
         return outputs
     warn_if_left_out(extra, outputs)
-    add_entry(outputs, "aux_loss", passed.aux_loss)
-    return add_to_loss(outputs, extra)
+    return add_to_loss(with_entry(outputs, "aux_loss", passed.aux_loss), extra)
 
 
 def _find(model: nn.Module) -> RouterHooks | None:

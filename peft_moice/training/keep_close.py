@@ -117,7 +117,7 @@ def text_ids(text: str | Sequence[int] | torch.Tensor | None, tokenizer: Any) ->
             raise TypeError("`keep_text` is text, but the trainer has no `processing_class`. Give one, or token ids.")
         text = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     try:
-        ids = torch.as_tensor([] if text is None else text)
+        ids = torch.as_tensor([] if text is None else text, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         ids = None  # texts, or rows of different lengths
     if ids is None or ids.dim() != 1 or (len(ids) and (ids.is_floating_point() or ids.is_complex())):

@@ -1,10 +1,11 @@
-"""What is added to the training loss, logged apart from it."""
+"""What is added to the training loss, logged apart from it; and no step that would destroy the weights."""
 
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import TrainerState, TrainingArguments
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 class LossPartsMixin:
@@ -12,12 +13,19 @@ class LossPartsMixin:
 
     Each part is logged as it was added, with its weight, and `loss` is the sum of all. Means over the same steps and
     processes as `loss`. Nothing is logged where nothing was added.
+
+    Raises:
+        RuntimeError: in training, before a step whose gradient is not finite.
     """
 
     args: TrainingArguments
     accelerator: Accelerator
     state: TrainerState
     current_gradient_accumulation_steps: int
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.add_callback(_FiniteSteps(self.accelerator))  # type: ignore[attr-defined]  # of the Trainer
 
     def add_part(
         self,
@@ -62,3 +70,26 @@ class LossPartsMixin:
             logs |= {f"loss/{name}": value for name, value in means.items()}
             self._parts, self._part_steps = {}, set()
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+
+class _FiniteSteps(TrainerCallback):
+    """Ends the training before a step that would make the weights useless."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.accelerator.scaler is not None:
+            return  # it leaves such steps out itself, until its scale fits
+        model: nn.Module = kwargs["model"]
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        # Of a gradient that is spread over processes, the part that is here.
+        finite = [getattr(gradient, "_local_tensor", gradient).isfinite().all() for gradient in gradients]
+        if finite and not torch.stack([part.to(finite[0].device) for part in finite]).all():
+            raise RuntimeError(
+                f"The gradient of step {state.global_step + 1} is not finite, so the step was not taken, and the "
+                "weights are as they were before it. Look at the rows of this step, lower the learning rate, or train "
+                "in bfloat16 or float32; go on from the last checkpoint."
+            )

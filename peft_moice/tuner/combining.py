@@ -21,18 +21,25 @@ _SHAPE_FIELDS = ("rope_bases", "top_k", "router_dim", "router_scope", "hidden_ac
 _TARGET_FIELDS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 
-def combined_config(
-    adapters: list[str],
-    configs: list[MoICEConfig],
-    weights: list[float],
-    combination_type: str,
-    density: float | None,
-) -> MoICEConfig:
-    """The config of an adapter that combines `adapters`.
+@dataclasses.dataclass
+class Combination:
+    """Which adapters are combined, and how, as [`MoICEModel.add_weighted_adapter`] is told."""
+
+    adapters: list[str]
+    weights: list[float]
+    combination_type: str
+    density: float | None
+    majority_sign_method: Literal["total", "frequency"]
+
+
+def combined_config(combination: Combination, configs: list[MoICEConfig]) -> MoICEConfig:
+    """The config of an adapter that combines those that have `configs`.
 
     Raises:
         ValueError: weights, density or adapters that do not fit the combination type.
     """
+    adapters, weights = combination.adapters, combination.weights
+    combination_type, density = combination.combination_type, combination.density
     if combination_type not in COMBINATION_TYPES:
         raise ValueError(f"`combination_type` is {combination_type!r}; choose one of {list(COMBINATION_TYPES)}.")
     if not adapters or len(weights) != len(adapters):
@@ -129,46 +136,37 @@ def _check_same_modules(adapters: list[str], configs: list[MoICEConfig]) -> None
 
 
 @torch.no_grad()
-def combine_routers(
-    layer: MoICELayer,
-    adapters: list[str],
-    weights: list[float],
-    adapter_name: str,
-    combination_type: str,
-    density: float | None,
-    majority_sign_method: Literal["total", "frequency"],
-) -> None:
-    """Fill the routers of `adapter_name` in one layer from those of `adapters`."""
-    sources = [layer.routers(name) for name in adapters]
+def combine_routers(layer: MoICELayer, adapter_name: str, combination: Combination) -> None:
+    """Fill the routers of `adapter_name` in one layer from those of the adapters that are combined."""
+    sources = [layer.routers(name) for name in combination.adapters]
     # PEFT keeps trained adapters in float32 over a base of half precision, but gives new ones its dtype.
     dtypes = [router.gate_proj.dtype for routers in sources for router in routers]
     layer.moice_router[adapter_name].to(functools.reduce(torch.promote_types, dtypes))
     targets = layer.routers(adapter_name)
-    if combination_type == "cat":
+    if combination.combination_type == "cat":
         for target, source in zip(targets, (router for routers in sources for router in routers), strict=True):
             target.load_state_dict(source.state_dict())
         return
     for target, *routers in zip(targets, *sources, strict=True):
         for name, parameter in target.named_parameters():
             tensors = [router.get_parameter(name) for router in routers]
-            share = torch.tensor(weights, device=parameter.device, dtype=parameter.dtype)
-            parameter.copy_(_combine(tensors, share, combination_type, density, majority_sign_method))
+            shares = torch.tensor(combination.weights, device=parameter.device, dtype=parameter.dtype)
+            parameter.copy_(_combine(tensors, shares, combination))
 
 
-def _combine(
-    tensors: list[torch.Tensor],
-    weights: torch.Tensor,
-    combination_type: str,
-    density: float | None,
-    majority_sign_method: Literal["total", "frequency"],
-) -> torch.Tensor:
+def _combine(tensors: list[torch.Tensor], shares: torch.Tensor, combination: Combination) -> torch.Tensor:
+    combination_type, density, method = (
+        combination.combination_type,
+        combination.density,
+        combination.majority_sign_method,
+    )
     if combination_type == "linear":
-        return merge_utils.task_arithmetic(tensors, weights)
+        return merge_utils.task_arithmetic(tensors, shares)
     assert density is not None  # see `combined_config`
     if combination_type == "ties":
-        return merge_utils.ties(tensors, weights, density, majority_sign_method)
+        return merge_utils.ties(tensors, shares, density, method)
     if combination_type == "dare_ties":
-        return merge_utils.dare_ties(tensors, weights, density, majority_sign_method)
+        return merge_utils.dare_ties(tensors, shares, density, method)
     if combination_type == "dare_linear":
-        return merge_utils.dare_linear(tensors, weights, density)
-    return merge_utils.magnitude_prune(tensors, weights, density)
+        return merge_utils.dare_linear(tensors, shares, density)
+    return merge_utils.magnitude_prune(tensors, shares, density)

@@ -2,16 +2,17 @@
 
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import repr as shortened
-from typing import Any
+from typing import Any, ClassVar
 
 from peft.config import PeftConfig
 from peft.utils import PeftType, TaskType
 
 from ..files.atomic import staged
-from ..files.weights import check_readable
+from ..files.weights import names_of_weights
 from ..hub.card import adapter_part, put_card, shared_name
 from ..rope.rules import RopeExpert, experts_of
 from ..routing.spec import (
@@ -24,6 +25,7 @@ from ..routing.spec import (
     checked_bases,
     count_experts,
 )
+from .beside_routers import StoredBeside, check_token_indices, fields_beside
 
 RELEASED_MULTIPLIERS = (1.0, 1.75, 1.8, 1.9, 2.0, 2.25, 2.5)
 """Base angles of the official release for Llama-2-7B-chat, as multiples of the model's own `rope_theta`."""
@@ -111,6 +113,8 @@ class MoICEConfig(PeftConfig):
 
     awaits_weights = False
     """Set on a config that was read from a file, until the weights beside it are loaded. Not a field, not saved."""
+    stored_beside: ClassVar[StoredBeside | None] = None
+    """Likewise: what was stored with it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]  # without annotations in PEFT
@@ -141,7 +145,8 @@ class MoICEConfig(PeftConfig):
                 it has put the adapter into the model already.)
         """
         config: MoICEConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        check_readable(Path(pretrained_model_name_or_path, subfolder or ""))
+        names = names_of_weights(Path(pretrained_model_name_or_path, subfolder or ""))
+        config.stored_beside = StoredBeside(names, fields_beside(config))  # type: ignore[misc]  # not of the class
         config.awaits_weights = True
         return config
 
@@ -169,7 +174,8 @@ class MoICEConfig(PeftConfig):
         if self.is_resolved:
             base_model = shared_name(self.base_model_name_or_path)
             is_causal_lm = self.task_type == TaskType.CAUSAL_LM
-            part = adapter_part(self.router_specs(), base_model=base_model, is_causal_lm=is_causal_lm)
+            ropes = self.ropes_by_position()
+            part = adapter_part(self.router_specs(), ropes=ropes, base_model=base_model, is_causal_lm=is_causal_lm)
             put_card(Path(folder), part)
 
     @property
@@ -258,6 +264,7 @@ class MoICEConfig(PeftConfig):
                 raise TypeError(
                     f"`modules_to_save` has to be a list of names or None, not {shortened(self.modules_to_save)}."
                 )
+        check_token_indices(self.trainable_token_indices)
         if self.target_modules == "all-linear":
             raise ValueError(
                 "target_modules='all-linear' selects linear layers, but MoICE adapts attention modules. Leave "
@@ -281,6 +288,13 @@ class MoICEConfig(PeftConfig):
                 "`layers_to_transform` cannot be combined with a regular expression in `target_modules`. Give "
                 "`target_modules` as a list of names."
             )
+        patterns = self.layers_pattern if isinstance(self.layers_pattern, list) else [self.layers_pattern or ""]
+        if not all(isinstance(pattern, str) for pattern in patterns):
+            raise TypeError(f"`layers_pattern` has to be one name or a list, not {shortened(self.layers_pattern)}.")
+        expressions = {"layers_pattern": patterns, "target_modules": self.target_modules}
+        for name, value in {**expressions, "exclude_modules": self.exclude_modules}.items():
+            for expression in value if isinstance(value, list) else [value]:
+                _check_expression(name, expression)
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("`layers_pattern` has no effect without `layers_to_transform`; set both or neither.")
 
@@ -324,6 +338,14 @@ class MoICEConfig(PeftConfig):
         )
         if self.init_weights not in (True, False, "identity"):
             raise ValueError(f"`init_weights` is {shortened(self.init_weights)}; choose True, False or 'identity'.")
+
+
+def _check_expression(name: str, value: object) -> None:
+    """Raise a ValueError if `value` is a text, but no regular expression."""
+    try:
+        re.compile(value if isinstance(value, str) else "")
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"`{name}` is no regular expression ({error}): {shortened(value)}.") from error
 
 
 def as_moice_config(config: PeftConfig) -> MoICEConfig:

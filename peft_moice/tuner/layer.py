@@ -69,7 +69,11 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
         """Add the routers of `adapter_name`, or replace them."""
         specs = config.router_specs()
         check_size(specs, self.rope.layer_type, self.num_heads, self.head_dim, self.base_layer)
-        routers = [MoICERouter.from_spec(spec, self.rope.layer_type, self.num_heads, self.head_dim) for spec in specs]
+        device, _ = self._get_base_layer_device_and_dtype(self.base_layer)
+        with torch.device(device or "cpu"):
+            routers = [
+                MoICERouter.from_spec(spec, self.rope.layer_type, self.num_heads, self.head_dim) for spec in specs
+            ]
         self._release_rotations(adapter_name)
         self.router_specs[adapter_name] = specs
         experts = config.ropes_by_position()
@@ -176,11 +180,12 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
             )
         shares = []
         for name in dict.fromkeys(adapter_names):
-            rows = torch.tensor([float(row == name) for row in adapter_names])
+            rows = torch.tensor([float(row == name) for row in adapter_names], device="cpu")
             for share in self._shares_of([name]):
                 share.weight = share.weight * rows
                 shares.append(share)
-        return shares, torch.tensor([float(row not in self.moice_router) for row in adapter_names])
+        others = [float(row not in self.moice_router) for row in adapter_names]
+        return shares, torch.tensor(others, device="cpu")
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Build the routers of `adapter_names` (default: the active ones) into the attention module.
@@ -205,7 +210,7 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
             take_out(self.base_layer)
         self.merged_adapters.extend(names)
         shares, by_position = self._shares_of(self.merged_adapters), self._by_position_of(self.merged_adapters)
-        build_in(self.base_layer, self.rope, self.num_heads, shares, by_position)
+        build_in(self.base_layer, self.rope, self.num_heads, self.head_dim, shares, by_position)
 
     def unmerge(self) -> None:
         """Take merged routers out of the attention module, which is then what it was before."""
@@ -264,7 +269,7 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
         # `nn.DataParallel` sets `__dict__` itself, before there is anything else.
         if name.startswith("_") or hasattr(type(self), name):
             return False
-        if any(name in names for names in (vars(self), self._modules, self._parameters, self._buffers)):
+        if name in vars(self) or name in self._modules or name in self._parameters or name in self._buffers:
             return False
         base_layer = self._modules.get("base_layer")
         return base_layer is not None and hasattr(base_layer, name)

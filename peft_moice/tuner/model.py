@@ -23,8 +23,8 @@ from ..routing.mixture import watch_positions
 from ..standalone.built_in import BuiltInRouters
 from ..standalone.models import make_standalone
 from ..training import register_hooks, remove_hooks
-from .check import unwatch_first_pass, watch_first_pass
-from .combining import combine_routers, combined_config
+from .beside_routers import check_stored_beside, fields_beside
+from .combining import Combination, combine_routers, combined_config
 from .config import MoICEConfig, as_moice_config
 from .layer import BASE_MODEL_NAME, MoICELayer
 from .loading import check_stored_routers, discard_if_never_loaded
@@ -78,6 +78,9 @@ class MoICEModel(BaseTuner):
                 # distinct names.)
                 del model.peft_config
             super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+        # Trainers that merge, copy the weights into an engine for inference and unmerge leave out what carries this
+        # prefix, as contained in the merged weights. Merged routers are weights of their own, and have to arrive.
+        self.prefix = "moice_router."
 
     @all_or_nothing
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -87,15 +90,26 @@ class MoICEModel(BaseTuner):
                 f"{type(model).__name__} has routers built in already. Put an adapter on the base model that it was "
                 "merged from."
             )
+        config = as_moice_config(self.peft_config[adapter_name])
+        if not config.awaits_weights and any(adapter_name in layer.moice_router for layer in self._layers()):
+            raise ValueError(
+                f"The model has routers of an adapter called {adapter_name!r} already, which new ones would replace. "
+                "Go on with the `PeftModel` that `get_peft_model` returned; add another adapter to it with "
+                "`add_adapter(name, config)`; take all of them out with its `unload()`; or replace them by saved ones "
+                "with `PeftModel.from_pretrained(model, folder)`."
+            )
         self._kept_out: list[tuple[nn.Module, str, nn.Module]] = []
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        del self._plans
         for parent, child_name, layer in self._kept_out:
             setattr(parent, child_name, layer)
         del self._kept_out
+        stored = config.stored_beside if config.awaits_weights else None
+        if stored is not None and stored.names is not None and stored.fields == fields_beside(config):
+            check_stored_beside(model, adapter_name, stored.names)
         # Not in `_post_injection_hook`, which PEFT does not call for later adapters.
         register_hooks(model)
         watch_positions(model)
-        watch_first_pass(model)
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         super()._check_new_adapter_config(config)
@@ -252,14 +266,13 @@ class MoICEModel(BaseTuner):
         if adapter_name in self.peft_config:
             raise ValueError(f"There is an adapter called {adapter_name!r} already. Delete it or choose another name.")
         configs = [as_moice_config(self.peft_config[name]) for name in adapters]
-        config = combined_config(adapters, configs, weights, combination_type, density)
+        combination = Combination(adapters, weights, combination_type, density, majority_sign_method)
+        config = combined_config(combination, configs)
         self.peft_config[adapter_name] = config
         self.inject_adapter(self.model, adapter_name)
         for layer in self._layers():
             if adapter_name in layer.moice_router:
-                combine_routers(
-                    layer, adapters, weights, adapter_name, combination_type, density, majority_sign_method
-                )
+                combine_routers(layer, adapter_name, combination)
 
     @all_or_nothing
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -313,7 +326,6 @@ class MoICEModel(BaseTuner):
             make_standalone(model)
             register_hooks(model)
             watch_positions(model)
-            watch_first_pass(model)
         return model
 
     def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT's returns the model, whatever it says
@@ -340,7 +352,6 @@ class MoICEModel(BaseTuner):
             setattr(self.model.get_submodule(parent_name), child_name, unloaded)
         remove_hooks(self.model)
         detach_rotary_hooks(self.model)
-        unwatch_first_pass(self.model)
         if merge:
             # No layers of a tuner are left; what else PEFT does is to untie embeddings that have become different.
             super()._unload_and_optionally_merge(merge=True)

@@ -1,6 +1,5 @@
 """Reads checkpoints of the official MoICE release (https://github.com/p1nksnow/MoICE)."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from peft.utils import TaskType
 from safetensors import safe_open
 from torch import nn
 
+from ..files.weights import read_json
 from .config import MoICEConfig
 from .rollback import restored_on_error
 
@@ -88,7 +88,7 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
     """The router tensors of all weight files at `path`; other tensors of safetensors files are not loaded."""
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
     for index in () if path.is_file() else path.glob("*.index.json"):
-        shards = set(json.loads(index.read_text())["weight_map"].values())
+        shards = set(read_json(index)["weight_map"].values())
         missing = [name for name in sorted(shards) if not (path / name).is_file()]
         if missing:
             raise FileNotFoundError(f"{path} lacks the weight files {missing} that {index.name} names.")

@@ -8,7 +8,8 @@ from torch import nn
 
 from ..probing import LayerPlan, LayerProbe, attention_module_names, explain_no_targets
 from ..rope import LayerRope
-from ..rope.frequencies import frequencies_under, original_length, rope_parameters
+from ..rope.frequencies import frequencies_under, merged_parameters, original_length, rope_parameters
+from .beside_routers import check_beside_routers
 from .config import MoICEConfig
 from .layer import MoICELayer
 from .targets import is_target
@@ -52,9 +53,7 @@ def plan_layers(config: MoICEConfig, model: nn.Module) -> LayerPlans:
     """
     _check_heads_are_here(config, model)
     plans = LayerPlans(model)
-    if config.target_modules is None:
-        _choose_targets(config, plans)
-    names = _targeted(config, model)
+    names = _choose_targets(config, plans) if config.target_modules is None else _targeted(config, model)
     _check_layers_to_transform(config, names)
     for name in names:
         _check_not_on_disk(model, name)
@@ -78,19 +77,15 @@ def plan_layers(config: MoICEConfig, model: nn.Module) -> LayerPlans:
         config.resolve_bases(thetas)
     if config.ropes is not None:
         _check_ropes(config, [plans.of(name).rope for name in names])
-    for entry in config.modules_to_save or ():
-        for name in names:
-            if name.endswith(entry):
-                raise ValueError(
-                    f"`modules_to_save` holds {entry!r}, which means the adapted attention module {name!r} too, "
-                    "because PEFT takes every module whose name ends so. Write more of the name, or leave the "
-                    "attention module out with `exclude_modules`."
-                )
+    check_beside_routers(config, model, names)
     return plans
 
 
-def _choose_targets(config: MoICEConfig, plans: LayerPlans) -> None:
-    """Target every attention module of the decoder that has a rotary embedding, as far as the config lets it."""
+def _choose_targets(config: MoICEConfig, plans: LayerPlans) -> list[str]:
+    """Target every attention module of the decoder that has a rotary embedding, as far as the config lets it.
+
+    Returns the names of the modules that are targeted then.
+    """
     everywhere = copy.copy(config)
     # An attention module that an earlier adapter has wrapped goes by its wrapper's name.
     every = [name.removesuffix(".base_layer") for name in attention_module_names(plans.model)]
@@ -117,8 +112,11 @@ def _choose_targets(config: MoICEConfig, plans: LayerPlans) -> None:
     if not names:
         raise ValueError(explain_no_targets(plans.model, lacks))
     everywhere.target_modules = {name.rpartition(".")[2] for name in names}
-    suffices = _targeted(everywhere, plans.model) == names
-    config.target_modules = everywhere.target_modules if suffices else set(names)
+    if _targeted(everywhere, plans.model) == names:
+        config.target_modules = everywhere.target_modules
+        return names
+    config.target_modules = set(names)
+    return _targeted(config, plans.model)
 
 
 def _slides(attention: nn.Module) -> bool:
@@ -151,6 +149,11 @@ def _check_ropes(config: MoICEConfig, ropes: list[LayerRope | None]) -> None:
                 )
             for parameters in (expert.near, expert.far or ()):
                 frequencies_under(rope.rotary, own, rope.layer_type, dict(parameters))
+        # Merging states a new length in the model's config, which these would be read from.
+        for rule in config.ropes or ():
+            merged = merged_parameters(own, rope.layer_type, rule)
+            if "rope_type" in rule and "original_max_position_embeddings" in merged:
+                rule["original_max_position_embeddings"] = merged["original_max_position_embeddings"]
 
 
 def _targeted(config: MoICEConfig, model: nn.Module) -> list[str]:

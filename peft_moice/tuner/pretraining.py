@@ -5,7 +5,7 @@ import dataclasses
 from transformers import PreTrainedModel
 
 from ..standalone.built_in import BuiltInRouters
-from ..standalone.described import describe_routers
+from ..standalone.description import describe_routers
 from .config import MoICEConfig
 from .model import MoICEModel
 

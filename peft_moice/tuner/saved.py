@@ -1,16 +1,20 @@
 """What an adapter is, in words and numbers: from its files, without its base model."""
 
-import json
-from collections.abc import Iterator
+import dataclasses
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, snapshot_download
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
 
+from ..files.weights import read_header, read_json
+from ..rope.rules import RopeExpert, facts_of, rules_of
+from ..routing.describing import router_facts
 from ..routing.spec import PEFT_TYPE_NAME, RouterSpec
 from ..standalone.built_in import ROUTERS_NAME
+from ..standalone.description import read_description
 from ..standalone.models import MODEL_TYPE
 from .config import MoICEConfig
 
@@ -25,12 +29,12 @@ def describe_saved(source: str) -> dict[str, Any]:
 
     Returns:
         In JSON's types: `kind` ("adapter" or "merged model"), `base_model`, `routers` (base angles, K and shape of
-        each), `layers` (names of the attention modules that have routers), `parameters` and `dtypes` of the routers
-        (None without weights at hand), `bytes` of all weights, `versions` that it was saved with, and `card`, the
-        metadata of its model card or None.
+        each), `ropes` (rules by position and distance; `in_words` says the same of both), `layers` (names of the
+        attention modules that have routers), `parameters` and `dtypes` of the routers (None without weights at hand),
+        `bytes` of all weights, `versions` that it was saved with, and `card`, the metadata of its model card or None.
 
     Raises:
-        ValueError: it is neither, or damaged.
+        ValueError, TypeError: it is neither, or damaged.
     """
     folder = _folder_of(source)
     if (folder / CONFIG_NAME).is_file():
@@ -47,7 +51,7 @@ def describe_saved(source: str) -> dict[str, Any]:
 
 
 def _describe_adapter(source: str, folder: Path) -> dict[str, Any]:
-    fields = _read_json(folder / CONFIG_NAME)
+    fields = read_json(folder / CONFIG_NAME)
     if fields.get("peft_type") != PEFT_TYPE_NAME:
         raise ValueError(
             f"{source} is an adapter of the PEFT type {fields.get('peft_type')!r}, not {PEFT_TYPE_NAME!r}. Name an "
@@ -58,7 +62,7 @@ def _describe_adapter(source: str, folder: Path) -> dict[str, Any]:
     return {
         "kind": "adapter",
         "base_model": config.base_model_name_or_path,
-        "routers": [_describe_router(spec) for spec in config.router_specs()],
+        **_describe_routers(config.router_specs(), config.ropes_by_position()),
         **_describe_weights([weights] if weights.is_file() else [], _ADAPTER_ROUTERS),
         "also_saved": list(config.modules_to_save or []),
         "versions": {"peft": fields.get("peft_version")},
@@ -66,37 +70,28 @@ def _describe_adapter(source: str, folder: Path) -> dict[str, Any]:
 
 
 def _describe_merged(source: str, folder: Path) -> dict[str, Any]:
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if config.get("model_type") != MODEL_TYPE or not isinstance(config.get("moice"), dict):
         raise ValueError(
             f"{source} is a model of the type {config.get('model_type')!r} without routers. Name an adapter, or a "
             "model that `merge_and_unload` returned."
         )
-    described = config["moice"]
+    described = read_description(config["moice"])
     weights = _describe_weights(sorted(folder.glob("*.safetensors")), ROUTERS_NAME)
     return {
         "kind": "merged model",
         "base_model": f"built in ({config.get('base_model_type')})",
-        "routers": [_describe_router(RouterSpec(**fields)) for fields in described["routers"]],
+        **_describe_routers(described.routers, described.ropes),
         **weights,
-        "layers": list(described["layers"]),
+        "layers": list(described.layers),
         "also_saved": [],
         "versions": {"transformers": config.get("transformers_version")},
     }
 
 
-def _describe_router(spec: RouterSpec) -> dict[str, Any]:
-    return {
-        "rope_bases": spec.rope_bases,
-        "top_k": spec.top_k,
-        "num_experts": spec.num_experts,
-        "router_scope": spec.router_scope,
-        "router_dim": spec.router_dim,
-        "hidden_act": spec.hidden_act,
-        "identity": spec.identity,
-        "router_aux_loss_coef": spec.router_aux_loss_coef,
-        "weight": spec.weight,
-    }
+def _describe_routers(specs: list[RouterSpec], ropes: Sequence[RopeExpert]) -> dict[str, Any]:
+    routers = [{**dataclasses.asdict(spec), "num_experts": spec.num_experts} for spec in specs]
+    return {"routers": routers, "ropes": rules_of(ropes), "in_words": router_facts(specs) | facts_of(ropes)}
 
 
 def _describe_weights(files: list[Path], marker: str) -> dict[str, Any]:
@@ -105,41 +100,18 @@ def _describe_weights(files: list[Path], marker: str) -> dict[str, Any]:
         return {"layers": [], "parameters": None, "dtypes": None, "bytes": None}
     layers: dict[str, None] = {}
     parameters, dtypes = 0, set()
-    for name, shape, dtype in (entry for file in files for entry in _headers(file)):
+    for name, tensor in (entry for file in files for entry in read_header(file).items()):
         layer, found, _ = name.partition(f".{marker}")
         if found:
             layers[layer.removeprefix("base_model.model.")] = None
-            size = 1
-            for length in shape:
-                size *= length
-            parameters += size
-            dtypes.add(dtype)
+            parameters += math.prod(tensor.shape)
+            dtypes.add(tensor.dtype)
     return {
         "layers": list(layers),
         "parameters": parameters,
         "dtypes": sorted(dtypes),
         "bytes": sum(file.stat().st_size for file in files),
     }
-
-
-def _headers(file: Path) -> Iterator[tuple[str, list[int], str]]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 (not a dict)
-                part = opened.get_slice(name)
-                yield name, part.get_shape(), part.get_dtype()
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged ({error}). Save or download it again.") from None
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}). Save or download it again.") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} holds no object. Save or download it again.")
-    return values
 
 
 def _folder_of(source: str) -> Path:

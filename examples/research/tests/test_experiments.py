@@ -22,12 +22,15 @@ import pytest
 import short_context
 import torch
 import trained
-from byte_models import byte_tokenizer, tiny_llama
+from byte_models import CHAT_TEMPLATE, byte_tokenizer, tiny_llama
+from exams import Exam
+from matplotlib.colors import to_hex
 from peft import LoraConfig, get_peft_model
+from pictures import plot_choices, plot_tradeoff
 from tiny_models import load, logits_of, save_tiny_model, token_ids
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from peft_moice.evaluation import Exam, Result, gates_along, perplexity
+from peft_moice.evaluation import Result, evaluate, gates_along, perplexity
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +160,23 @@ def write_exam(file: Path) -> Path:
     records = [{"input": "abc " * 60, "instructions": questions, "outputs": list("ABCA")}]
     file.write_text("\n".join(map(json.dumps, records)))
     return file
+
+
+def test_exams_take_questions_of_one_right_answer(tmp_path):
+    record = {
+        "input": "abc " * 100,
+        "instructions": ["Q1\nA. x\nB. y", "Q2\nA. x\nB. y", "It rains, True or False?"],
+        "outputs": ["B", "AB", "False [fact: True]"],
+    }
+    (tmp_path / "coursera.jsonl").write_text(json.dumps(record))
+    task = Exam(tmp_path / "coursera.jsonl", byte_tokenizer())
+    examples = task.draw(random.Random(0), 80, (0.0, 1.0))
+    assert [(e.answers, e.choices) for e in examples] == [(("B",), ("A", "B")), (("False",), ("True", "False"))]
+    assert examples[0].prompt.startswith("abc " * 20)
+    assert "abc " * 21 not in examples[0].prompt
+    model = tiny_llama()
+    result = evaluate(model, byte_tokenizer(CHAT_TEMPLATE), task, lengths=[40], num_groups=1)
+    assert result.positions == [] and len(result.scores) == 2
 
 
 def test_questions_are_read_without_their_document(tmp_path):
@@ -309,3 +329,23 @@ def test_a_model_is_no_distance_from_itself_and_some_distance_elsewhere(tmp_path
     assert loss.item() > 1e-4
     loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_tradeoff_joins_the_settings_of_a_method_and_tells_fourteen_apart():
+    figure = plot_tradeoff({"routers": [(0.01, 0.4), (0.03, 0.6)], "LoRA": [(0.02, 0.9)]}, (0.0, 0.3), repair="right")
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    assert list(lines["routers"].get_xdata()) == [0.01, 0.03] and list(lines["routers"].get_ydata()) == [0.4, 0.6]
+    assert list(lines["base model"].get_xdata()) == [0.0]
+    lines = plot_tradeoff({str(i): [(0.01, 0.4)] for i in range(14)}, (0.0, 0.3), repair="right").axes[0].lines
+    assert len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}) == 15
+    with pytest.raises(ValueError, match="at most 14"):
+        plot_tradeoff({str(i): [(0.01, 0.4)] for i in range(15)}, (0.0, 0.3), repair="right")
+
+
+def test_choices_show_the_expert_with_the_largest_gate():
+    gates = torch.tensor([[[0.7, 0.2, 0.1], [0.1, 0.2, 0.7]], [[0.3, 0.4, 0.3], [0.6, 0.2, 0.2]]])
+    figure = plot_choices(gates, ["What", "is"], names=["own", "low", "high"], title="model")
+    (image,) = figure.axes[0].images
+    assert image.get_array().tolist() == [[0, 2], [1, 0]]
+    for number, entry in enumerate(figure.legends[0].legend_handles):
+        assert to_hex(image.cmap(image.norm(number))) == to_hex(entry.get_color())

@@ -1,21 +1,21 @@
 """Whether a folder can be served, seen from its files before a model is built."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
-from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ...files.weights import read_header, read_json
 from ...routing.spec import PEFT_TYPE_NAME
 from ..built_in import ROUTERS_NAME
+from ..description import read_description
 
 
 def refuse_adapter(folder: Path) -> None:
     """Raise a ValueError if `folder` holds a MoICE adapter that is not merged, with the command that merges it."""
     file = folder / ADAPTER_CONFIG_NAME
-    if not file.is_file() or _read_json(file).get("peft_type") != PEFT_TYPE_NAME:
+    if not file.is_file() or read_json(file).get("peft_type") != PEFT_TYPE_NAME:
         return
     has_model = (folder / CONFIG_NAME).is_file()
     command = f"peft-moice merge {folder} {folder}-merged" + (f" --model {folder}" if has_model else "")
@@ -26,7 +26,8 @@ def refuse_adapter(folder: Path) -> None:
 
 
 def check_merged(folder: Path, description: dict[str, Any]) -> None:
-    """Raise a ValueError if the weights of a merged model are damaged or lack routers.
+    """Raise a ValueError, or a TypeError, if the weights or the description of a merged model are damaged or do not
+    belong together.
 
     Reads the headers of the weights' files only. Folders without safetensors files are left to the server.
 
@@ -34,29 +35,14 @@ def check_merged(folder: Path, description: dict[str, Any]) -> None:
         folder: the model's folder.
         description: `moice` of its config.
     """
-    names: set[str] = set()
-    for file in _weight_files(folder):
-        try:
-            with safe_open(file, "pt") as weights:
-                names.update(weights.keys())
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{file} cannot be read ({error}). The folder is damaged or was copied in part: copy it again, or "
-                "merge the adapter again."
-            ) from error
+    names = [name for file in _weight_files(folder) for name in read_header(file)]
     if not names:
         return
-    try:
-        expected = {
-            f"{layer}.{ROUTERS_NAME}.{index}"
-            for layer, described in description["layers"].items()
-            for index, _ in enumerate(described["routers"])
-        }
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{folder / CONFIG_NAME} says nothing readable of the model's routers ({error!r} in `moice`). Merge the "
-            "adapter again, and write the model with `save_pretrained`."
-        ) from error
+    expected = {
+        f"{name}.{ROUTERS_NAME}.{index}"
+        for name, layer in read_description(description).layers.items()
+        for index, _ in enumerate(layer.specs)
+    }
     if not expected:
         raise ValueError(
             f"{folder / CONFIG_NAME} describes no layer with routers in `moice`. Merge the adapter again."
@@ -74,7 +60,7 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if not index.is_file():
         return [file for file in (folder / SAFE_WEIGHTS_NAME,) if file.is_file()]
-    files = [folder / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
+    files = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
     absent = [file.name for file in files if not file.is_file()]
     if absent:
         raise ValueError(
@@ -82,11 +68,3 @@ def _weight_files(folder: Path) -> list[Path]:
             "it again."
         )
     return files
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read as JSON ({error}). Copy or write it again.") from error
-    return content if isinstance(content, dict) else {}

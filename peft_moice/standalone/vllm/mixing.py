@@ -6,7 +6,7 @@ holds.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,37 +15,13 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.model_executor.models.transformers import vllm_attention_forward
 from vllm.model_executor.utils import set_weight_attrs
 
-from ...rope import RotaryLayout
 from ...rope.rotation import rotate
 from ...routing.mixture import LayerMixture, RouterShare
 from ..built_in import ROUTERS_NAME
-from ..described import DescribedLayer
+from ..installing import DescribedLayer
 
 ATTENTION_NAME = "moice_vllm"
 """Name of [`attention_forward`] in transformers' attention interface."""
-
-
-class Rotations(NamedTuple):
-    """The further rotations of a layer's N experts.
-
-    Attributes:
-        cos: `[N, T, P]` in float32, for the T positions that a sequence can have.
-        sin: `[N, T, P]`, likewise.
-        layout: where the rotated coordinates lie.
-        is_identity: per expert, whether it leaves queries and keys as they are.
-    """
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-    layout: RotaryLayout
-    is_identity: list[bool]
-
-    def rotated(self, x: torch.Tensor, positions: torch.Tensor) -> list[torch.Tensor]:
-        """`x` `[..., S, D]` under each expert, for tokens at `positions` `[S]`."""
-        return [
-            x if unchanged else rotate(x, self.cos[expert, positions], self.sin[expert, positions], self.layout)
-            for expert, unchanged in enumerate(self.is_identity)
-        ]
 
 
 class ServedRouters(nn.ModuleList):
@@ -55,14 +31,12 @@ class ServedRouters(nn.ModuleList):
         layer: what the config says of them.
         max_length: T, the most tokens of a sequence.
         device: where the model runs.
-        copies_keys: whether vLLM's cache holds a rotated copy of the keys per expert, and of the values; else its
-            attention rotates the keys itself.
 
     Raises:
         ValueError: the heads cannot be divided among the processes of tensor parallelism.
     """
 
-    def __init__(self, layer: DescribedLayer, max_length: int, device: torch.device, copies_keys: bool):
+    def __init__(self, layer: DescribedLayer, max_length: int, device: torch.device):
         world_size = get_tensor_model_parallel_world_size()
         if layer.num_heads % world_size:
             raise ValueError(
@@ -76,11 +50,10 @@ class ServedRouters(nn.ModuleList):
         self.name = layer.name
         self.specs = layer.specs
         self.rope = layer.rope
-        self.copies_keys = copies_keys
         self.rope_bases = LayerMixture(self._shares(), layer.rope).rope_bases()
         table = layer.rope.table(self.rope_bases)
         self.layout, self.is_identity = table.layout, table.is_identity
-        cos, sin = table.cos_sin(max_length, device)
+        cos, sin = table.cos_sin(max_length, device)  # [N, T, P]
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
@@ -89,11 +62,15 @@ class ServedRouters(nn.ModuleList):
         """N, the number of base angles that some router of the layer can pick."""
         return len(self.rope_bases)
 
-    @property
-    def rotations(self) -> Rotations:
+    def _rotated(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """`x` `[1, H, S, D]` under each of the N experts, `[1, N · H, S, D]`, for tokens at `positions` `[S]`."""
         cos: Any = self.cos
         sin: Any = self.sin
-        return Rotations(cos, sin, self.layout, self.is_identity)
+        rotated = [
+            x if unchanged else rotate(x, cos[expert, positions], sin[expert, positions], self.layout)
+            for expert, unchanged in enumerate(self.is_identity)
+        ]
+        return torch.cat(rotated, dim=1)
 
     def _shares(self) -> list[RouterShare]:
         routers: Any = self  # a ModuleList's type does not say what it holds
@@ -121,13 +98,9 @@ class ServedRouters(nn.ModuleList):
                 f"The attention module {self.name!r} does not tell where its tokens stand (`position_ids` of one "
                 "dimension), so MoICE cannot rotate them. This model is not served by vLLM; use transformers."
             )
-        positions, rotations = ids[0], self.rotations
         gates = LayerMixture(self._shares(), self.rope).gate(query, self.rope_bases).gates[0]  # [H, T, N]
-        queries = torch.cat(rotations.rotated(query, positions), dim=1)
-        if self.copies_keys:
-            key = torch.cat(rotations.rotated(key, positions), dim=1)
-            value = value.repeat(1, self.num_experts, 1, 1)
-        output, _ = attend(queries, key, value, None, **options)
+        queries, keys = self._rotated(query, ids[0]), self._rotated(key, ids[0])
+        output, _ = attend(queries, keys, value.repeat(1, self.num_experts, 1, 1), None, **options)
         output = output.view(gates.shape[1], self.num_experts, gates.shape[0], -1)  # [T, N, H, D]
         return torch.einsum("htn,tnhd->thd", gates, output.float()).to(query.dtype)[None]
 

@@ -8,13 +8,11 @@ import torch
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.transformers import TransformersForCausalLM, TransformersMoEForCausalLM
 from vllm.model_executor.models.utils import maybe_prefix
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from ..built_in import ROUTERS_NAME
-from ..described import described_layers
+from ..installing import described_layers
 from .mixing import ATTENTION_NAME, ServedRouters
-from .options import BACKEND_NAME, chosen_cache
-from .refusals import refuse_unserved
+from .refusals import refuse_other_caches, refuse_unserved
 
 
 class ServedModel(TransformersForCausalLM):
@@ -29,9 +27,9 @@ class ServedModel(TransformersForCausalLM):
             raise ValueError(
                 "Models with MoICE routers are not served with pipeline parallelism. Use --tensor-parallel-size."
             )
+        refuse_other_caches(vllm_config.additional_config)
         refuse_unserved(vllm_config.model_config.hf_config)  # again, as --hf-overrides may have changed it
         self._has_weights = vllm_config.load_config.load_format == "dummy"
-        self._cache = chosen_cache(vllm_config.additional_config, vllm_config.device_config.device.type)
         self._routers: dict[str, ServedRouters] = {}
         super().__init__(vllm_config=vllm_config, prefix=prefix)
 
@@ -43,9 +41,7 @@ class ServedModel(TransformersForCausalLM):
     def _create_attention_instances(self, prefix: str = "") -> None:
         by_name: dict[str, ServedRouters] = {}
         for layer in self._layers:
-            routers = ServedRouters(
-                layer, self.model_config.max_model_len, self.device_config.device, self._cache == "folded"
-            )
+            routers = ServedRouters(layer, self.model_config.max_model_len, self.device_config.device)
             name = maybe_prefix("model", layer.name)
             self._routers[f"{maybe_prefix(prefix, name)}.attn"] = routers
             by_name[name] = routers
@@ -75,11 +71,7 @@ class ServedModel(TransformersForCausalLM):
                 "transformers."
             )
         options["num_heads"] *= routers.num_experts
-        if self._cache == "rotating":
-            options["attn_backend"] = AttentionBackendEnum[BACKEND_NAME].get_class()
-            options["rotations"] = routers.rotations
-        else:
-            options["num_kv_heads"] *= routers.num_experts
+        options["num_kv_heads"] *= routers.num_experts
         attention = Attention(prefix=prefix, **options)
         _refuse_wide_counts(attention)
         return attention
@@ -110,8 +102,7 @@ class MoICEMoEForCausalLM(ServedModel, TransformersMoEForCausalLM):
 def _refuse_wide_counts(attention: Attention) -> None:
     """Refuse attention backends that plan with the model's number of heads, where this layer has N times as many."""
     builder = attention.attn_backend.get_builder_cls()
-    own = attention.attn_backend.get_name() == BACKEND_NAME
-    if not own and not hasattr(sys.modules[builder.__module__], "get_num_attention_heads_from_layers"):
+    if not hasattr(sys.modules[builder.__module__], "get_num_attention_heads_from_layers"):
         raise ValueError(
             f"The attention backend {attention.attn_backend.get_name()} takes all layers to have the model's number "
             "of heads, and layers with MoICE routers have more. Choose another, such as `--attention-backend "

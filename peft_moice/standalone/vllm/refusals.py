@@ -6,6 +6,7 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ...rope.frequencies import original_length, rope_parameters
+from ..description import read_description
 
 _PREFIX = "MoICE"
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -22,6 +23,20 @@ def refuse_other_classes(config: PreTrainedConfig) -> None:
     causal = {name for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _names(value)}
     if architecture.removeprefix(_PREFIX) not in causal:
         _refuse(f"its class is {architecture or 'not named in the config'!r}, and only causal language models are")
+
+
+def refuse_other_caches(additional_config: Any) -> None:
+    """Raise a ValueError if vLLM's `--additional-config` asks for a cache that there is not.
+
+    Args:
+        additional_config: vLLM's options for plugins. May be anything.
+    """
+    asked = additional_config.get("moice_cache", "folded") if isinstance(additional_config, dict) else "folded"
+    if asked != "folded":
+        raise ValueError(
+            f"`moice_cache` in --additional-config is {asked!r}, but there is one way to keep keys and values: a copy "
+            "per base angle ('folded'). Leave the option out."
+        )
 
 
 def refuse_unserved(config: PreTrainedConfig) -> None:
@@ -42,20 +57,17 @@ def _refuse(reason: str) -> NoReturn:
 def _reason(config: Any) -> str | None:
     if config.get_text_config() is not config:
         return "it takes more than text"
-    try:
-        kinds = {(layer["layer_type"], layer["layout"]["start"]) for layer in config.moice["layers"].values()}
-        ropes = {layer_type: rope_parameters(config, layer_type) for layer_type, _ in kinds}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"The config says nothing readable of the model's routers ({error!r} in `moice`). Merge the adapter "
-            "again, and write the model with `save_pretrained`."
-        ) from error
-    for layer_type, parameters in ropes.items():
-        if original_length(config, layer_type) is not None:
+    _, layers, ropes = read_description(getattr(config, "moice", None))
+    if ropes:
+        return "it has ropes by position, which vLLM's attention cannot choose for each query"
+    for name, layer in layers.items():
+        layer.own_theta(config, name)
+        parameters = rope_parameters(config, layer.layer_type)
+        if original_length(config, layer.layer_type) is not None:
             return f"its rope type is {parameters['rope_type']!r}, whose angles change with the length of the text"
         if "mrope_section" in parameters:
             return "its positions have several dimensions (mRoPE)"
-    if getattr(config, "kv_lora_rank", None) or any(start != 0 for _, start in kinds):
+    if getattr(config, "kv_lora_rank", None) or any(layer.layout.start != 0 for layer in layers.values()):
         return "its keys and values are kept in a latent form"
     others = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
     if others:

@@ -1,17 +1,18 @@
 """From files and data sets to the sequences that routers are trained on.
 
-[`load_examples`] reads and encodes what [`DataArguments`] name, and [`Collator`] makes batches of it.
+[`load_examples`] reads and encodes what [`DataArguments`] name, and [`make_collator`] makes batches of it.
 """
 
+from typing import NoReturn
+
 from .arguments import DataArguments
-from .collator import Collator
+from .collator import make_collator
 from .documents import document_chats
 from .examples import Example, load_examples, pack, plain_text
 from .sequences import encode_chat, encode_text
 from .sources import Source, read_source, read_text
 
 __all__ = [
-    "Collator",
     "DataArguments",
     "Example",
     "Source",
@@ -19,8 +20,15 @@ __all__ = [
     "encode_chat",
     "encode_text",
     "load_examples",
+    "make_collator",
     "pack",
     "plain_text",
     "read_source",
     "read_text",
 ]
+
+
+def __getattr__(name: str) -> NoReturn:
+    if name == "Collator":
+        raise ImportError("`peft_moice.data.Collator` is no longer here. Call `make_collator(tokenizer, packing)`.")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-DataFormat = Literal["auto", "messages", "sharegpt", "prompt_answer", "alpaca", "text", "documents"]
+DataFormat = Literal["auto", "messages", "sharegpt", "prompt_answer", "question_answer", "alpaca", "text", "documents"]
 
 
 @dataclass
@@ -18,6 +18,9 @@ class DataArguments:
         default_factory=list, metadata={"help": "The same, to measure the loss on with and without routers."}
     )
     data_format: DataFormat = field(default="auto", metadata={"help": "What they hold, see below."})
+    columns: list[str] = field(
+        default_factory=list, metadata={"help": "NAME=COLUMN, where columns have other names than the format's."}
+    )
     chat_template: str | None = field(default=None, metadata={"help": "Jinja file, in place of the tokenizer's."})
     loss_on: Literal["answers", "all"] = field(
         default="answers", metadata={"help": "Learn answers only, or prompts too."}

@@ -26,19 +26,24 @@ class BadRecord(Exception):
     """What is wrong with a record."""
 
 
-def read_chats(source: Source, data_format: str = "auto") -> Iterator[tuple[str, Chat]]:
+def read_chats(
+    source: Source, data_format: str = "auto", columns: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, Chat]]:
     """Chats of a source, and where they stand.
 
     Args:
         source: what to read.
-        data_format: "messages", "sharegpt", "prompt_answer" or "alpaca". Default: "auto", by the columns of the first
-            record.
+        data_format: "messages", "sharegpt", "prompt_answer", "question_answer" or "alpaca". Default: "auto", by the
+            columns of the first record.
+        columns: the record's own name of a column, by the name that the format has. Default: the same names.
 
     Raises:
         ValueError: a record is not in the format, naming source, line and reason.
     """
     for where, record in read_records(source):
         try:
+            if columns:
+                record = _renamed(_as_mapping(record), columns)
             if data_format == "auto":
                 data_format = format_of(record)
             messages = _READERS[data_format](_as_mapping(record))
@@ -60,10 +65,19 @@ def format_of(record: object) -> str:
             return data_format
     if "prompt" in columns and columns & {*_ANSWERS}:
         return "prompt_answer"
+    if {"question", "context"} <= columns and columns & {"answers", *_ANSWERS}:
+        return "question_answer"
     raise BadRecord(
-        f"the columns {sorted(columns)} are of no known format. Give messages; conversations; prompt and answer; or "
-        "instruction and output."
+        f"the columns {sorted(columns)} are of no known format. Give messages; conversations; prompt and answer; "
+        "question, context and answers; or instruction and output. --columns NAME=COLUMN takes other names."
     )
+
+
+def _renamed(record: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
+    if missing := [column for column in columns.values() if column not in record]:
+        raise BadRecord(f"no column {missing[0]!r}, which --columns names; there are {', '.join(record)}.")
+    others = {name: value for name, value in record.items() if name not in columns.values()}
+    return {**others, **{name: record[column] for name, column in columns.items()}}
 
 
 def _messages(record: Mapping[str, Any]) -> Chat:
@@ -98,6 +112,25 @@ def _prompt_answer(record: Mapping[str, Any]) -> Chat:
     return [*_list_of_messages(prompt), *_list_of_messages(answer)]
 
 
+def _question_answer(record: Mapping[str, Any]) -> Chat:
+    """As SQuAD and its kin have it: a passage or several, a question, and answers of which the first is learned."""
+    name = next((name for name in ("answers", *_ANSWERS) if record.get(name) is not None), "answers")
+    _need(record, "question", "context", name, format_="question_answer")
+    context, answers = record["context"], record[name]
+    passages = context if isinstance(context, list) else [context]
+    if isinstance(answers, Mapping):  # SQuAD's texts beside where they start
+        answers = answers.get("text")
+    if isinstance(answers, list):
+        answers = answers[0] if answers else ""
+    if not all(isinstance(part, str) for part in [*passages, record["question"], answers]):
+        raise BadRecord(
+            f"'question' has to be a string, 'context' a string or a list of them, and {name!r} likewise, or an "
+            "object with 'text'."
+        )
+    prompt = "\n\n".join([*passages, record["question"]])
+    return _list_of_messages([{"role": "user", "content": prompt}, {"role": "assistant", "content": answers}])
+
+
 def _alpaca(record: Mapping[str, Any]) -> Chat:
     _need(record, "instruction", "output", format_="alpaca")
     parts = [record["instruction"], record.get("input")]
@@ -115,6 +148,7 @@ _READERS: dict[str, Callable[[Mapping[str, Any]], Chat]] = {
     "messages": _messages,
     "sharegpt": _sharegpt,
     "prompt_answer": _prompt_answer,
+    "question_answer": _question_answer,
     "alpaca": _alpaca,
 }
 

@@ -1,43 +1,31 @@
-"""Batches of examples."""
+"""Batches of examples, by the collators of transformers."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-import torch
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening
 
 from .examples import Example
 
 
-class Collator:
-    """Pads on the right; packed examples become one row of sequences that do not see each other.
-
-    transformers tells packed sequences apart by positions that start again at 0, where there is no attention mask.
+def make_collator(tokenizer: Any, packing: bool = False) -> Callable[[Sequence[Example]], Any]:
+    """What makes a batch of what [`load_examples`] gives.
 
     Args:
-        tokenizer: whose padding token fills rows up, 0 if it has none.
+        tokenizer: its padding token fills rows up on the right, or any other where it has none; it bears no loss.
+        packing: one row of all sequences, which do not see each other, since positions start again at 0 with each.
+            Default: False, a row for each sequence.
     """
+    if packing:
+        return partial(_collate, DataCollatorWithFlattening())
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    return partial(_collate, DataCollatorForSeq2Seq(tokenizer))
 
-    def __init__(self, tokenizer: Any):
-        self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        """`input_ids` and `labels` `[B, S]`, with an `attention_mask`, or `position_ids` where rows are packed."""
-        if any(len(example) > 1 for example in examples):
-            row = [sequence for example in examples for sequence in example]
-            return {
-                "input_ids": torch.tensor([[token for sequence in row for token in sequence["input_ids"]]]),
-                # Nothing predicts the first token of a sequence.
-                "labels": torch.tensor([[label for sequence in row for label in [-100, *sequence["labels"][1:]]]]),
-                "position_ids": torch.tensor([[i for sequence in row for i in range(len(sequence["input_ids"]))]]),
-            }
-        lengths = [len(sequence["input_ids"]) for (sequence,) in examples]
-
-        def padded(name: str, filler: int) -> torch.Tensor:
-            return torch.tensor([seq[name] + [filler] * (max(lengths) - len(seq[name])) for (seq,) in examples])
-
-        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-        return {
-            "input_ids": padded("input_ids", self.pad_token_id),
-            "labels": padded("labels", -100),
-            "attention_mask": mask.long(),
-        }
+def _collate(collator: Callable[[list[Any]], Any], examples: Sequence[Example]) -> Any:
+    return collator([sequence for example in examples for sequence in example])

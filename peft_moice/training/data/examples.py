@@ -24,7 +24,7 @@ def load_examples(
     """Read and encode `files`; an empty list gives an empty list.
 
     Args:
-        files: files of text, JSON, JSON lines or parquet, or data sets `OWNER/NAME[:SPLIT]`.
+        files: files of text, JSON, JSON lines, CSV or parquet, or data sets `OWNER/NAME[:SPLIT]`.
         tokenizer: a fast tokenizer.
         args: format and lengths; its own files are not looked at. Default: what [`DataArguments`] has.
         seed: of the questions that are made about documents. Default: 0.
@@ -72,19 +72,20 @@ def load_examples(
     return pack(kept, args.max_length) if args.packing else [[sequence] for sequence in kept]
 
 
-def plain_text(files: Sequence[str], data_format: str = "auto") -> str:
+def plain_text(files: Sequence[str], data_format: str = "auto", columns: Sequence[str] = ()) -> str:
     """The ordinary text in `files`: their text, or what stands in their chats beside the assistant's answers.
 
     Args:
         files: as for [`load_examples`].
         data_format: as [`DataArguments`] has it. Default: "auto".
+        columns: likewise. Default: none.
 
     Raises:
         ValueError: see [`load_examples`].
     """
     if _format(files, data_format) in ("text", "documents"):
         return "\n\n".join(read_text(file) for file in files)
-    chats = _chats(files, DataArguments(list(files)), data_format, seed=0)
+    chats = _chats(files, DataArguments(list(files), columns=list(columns)), data_format, seed=0)
     return "\n\n".join(
         message["content"] for _, messages in chats for message in messages if message["role"] != "assistant"
     )
@@ -128,4 +129,8 @@ def _format(files: Sequence[str], data_format: str) -> str:
 def _chats(files: Sequence[str], args: DataArguments, data_format: str, seed: int) -> list[tuple[str, Chat]]:
     if data_format == "documents":
         return list(document_chats(files, args, seed))
-    return [chat for file in files for chat in read_chats(read_source(file), data_format)]
+    pairs = [pair.partition("=") for pair in args.columns]
+    if wrong := [name + sign + column for name, sign, column in pairs if not (name and column)]:
+        raise ValueError(f"columns holds {wrong[0]!r}, but is made of NAME=COLUMN, such as question=query.")
+    columns = {name: column for name, _, column in pairs}
+    return [chat for file in files for chat in read_chats(read_source(file), data_format, columns)]

@@ -1,5 +1,6 @@
 """Chats and text as token ids and labels."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from jinja2 import TemplateError
@@ -28,45 +29,83 @@ def encode_chat(where: str, messages: Chat, tokenizer: Any, loss_on: str = "answ
         raise ValueError(f"loss_on is {loss_on!r}; choose 'answers' or 'all'.")
 
     def render(count: int, add_generation_prompt: bool = False) -> str:
-        if not tokenizer.chat_template:
-            contents = [message["content"] for message in messages[:count]]
-            end = (tokenizer.eos_token or "") if count == len(messages) else ""
-            return "\n".join(contents) + end + ("\n" if add_generation_prompt else "")
-        try:
-            rendered: str = tokenizer.apply_chat_template(
-                messages[:count], tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except TemplateError as error:
-            raise ValueError(f"{where}: the chat template refuses this chat: {error}") from None
-        return rendered
+        text = render_chat(tokenizer, messages[:count], add_generation_prompt, where)
+        is_whole = count == len(messages) and not tokenizer.chat_template
+        return text + (tokenizer.eos_token or "") if is_whole else text
 
     text = render(len(messages))
+    if loss_on == "all":
+        ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template, verbose=False)["input_ids"]
+        return {"input_ids": list(ids), "labels": list(ids)}
+    spans = []
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before, after = render(index, add_generation_prompt=True), render(index + 1)
+            if not (text.startswith(before) and text.startswith(after)):
+                raise ValueError(
+                    f"{where}: the chat template writes message {index} differently when others follow, so "
+                    "answers cannot be told from prompts. Use loss_on all, chats of one answer (for documents: "
+                    "questions 1), or another chat_template."
+                )
+            spans.append((len(before), len(after)))
+    ids, is_marked = encode_marked(tokenizer, text, spans)
+    return {
+        "input_ids": ids,
+        "labels": [token if marked else -100 for token, marked in zip(ids, is_marked, strict=True)],
+    }
+
+
+def render_chat(tokenizer: Any, messages: Chat, add_generation_prompt: bool = False, where: str = "") -> str:
+    """A chat as the tokenizer's template writes it; without a template, its messages joined by newlines.
+
+    Args:
+        tokenizer: whose template.
+        messages: the chat.
+        add_generation_prompt: with what the answer begins behind. Default: False.
+        where: where the chat stands, for messages. Default: nothing.
+
+    Raises:
+        ValueError: the template refuses the chat.
+    """
+    if not tokenizer.chat_template:
+        return "\n".join(message["content"] for message in messages) + "\n" * add_generation_prompt
+    try:
+        text: str = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateError as error:
+        raise ValueError(
+            f"{f'{where}: ' if where else ''}the chat template of the tokenizer refuses this chat: {error}. Set "
+            "`chat_template` to another, or to None, in the tokenizer."
+        ) from None
+    return text
+
+
+def encode_marked(tokenizer: Any, text: str, spans: Iterable[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+    """Token ids of what [`render_chat`] wrote, and for each of them whether it has characters in one of `spans`.
+
+    Raises:
+        ValueError: the tokenizer is a slow one.
+    """
+    check_fast(tokenizer)
     encoded = tokenizer(
         text, add_special_tokens=not tokenizer.chat_template, return_offsets_mapping=True, verbose=False
     )
-    labels = list(encoded["input_ids"])
-    if loss_on == "answers":
-        if "offset_mapping" not in encoded:
-            raise ValueError(
-                f"{type(tokenizer).__name__} cannot map tokens to characters, which tells answers from prompts. Load "
-                "a fast tokenizer, or learn whole chats with loss_on all."
-            )
-        spans = []
-        for index, message in enumerate(messages):
-            if message["role"] == "assistant":
-                before, after = render(index, add_generation_prompt=True), render(index + 1)
-                if not (text.startswith(before) and text.startswith(after)):
-                    raise ValueError(
-                        f"{where}: the chat template writes message {index} differently when others follow, so "
-                        "answers cannot be told from prompts. Use loss_on all, chats of one answer (for documents: "
-                        "questions 1), or another chat_template."
-                    )
-                spans.append((len(before), len(after)))
-        labels = [
-            token if any(start < token_end and token_start < end for start, end in spans) else -100
-            for token, (token_start, token_end) in zip(labels, encoded["offset_mapping"], strict=True)
-        ]
-    return {"input_ids": list(encoded["input_ids"]), "labels": labels}
+    spans = list(spans)
+    is_marked = [
+        any(start < token_end and token_start < end for start, end in spans)
+        for token_start, token_end in encoded["offset_mapping"]
+    ]
+    return list(encoded["input_ids"]), is_marked
+
+
+def check_fast(tokenizer: Any) -> None:
+    """Raise a ValueError unless the tokenizer maps tokens to characters."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"{type(tokenizer).__name__} cannot map tokens to characters, which tells answers from prompts. Load a "
+            "fast tokenizer, or learn whole chats with loss_on all."
+        )
 
 
 def encode_text(file: str, tokenizer: Any, max_length: int) -> list[Sequence]:

@@ -1,6 +1,9 @@
-"""Reading sources: plain text, JSON, JSON lines, parquet, and data sets by their ids."""
+"""Reading sources: plain text, JSON, JSON lines, CSV, parquet, and data sets by their ids."""
 
+import csv
+import glob
 import gzip
+import io
 import json
 import re
 import zlib
@@ -9,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-RECORDS = (".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".parquet")
+_CSV = (".csv", ".csv.gz")
+RECORDS = (".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", *_CSV, ".parquet")
 """Endings of files that hold records."""
 _TEXT = (".txt", ".md", ".rst", ".tex", ".text", ".html")
 
@@ -23,7 +27,7 @@ class Source:
 
     Attributes:
         name: as the user gave it.
-        kind: "file" for files of JSON or text, "parquet", or "dataset" for what `datasets.load_dataset` reads.
+        kind: "file" for files of JSON, CSV or text; "parquet" and "dataset" for what `datasets` reads.
     """
 
     name: str
@@ -82,9 +86,14 @@ def read_records(source: Source) -> Iterator[Record]:
         ValueError: it holds none, or is not in its format.
         ImportError: a package is missing that reads it.
     """
-    readers = {"file": _json_records, "parquet": _parquet_records, "dataset": _dataset_records}
+    if source.kind != "file":
+        records = _dataset_records(source)
+    elif source.name.lower().endswith(_CSV):
+        records = _csv_records(source.name)
+    else:
+        records = _json_records(source.name)
     empty = True
-    for record in readers[source.kind](source.name):
+    for record in records:
         empty = False
         yield record
     if empty:
@@ -92,7 +101,7 @@ def read_records(source: Source) -> Iterator[Record]:
 
 
 def _json_records(file: str) -> Iterator[Record]:
-    """Of a JSON array, or of JSON lines."""
+    """Of a JSON array, or of JSON lines. Unlike in tables, rows may differ in their fields; and errors name lines."""
     text = read_text(file)
     if text.lstrip().startswith("["):
         try:
@@ -116,39 +125,42 @@ def _json_records(file: str) -> Iterator[Record]:
         yield f"{file}, line {number}", record
 
 
-def _parquet_records(file: str) -> Iterator[Record]:
+def _csv_records(file: str) -> Iterator[Record]:
+    """Of a table with a header. Every value stays a string: as numbers, codes would lose their zeros in front."""
+    csv.field_size_limit(2**31 - 1)  # of characters; a prompt has more than the 131,072 that are usual
+    rows = csv.DictReader(io.StringIO(read_text(file), newline=""), strict=True)
     try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise ImportError(f"{file}: parquet needs pyarrow: pip install 'peft_moice[train]'.") from error
-    number = 0
-    try:
-        for batch in ParquetFile(file).iter_batches():
-            for record in batch.to_pylist():
-                number += 1
-                yield f"{file}, row {number}", record
-    except ArrowException as error:
-        raise ValueError(f"{file}: not a parquet file that can be read ({error}).") from None
+        for row in rows:
+            if None in row or None in row.values():
+                raise ValueError(
+                    f"{file}, line {rows.line_num}: another number of values than the header has columns. Separate "
+                    "values by commas, and quote those that hold commas, quotes or line breaks."
+                )
+            yield f"{file}, line {rows.line_num}", row
+    except csv.Error as error:
+        raise ValueError(f"{file}, line {rows.line_num + 1}: not CSV ({error}).") from None
 
 
-def _dataset_records(name: str) -> Iterator[Record]:
+def _dataset_records(source: Source) -> Iterator[Record]:
+    name = source.name
     try:
         from datasets import Dataset, load_dataset, load_from_disk
     except ImportError as error:
-        raise ImportError(f"{name}: data sets need the package datasets: pip install 'peft_moice[train]'.") from error
+        raise ImportError(f"{name} needs the package datasets: pip install 'peft_moice[train]'.") from error
     path, _, split = name.partition(":")
     split = split or "train"
     try:
-        # `Dataset.save_to_disk` writes one, and no splits.
-        saved = Path(path, "state.json").is_file()
-        rows = load_from_disk(path) if saved else load_dataset(path, split=split)
+        if source.kind == "parquet":
+            rows = load_dataset("parquet", data_files=glob.escape(name), split="train")
+        elif Path(path, "state.json").is_file():  # `Dataset.save_to_disk` writes one, and no splits
+            rows = load_from_disk(path)
+        else:
+            rows = load_dataset(path, split=split)
     except Exception as error:
         # Whatever a data set's files, its configs and the network raise, each in classes of their own.
+        what = "this file" if source.kind == "parquet" else f"the split {split!r} of this data set"
         reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{name}: the split {split!r} of this data set cannot be read ({type(error).__name__}: {reason})."
-        ) from error
+        raise ValueError(f"{name}: {what} cannot be read ({type(error).__name__}: {reason}).") from error
     assert isinstance(rows, Dataset)
     for number, record in enumerate(rows, start=1):
         yield f"{name}, row {number}", record

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .deck import Deck
-from .encoding import check_fast
-from .files import read_json_lines
-from .task import Example, Scoring
+from peft_moice.evaluation import Example
+from peft_moice.evaluation.deck import Deck
+from peft_moice.evaluation.files import read_json_lines
+from peft_moice.evaluation.task import Scoring
+from peft_moice.training.data.sequences import check_fast
 
 
 class Exam:

@@ -1,11 +1,11 @@
-"""What a model returned: finding its loss, adding to it, and noticing that it was left out."""
+"""What a model returned: adding to its loss and to its entries, and noticing that an added loss was left out."""
 
+import dataclasses
 import warnings
 from collections.abc import Iterator, MutableMapping
 from typing import Any
 
 import torch
-from transformers.utils.generic import ModelOutput
 
 
 def add_to_loss(outputs: Any, extra: torch.Tensor) -> Any:
@@ -31,17 +31,54 @@ def add_to_loss(outputs: Any, extra: torch.Tensor) -> Any:
     return outputs
 
 
-def add_entry(outputs: Any, name: str, value: Any) -> None:
-    """Give `outputs` an attribute, or an entry if it is a plain dict; called `moice_...` if the name is taken.
+def with_entry(outputs: Any, name: str, value: Any) -> Any:
+    """`outputs` with one entry more, or an attribute where they have none; called `moice_...` if the name is taken.
 
-    Tensors and tuples have no place for it.
+    The entries of a `ModelOutput` are the fields of its class, from which others make it anew: mixed precision,
+    copies, several processes, pytrees. So ours are fields of a subclass. Tensors and tuples have no place for one.
     """
     if isinstance(outputs, (torch.Tensor, tuple, list)):
-        return
-    if isinstance(outputs, MutableMapping) and not isinstance(outputs, ModelOutput):
-        outputs[name if outputs.get(name) is None else f"moice_{name}"] = value
-    else:
+        return outputs
+    if not isinstance(outputs, MutableMapping):
         setattr(outputs, name if getattr(outputs, name, None) is None else f"moice_{name}", value)
+        return outputs
+    name = name if outputs.get(name) is None else f"moice_{name}"
+    if dataclasses.is_dataclass(outputs) and name not in {field.name for field in dataclasses.fields(outputs)}:
+        extended = _extended(type(outputs))(**outputs)
+        for attribute, other in vars(outputs).items():
+            if attribute not in vars(extended):
+                setattr(extended, attribute, other)
+        outputs = extended
+    outputs[name] = value
+    return outputs
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # what compiled code cannot do is to make a class
+def _extended(original: type[Any]) -> type[Any]:
+    """A subclass of the dataclass `original` with fields for our entries."""
+    if original not in _EXTENDED:
+        known = {field.name for field in dataclasses.fields(original)}
+        # In the order in which they are set.
+        names = ("router_logits", "moice_router_logits", "aux_loss", "moice_aux_loss")
+        _EXTENDED[original] = dataclasses.make_dataclass(
+            f"MoICE{original.__name__}",
+            [(name, Any, None) for name in names if name not in known],
+            bases=(original,),
+            namespace={"__module__": original.__module__, "__reduce__": _reduce},
+        )
+    return _EXTENDED[original]
+
+
+_EXTENDED: dict[type[Any], type[Any]] = {}
+
+
+def _reduce(outputs: Any) -> tuple[Any, ...]:
+    # Pickles cannot find the subclass by its name.
+    return _restored, (type(outputs).__base__, dict(outputs))
+
+
+def _restored(original: type[Any], entries: dict[str, Any]) -> Any:
+    return _extended(original)(**entries)
 
 
 def warn_if_left_out(extra: torch.Tensor, outputs: Any) -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from ..hub.push import add_to_card
-from .balance import PassRecords
 from .hooks import hooks_of
 from .loss_parts import LossPartsMixin
+from .pass_records import PassRecords
 
 
 @dataclass

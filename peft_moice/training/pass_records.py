@@ -11,16 +11,16 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from ..routing.mixture import MixesAngles, RouterRecord
 from ..routing.router import balance_losses
 from ..routing.spec import RouterSpec
-from .reentrant import graph_or_leaf, send_late_gradients
 
 
 class PassRecords:
     """Collects the records of one forward pass; the recorder of the model's layers while it lasts.
 
     Args:
-        model: the model that computes the loss.
+        model: the model that was called.
         args: positional arguments of the pass.
         kwargs: keyword arguments of the pass.
+        shifts_labels: whether labels belong to the token before them, see [`shifts_labels`].
 
     Attributes:
         arguments: arguments of the pass by name.
@@ -29,17 +29,16 @@ class PassRecords:
             [`balance_loss`] has been called; None if there are none.
     """
 
-    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shifts_labels: bool):
         names = list(inspect.signature(type(model).forward).parameters)[1:]
         self.arguments: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
         self.records: dict[str, list[tuple[MixesAngles, RouterRecord]]] = {}
         self.aux_loss: torch.Tensor | None = None
-        self._has_encoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-        encoder: nn.Module | None = model.get_encoder() if self._has_encoder else None  # type: ignore[operator]
+        self._shifts_labels = shifts_labels
+        encoder: nn.Module | None = model.get_encoder() if _has_encoder(model) else None  # type: ignore[operator]
+        # A decoder or an encoder that is called alone passes for its own encoder.
+        self._has_encoder = encoder is not None and encoder is not model
         self._encoder_layers = set(mixing_layers(encoder)) if encoder is not None else set()
-        # As Trainer counts predicted tokens. Decoders behind an encoder shift their inputs instead.
-        shifts = LOSS_MAPPING.get(str(getattr(model, "loss_type", None))) is ForCausalLMLoss
-        self._shifts_labels = shifts and not self._has_encoder
 
     def take(self, layer: MixesAngles, records: list[RouterRecord]) -> None:
         for record in records:
@@ -82,25 +81,24 @@ class PassRecords:
         Args:
             labels: as the model takes them, -100 where nothing is predicted.
             num_items: number of predictions in the whole batch.
+
+        Raises:
+            ValueError: the graph of a router's logits was lost, and its gradient with it.
         """
         sum_tokens: Callable[[torch.Tensor], torch.Tensor] = _pooled
         shares: torch.Tensor | None = None
         if num_items is not None and labels is not None:
             sum_tokens, items = self._items(labels)
-            shares = items / num_items
-        loss, late = torch.zeros(()), []
+            # Where nothing is predicted in the whole batch, no sequence has a share.
+            shares = items / torch.as_tensor(num_items, device=items.device).clamp(min=1)
+        loss = torch.zeros((), device="cpu")
         aux_loss: torch.Tensor | None = None
         learning = self.learning_routers()
         for name in self._balanced_routers():
             found, spec = self.records[name], self._spec(name)
             logits = [record.logits if name in learning else record.logits.detach() for _, record in found]
             if name in learning and torch.is_grad_enabled():
-                logits = [graph_or_leaf(values) for values in logits]
-                late += [
-                    (layer, name, leaf)
-                    for (layer, record), leaf in zip(found, logits, strict=True)
-                    if leaf is not record.logits and record.share.router.is_trainable
-                ]
+                _check_graph(found)
             masks = [self.token_mask(layer, record) for layer, record in found]
             losses = balance_losses(logits, spec.top_k, masks, sum_tokens)
             if shares is None:
@@ -112,7 +110,7 @@ class PassRecords:
             if name in learning:
                 loss = loss.to(part.device) + spec.router_aux_loss_coef * part
         self.aux_loss = aux_loss
-        return send_late_gradients(loss, late) if late else loss
+        return loss
 
     def _balanced_routers(self) -> list[str]:
         return [name for name in self.records if self._spec(name).router_aux_loss_coef > 0]
@@ -158,9 +156,33 @@ class PassRecords:
         return sum_tokens
 
 
+def shifts_labels(model: nn.Module) -> bool:
+    """Whether `model` takes labels as its input, and predicts each from the tokens before it.
+
+    As Trainer counts predicted tokens. Decoders behind an encoder shift their inputs instead.
+    """
+    return LOSS_MAPPING.get(str(getattr(model, "loss_type", None))) is ForCausalLMLoss and not _has_encoder(model)
+
+
+def _has_encoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
 def mixing_layers(model: nn.Module) -> list[MixesAngles]:
     """The layers of `model` that mix angles, whether by an adapter or by routers of their own."""
     return [module for module in model.modules() if isinstance(module, MixesAngles)]
+
+
+def _check_graph(found: list[tuple[MixesAngles, RouterRecord]]) -> None:
+    for layer, record in found:
+        if record.share.router.is_trainable and not record.logits.requires_grad:
+            raise ValueError(
+                f"The router {record.share.name!r} learns from a balance loss, but layer {layer.layer_idx} ran "
+                "without gradients, as under reentrant gradient checkpointing, so that this part of its gradient "
+                'would be lost. Train with `gradient_checkpointing_kwargs={"use_reentrant": False}` (or '
+                '`model.gradient_checkpointing_enable({"use_reentrant": False})`), or without the balance loss: '
+                "`router_aux_loss_coef=0` in MoICEConfig."
+            )
 
 
 def _pooled(values: torch.Tensor) -> torch.Tensor:
