@@ -1,13 +1,13 @@
 """Models with ropes by position and distance: the base model within its window, exact beyond it."""
 
 import copy
-import math
 
 import pytest
 import torch
 from families import tiny_model, tokens
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from tiny_models import decide, load, logits_of, save_tiny_model, token_ids, wide_config
+from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import peft_moice
@@ -74,7 +74,10 @@ class TestWithin:
 
     @pytest.fixture(params=ATTENTIONS)
     def pair(self, request, folder):
-        base, model = load(folder, attn_implementation=request.param), extended(folder, attn_implementation=request.param)
+        base, model = (
+            load(folder, attn_implementation=request.param),
+            extended(folder, attn_implementation=request.param),
+        )
         base.requires_grad_(False)  # as PEFT has it; PyTorch chooses how to compute products by it
         # Where weights lie in memory decides the order in which some products are summed.
         for own, parameter in zip(base.parameters(), model.parameters(), strict=True):
@@ -105,9 +108,7 @@ class TestWithin:
     def test_a_static_cache(self, pair):
         base, model = pair
         ids = token_ids(length=WINDOW)
-        results = [
-            in_chunks(m, ids, [20, 11], cache=StaticCache(config=base.config, max_cache_len=48)) for m in pair
-        ]
+        results = [in_chunks(m, ids, [20, 11], cache=StaticCache(config=base.config, max_cache_len=48)) for m in pair]
         assert torch.equal(*results)
 
     @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 4}], ids=str)
@@ -333,7 +334,9 @@ class TestCachesAndPositions:
             model(ids, position_ids=packed[None], attention_mask=sees[None, None]).logits[0],
             oracle_logits(base, ids[0], packed, sees),
         )
-        close(model(ids, position_ids=packed[None], use_cache=False).logits[0], oracle_logits(base, ids[0], packed, sees))
+        close(
+            model(ids, position_ids=packed[None], use_cache=False).logits[0], oracle_logits(base, ids[0], packed, sees)
+        )
 
 
 class TestTraining:
@@ -532,3 +535,53 @@ class TestAdapters:
         with pytest.raises(ValueError, match="'extension'.*exists"):
             peft_moice.extend(model, FACTOR)
         assert model.active_adapters == ["extension"]
+
+
+@pytest.mark.slow
+class TestCompiled:
+    @pytest.fixture(autouse=True)
+    def fresh_compiler(self):
+        torch.compiler.reset()
+        yield
+        torch.compiler.reset()
+
+    @pytest.mark.parametrize(
+        ("rules", "attention"), [(None, "eager"), (None, "sdpa"), (MIXED, "sdpa"), ("routers", "sdpa")]
+    )
+    @torch.no_grad()
+    def test_decoding_across_with_a_static_cache_is_one_graph(self, folder, rules, attention):
+        options = {"attn_implementation": attention}
+        if rules == "routers":
+            model = get_peft_model(load(folder, **options), wide_config())
+            decide(model)
+            model = peft_moice.extend(model, FACTOR).eval()
+        else:
+            model = extended(folder, rules, **options)
+        ids, graphs = token_ids(length=56), CompileCounter()
+        expected = logits_of(model, ids)
+        cache = StaticCache(config=model.config, max_cache_len=96)
+        model(ids[:, :29], past_key_values=cache)
+        compiled = torch.compile(model, fullgraph=True, backend=graphs)
+        logits = [
+            compiled(ids[:, i : i + 1], past_key_values=cache, position_ids=torch.tensor([[i]])).logits
+            for i in range(29, 56)
+        ]
+        close(torch.cat(logits, dim=1), expected[:, 29:])
+        assert graphs.frame_count == 1
+
+    @torch.no_grad()
+    def test_prompts_on_both_sides(self, folder):
+        model = extended(folder, MIXED)
+        expected = {length: logits_of(model, token_ids(length=length)) for length in (20, 60)}
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        for length, logits in expected.items():
+            close(compiled(token_ids(length=length), use_cache=False).logits, logits)
+
+    @pytest.mark.parametrize("lengths", [(26,), (26, 9)], ids=["one row", "left-padded"])
+    @torch.no_grad()
+    def test_generation_compiles_by_itself_with_a_static_cache(self, folder, lengths):
+        model, batch = extended(folder), left_padded(lengths)
+        batch.pop("position_ids")
+        options = {"max_new_tokens": 20, "do_sample": False}
+        expected = model.generate(**batch, **options)
+        assert torch.equal(model.generate(**batch, cache_implementation="static", **options), expected)
