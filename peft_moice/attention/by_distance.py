@@ -31,7 +31,7 @@ class _Block(NamedTuple):
 def why_not(call: AttentionCall) -> str | None:
     """Why attention by distance cannot be computed for `call`, or None."""
     if call.backend is not None and call.backend not in _READ_MASKS:
-        reason = call.why_not_plain(any_mask=True)
+        reason = call.why_not_plain(any_mask=True, any_positions=True)
         return None if reason is None else f"the backend {call.backend!r} takes no masks, and in its place {reason}"
     mask = call.attention_mask
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 4):

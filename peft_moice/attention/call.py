@@ -129,11 +129,11 @@ class AttentionCall:
         output, probs = self.attend(query, key, self.value, self.attention_mask, **self.options)
         return output, probs
 
-    def why_not_plain(self, any_mask: bool = False) -> str | None:
+    def why_not_plain(self, any_mask: bool = False, any_positions: bool = False) -> str | None:
         """Why an implementation of our own that knows plain attention only cannot compute this, or None.
 
-        Plain: causal or under a four-dimensional mask (or `any_mask`), positions in the order of the keys, nothing but
-        the scores' scaling between queries, keys and softmax.
+        Plain: causal or under a four-dimensional mask (or `any_mask`), positions in the order of the keys (or
+        `any_positions`), nothing but the scores' scaling between queries, keys and softmax.
         """
         options = self.options
         no_plain = "it knows no dropout, softcap, attention sinks or position bias"
@@ -147,7 +147,7 @@ class AttentionCall:
             return "it has no derivatives in forward mode"
         if options.get("output_attentions"):
             return "it does not give attention probabilities"
-        if self.query_positions is not None:
+        if self.query_positions is not None and not any_positions:
             return "it reads positions in the order of the keys, and these tokens stand elsewhere"
         if isinstance(self.query_start, torch.Tensor) and self.query_start.dim() > 0:
             return "it reads one position for the first query, and packed sequences have one for each"

@@ -206,8 +206,10 @@ class LayerMixture:
             if not inner:
                 return Gating(holds, None, [])
             gating = self.gate(query, inner)
-            is_own = torch.tensor([expert.is_own for expert in chosen], device=ids.device)
-            own, rest = holds[..., is_own].sum(dim=-1, keepdim=True), holds[..., ~is_own]
+            # By numbers, not by booleans: the sizes of graphs must not depend on values.
+            inside = [index for index, expert in enumerate(chosen) if expert.is_own]
+            outside = [index for index, expert in enumerate(chosen) if not expert.is_own]
+            own, rest = holds[..., inside].sum(dim=-1, keepdim=True), holds[..., outside]
             picked = None if gating.picked is None else torch.cat((gating.picked & (own > 0), rest > 0), dim=-1)
             return Gating(torch.cat((gating.gates * own, rest), dim=-1), picked, gating.records)
 
