@@ -36,6 +36,7 @@ class AttentionCall:
         backend: name of the attention implementation behind `attend`.
         top_k: the most experts that a row picks, where that is known without looking at the gates.
         options: further keyword arguments of `attend`.
+        rows: for each expert the queries that may pick it, where that is known; else None.
 
     Raises:
         ValueError: shapes that do not belong together, or queries that do not fit the keys.
@@ -55,6 +56,7 @@ class AttentionCall:
     backend: str | None = None
     top_k: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    rows: tuple[slice, ...] | None = None
 
     def __post_init__(self) -> None:
         batch, heads, length, head_dim = self.query.shape
@@ -113,6 +115,10 @@ class AttentionCall:
     def is_causal(self) -> bool:
         """Whether a query sees its own key and those before it, and no mask says what else."""
         return self.attention_mask is None and self.options.get("is_causal") is not False
+
+    def rows_of(self, expert: int) -> slice:
+        """The queries that may pick an expert."""
+        return slice(0, self.query.shape[2]) if self.rows is None else self.rows[expert]
 
     def needs_gradients(self) -> bool:
         """Whether there will be a backward pass through attention."""

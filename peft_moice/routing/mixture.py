@@ -215,7 +215,13 @@ class LayerMixture:
 
         top_k = self._top_k() if inner else 1
         rotations = rope.table((*inner, *others))
-        return MixtureCall(gate, rotations, positions, top_k, self.implementation())
+        ends = [*(expert.first for expert in chosen[1:]), None]
+        rows_of = {expert: positions.rows_between(expert.first, end) for expert, end in zip(chosen, ends, strict=True)}
+        rows = [found for expert in chosen if expert.is_own for found in [rows_of[expert]] * len(inner)]
+        rows += [rows_of[expert] for expert in others]
+        known = tuple(found for found in rows if found is not None)
+        known_rows = known if len(known) == rotations.num_experts else None
+        return MixtureCall(gate, rotations, positions, top_k, self.implementation(), known_rows)
 
     def _call_of_routers(self, rope: LayerRope, positions: Positions) -> MixtureCall:
         rope_bases = self.rope_bases()
