@@ -1,8 +1,8 @@
 """The model's own attention for some queries, under a rope that may change with the distance of the key.
 
 All keys share one softmax. A head of twice the size holds both rotations of a query, `[near, far]`, and meets every
-key under one of them, `[k, 0]` or `[0, k]`. So each key is scored once, by whatever function the model has, and queries
-go block by block, which keeps masks small.
+key under one of them, `[k, 0]` or `[0, k]`. So each key is scored once, by whatever function the model has. Queries go
+block by block, which keeps masks small.
 """
 
 from collections.abc import Callable, Iterator
