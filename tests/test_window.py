@@ -106,9 +106,8 @@ class TestWithin:
 
     @torch.no_grad()
     def test_a_static_cache(self, pair):
-        base, model = pair
-        ids = token_ids(length=WINDOW)
-        results = [in_chunks(m, ids, [20, 11], cache=StaticCache(config=base.config, max_cache_len=48)) for m in pair]
+        ids, config = token_ids(length=WINDOW), pair[0].config
+        results = [in_chunks(m, ids, [20, 11], cache=StaticCache(config=config, max_cache_len=48)) for m in pair]
         assert torch.equal(*results)
 
     @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 4}], ids=str)
@@ -407,7 +406,7 @@ class TestFamilies:
         assert {kinds[i] for i in adapted} == {"full_attention"}
 
     def test_models_without_a_layer_to_extend(self):
-        with pytest.raises(ValueError, match="sliding window.*no layer to extend"):
+        with pytest.raises(ValueError, match=r"sliding window.*no layer to extend"):
             peft_moice.extend(tiny_model("mistral", max_position_embeddings=WINDOW), FACTOR)
         with pytest.raises(ValueError, match="rotary"):
             peft_moice.extend(tiny_model("gpt2"), FACTOR)
@@ -419,7 +418,7 @@ class TestFamilies:
             lists = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
             parameters |= {"original_max_position_embeddings": WINDOW, **lists}
         model = tiny_model("llama", rope_parameters=parameters)
-        with pytest.raises(ValueError, match=f"{rope_type}.*serves longer texts already"):
+        with pytest.raises(ValueError, match=rf"{rope_type}.*serves longer texts already"):
             peft_moice.extend(model, FACTOR)
         with pytest.raises(ValueError, match=f"'{rope_type}' changes its angles with the length"):
             with_ropes(model, BY_POSITION)
@@ -438,7 +437,7 @@ class TestFamilies:
         base = tiny_model("gemma2", max_position_embeddings=WINDOW)
         base.set_attn_implementation("flex_attention")
         model = peft_moice.extend(base, FACTOR)
-        with pytest.raises(ValueError, match="softcap.*'sdpa' or 'eager'"):
+        with pytest.raises(ValueError, match=r"softcap.*'sdpa' or 'eager'"):
             model(tokens(length=50))
 
 
@@ -532,7 +531,7 @@ class TestAdapters:
                     model.add_weighted_adapter(names, weights, "mean", combination_type=kind)
         assert sorted(model.peft_config) == ["extension", "other"]
         assert torch.equal(logits_of(model, token_ids(length=50)), expected)
-        with pytest.raises(ValueError, match="'extension'.*exists"):
+        with pytest.raises(ValueError, match=r"'extension'.*exists"):
             peft_moice.extend(model, FACTOR)
         assert model.active_adapters == ["extension"]
 

@@ -91,8 +91,8 @@ def compute(call: AttentionCall, implementation: str) -> tuple[torch.Tensor, tor
         why_not = IMPLEMENTATIONS[chosen].why_not(call) if call.rotations.far is not None else None
         if why_not is not None:
             raise ValueError(
-                f"Ropes by distance cannot be computed here: {why_not}. Load the model with attn_implementation='sdpa' "
-                "or 'eager'."
+                f"Ropes by distance cannot be computed here: {why_not}. Load the model with "
+                "attn_implementation='sdpa' or 'eager'."
             )
         return IMPLEMENTATIONS[chosen].run(call)
     name = known_implementation(implementation)

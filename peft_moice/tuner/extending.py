@@ -39,7 +39,7 @@ def extend(
     config = extension_config(base.config, factor, near=near)
     if not isinstance(model, PeftModel) or not isinstance(model.base_model, MoICEModel):
         config.task_type = TaskType.CAUSAL_LM if isinstance(base, PreTrainedModel) and base.can_generate() else None
-        return get_peft_model(model, config, adapter_name=adapter_name)  # type: ignore[arg-type]
+        return get_peft_model(model, config, adapter_name=adapter_name)
     active = model.active_adapters
     model.add_adapter(adapter_name, config)
     tuner: Any = model.base_model
