@@ -118,8 +118,8 @@ def check_router(fields: Any, may_differ: bool = False) -> None:
             raise TypeError(f"`{name}` has to be an integer or None, not {shortened(value)}.")
     if top_k is not None and not 1 <= top_k <= fields.num_experts:
         raise ValueError(
-            f"`top_k` is {top_k}, but has to lie in 1..{fields.num_experts}, the number of angles. Lower it, or give more "
-            "angles with `rope_bases` or `base_multipliers`."
+            f"`top_k` is {top_k}, but has to lie in 1..{fields.num_experts}, the number of angles. Lower it, or give "
+            "more angles with `rope_bases` or `base_multipliers`."
         )
     if router_dim is not None and router_dim < 1:
         raise ValueError(f"`router_dim` is {router_dim}, but has to be at least 1.")
