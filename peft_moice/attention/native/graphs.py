@@ -44,10 +44,10 @@ def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -
 )
 def _differentiate(grad_output: torch.Tensor, *inputs: Any) -> tuple[torch.Tensor, ...]:
     """The gradients of queries, keys, values and gates; without elements where not wanted."""
-    *tensors, picked, mask = inputs[:6]
-    *rest, wanted = inputs[6:]
-    grads = differentiate(grad_output, *tensors, picked, mask, _options(*tensors[:2], *rest), wanted)
-    return tuple(x.new_empty(0) if grad is None else grad for grad, x in zip(grads, tensors, strict=True))
+    query, key, value, gates, picked, mask, *rest, wanted = inputs
+    options = _options(query, key, *rest)
+    grads = differentiate(grad_output, query, key, value, gates, picked, mask, options, wanted)
+    return tuple(x.new_empty(0) if grad is None else grad for grad, x in zip(grads, inputs[:4], strict=True))
 
 
 @_differentiate.register_fake

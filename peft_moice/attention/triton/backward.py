@@ -117,17 +117,17 @@ def query_kernel(
     end = T
     if form.MASK == 0:
         end = tl.minimum(T, tl.max(tl.where(valid, position, 0)) + 1)
-    shift = tl.zeros([form.BM], tl.float32)
+    shift = tl.full([form.BM], 0.0, tl.float32)
     if grad_query is not None:
-        sum_a, sum_b = tl.zeros([form.BM, form.BP], tl.float32), tl.zeros([form.BM, form.BP], tl.float32)
-        mean_a, mean_b = tl.zeros([form.BM, form.BP], tl.float32), tl.zeros([form.BM, form.BP], tl.float32)
+        sum_a, sum_b = tl.full([form.BM, form.BP], 0.0, tl.float32), tl.full([form.BM, form.BP], 0.0, tl.float32)
+        mean_a, mean_b = tl.full([form.BM, form.BP], 0.0, tl.float32), tl.full([form.BM, form.BP], 0.0, tl.float32)
         if form.BR > 0:
-            sum_r, mean_r = tl.zeros([form.BM, form.BR], tl.float32), tl.zeros([form.BM, form.BR], tl.float32)
+            sum_r, mean_r = tl.full([form.BM, form.BR], 0.0, tl.float32), tl.full([form.BM, form.BR], 0.0, tl.float32)
     for first_key in range(0, end, form.BN):
         n = first_key + tile
         exists = n < T
         ka, kb = load_rotated(tile_keys, tile * k_t, exists, tile_cos, tile_sin, tile, form)
-        scores = product(qa, tl.trans(ka), tl.zeros([form.BM, form.BN], tl.float32))
+        scores = product(qa, tl.trans(ka), tl.full([form.BM, form.BN], 0.0, tl.float32))
         scores = product(qb, tl.trans(kb), scores)
         if form.BR > 0:
             kr = load_rest(tile_keys, tile * k_t, exists, form)
@@ -137,7 +137,7 @@ def query_kernel(
         )
         probs = tl.exp2(scores - top[:, None]) * share[:, None]
         v = load_values(tile_values, tile * v_t, exists, form)
-        grad_probs = product(grads, tl.trans(v), tl.zeros([form.BM, form.BN], tl.float32))
+        grad_probs = product(grads, tl.trans(v), tl.full([form.BM, form.BN], 0.0, tl.float32))
         grad_scores = probs * (grad_probs - middle[:, None])
         shift += tl.sum(grad_scores, 1)
         if grad_query is not None:
@@ -198,11 +198,11 @@ def key_kernel(inputs, strides, sizes, table, picks, stored, results, query_star
         kr = load_rest(key + b * k_b + g * k_h, k_row, exists, form)
     if grad_key is not None:
         v = load_values(value + b * v_b + g * v_h, n.to(tl.int64) * v_t, exists, form)
-        sum_a, sum_b = tl.zeros([form.BN, form.BP], tl.float32), tl.zeros([form.BN, form.BP], tl.float32)
+        sum_a, sum_b = tl.full([form.BN, form.BP], 0.0, tl.float32), tl.full([form.BN, form.BP], 0.0, tl.float32)
         if form.BR > 0:
-            sum_r = tl.zeros([form.BN, form.BR], tl.float32)
+            sum_r = tl.full([form.BN, form.BR], 0.0, tl.float32)
     if grad_value is not None:
-        sum_v = tl.zeros([form.BN, form.BV], tl.float32)
+        sum_v = tl.full([form.BN, form.BV], 0.0, tl.float32)
     for first_place in range(begin, count, form.BM):
         place = first_place + tl.arange(0, form.BM)
         valid = place < count
@@ -213,7 +213,7 @@ def key_kernel(inputs, strides, sizes, table, picks, stored, results, query_star
         q_row = head * q_h + token * q_s
         pick = (z * N + expert) * S * form.R + place
         qa, qb = load_rotated(query + b * q_b, q_row, valid, cos, sin, position, form)
-        scores = product(ka, tl.trans(qa), tl.zeros([form.BN, form.BM], tl.float32))
+        scores = product(ka, tl.trans(qa), tl.full([form.BN, form.BM], 0.0, tl.float32))
         scores = product(kb, tl.trans(qb), scores)
         if form.BR > 0:
             qr = load_rest(query + b * q_b, q_row, valid, form)
@@ -231,7 +231,7 @@ def key_kernel(inputs, strides, sizes, table, picks, stored, results, query_star
             sum_v = product(gated.to(grads.dtype), grads, sum_v)
         if grad_key is not None:
             middle = tl.load(delta + pick, mask=valid, other=0.0)
-            grad_probs = product(v, tl.trans(grads), tl.zeros([form.BN, form.BM], tl.float32))
+            grad_probs = product(v, tl.trans(grads), tl.full([form.BN, form.BM], 0.0, tl.float32))
             grad_scores = (gated * (grad_probs - middle[None, :])).to(qa.dtype)
             sum_a, sum_b = product(grad_scores, qa, sum_a), product(grad_scores, qb, sum_b)
             if form.BR > 0:

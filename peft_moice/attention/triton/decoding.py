@@ -96,8 +96,8 @@ def decode_kernel(inputs, strides, sizes, table, parts, query_start, S, T, span,
 
     expert_of = tl.arange(0, BE)[:, None, None]
     top = tl.full([BE * form.BM], LOWEST, tl.float32)
-    total = tl.zeros([BE * form.BM], tl.float32)
-    attended = tl.zeros([BE * form.BM, form.BV], tl.float32)
+    total = tl.full([BE * form.BM], 0.0, tl.float32)
+    attended = tl.full([BE * form.BM, form.BV], 0.0, tl.float32)
     place = tl.arange(0, form.BN)
     end = tl.minimum((split + 1) * span, T)
     begin = split.to(tl.int64) * span
@@ -106,7 +106,7 @@ def decode_kernel(inputs, strides, sizes, table, parts, query_start, S, T, span,
         n = first_key + place
         exists = n < end
         ka, kb = load_pairs(tile_keys, place * k_t, exists, form)
-        unrotated = tl.zeros([form.BM, form.BN], tl.float32)
+        unrotated = tl.full([form.BM, form.BN], 0.0, tl.float32)
         if form.BR > 0:
             kr = load_rest(tile_keys, place * k_t, exists, form)
             unrotated = product(qr, tl.trans(kr), unrotated)
@@ -152,7 +152,7 @@ def combine_kernel(parts, gates, output, sizes, form: tl.constexpr, BE: tl.const
     z = tl.program_id(1).to(tl.int64)
     b, token, head = z // G, row // form.R, z % G * form.R + row % form.R
     split, column = tl.arange(0, BS), tl.arange(0, form.BV)
-    mixed = tl.zeros([form.BV], tl.float32)
+    mixed = tl.full([form.BV], 0.0, tl.float32)
     for expert in range(0, N):
         gate = tl.load(gates + ((b * G * form.R + head) * S + token) * N + expert)
         if gate != 0:

@@ -68,13 +68,13 @@ def forward_kernel(inputs, strides, sizes, table, picks, results, query_start, e
     if form.MASK == 0:
         end = tl.minimum(T, tl.max(tl.where(valid, position, 0)) + 1)
     top = tl.full([form.BM], LOWEST, tl.float32)
-    total = tl.zeros([form.BM], tl.float32)
-    attended = tl.zeros([form.BM, form.BV], tl.float32)
+    total = tl.full([form.BM], 0.0, tl.float32)
+    attended = tl.full([form.BM, form.BV], 0.0, tl.float32)
     for first_key in range(0, end, form.BN):
         n = first_key + tile
         exists = n < T
         ka, kb = load_rotated(tile_keys, tile * k_t, exists, tile_cos, tile_sin, tile, form)
-        scores = product(qa, tl.trans(ka), tl.zeros([form.BM, form.BN], tl.float32))
+        scores = product(qa, tl.trans(ka), tl.full([form.BM, form.BN], 0.0, tl.float32))
         scores = product(qb, tl.trans(kb), scores)
         if form.BR > 0:
             kr = load_rest(tile_keys, tile * k_t, exists, form)
