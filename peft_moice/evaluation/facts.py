@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..training.data.sequences import encode_marked, render_chat
+from ..training.data.sequences import check_fast, encode_marked, render_chat
 from .task import Example, Scoring, place
 
 NAMES = """
@@ -113,6 +113,7 @@ def encode_chat(tokenizer: Any, facts: FactList, asked: list[int]) -> EncodedCha
         ValueError: the tokenizer is a slow one, its chat template refuses the chat, or nothing is asked.
         IndexError: there is no fact at an index.
     """
+    check_fast(tokenizer)
     if not asked:
         raise ValueError("`asked` is empty; name at least one fact.")
     messages = []
