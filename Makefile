@@ -44,7 +44,7 @@ lint: $(VENV)/dev
 	$(BIN)/mypy
 
 docs: $(VENV)/docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --site-dir outputs/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir outputs/site
 	$(BIN)/python .ci/check_site.py outputs/site
 	@echo The pages are in outputs/site/index.html
 

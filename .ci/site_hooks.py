@@ -52,7 +52,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     def replace(link: re.Match[str]) -> str:
         image, text, target, anchor = link.groups()
         path = posixpath.normpath(posixpath.join(folder, target))
-        if not path.startswith("../"):
+        if not path.startswith("../") and (path in files.src_uris or path not in OUTSIDE):
             return link.group()
         path = OUTSIDE.get(path.removeprefix("../"))
         if image or path is None:

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [
+    *sorted(ROOT.glob("*.md")),
+    *(path for top in ("docs", "examples") for path in sorted((ROOT / top).rglob("*.md"))),
+]
 
 
 def names_of_tests(file: Path) -> set[str]:

@@ -1,4 +1,4 @@
-"""The counts in docs/scale.md agree with a model that runs."""
+"""The counts in docs/speed.md agree with a model that runs."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Counts the operations and bytes of MoICE at sizes that were not run: the tables of scale.md.
+"""Counts the operations and bytes of MoICE at sizes that were not run, for docs/speed.md.
 
 python examples/benchmarks/estimate_scale.py
 """

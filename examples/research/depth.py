@@ -1,6 +1,6 @@
 """Where does a model lose a number that is hidden in a long text? Accuracy over depth and length, as a picture.
 
-    python examples/research/depth.py --model FOLDER --out docs/images/depth
+    python examples/research/depth.py --model FOLDER --out examples/research/images/depth
     python examples/research/depth.py --model FOLDER --out FILE --kind single --adapter FOLDER
     python examples/research/depth.py --model FOLDER --out FILE --method routers --load FILE
 

@@ -1,6 +1,6 @@
 """What trained routers choose, as pictures: expert load per layer and head, gates along a prompt, choices of heads.
 
-    python examples/research/gates.py --model FOLDER --method routers --load FILE --out docs/images
+    python examples/research/gates.py --model FOLDER --method routers --load FILE --out examples/research/images
 
 `--load` is what `compare.py --save` wrote.
 """

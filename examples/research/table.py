@@ -1,4 +1,4 @@
-"""The tables and the picture of docs/experiments.md from the lines that compare.py wrote.
+"""The tables of this folder's README and the picture of docs/experiments.md, from the lines that compare.py wrote.
 
     python examples/research/table.py examples/research/runs.jsonl docs/images/tradeoff.png
 

@@ -2,6 +2,7 @@
 
     python examples/research/window.py --data FOLDER --out FILE
     python examples/research/window.py --data FOLDER --out FILE --methods base cut "near 0.75, linear, 4" --texts 1
+    python examples/research/window.py --table examples/research/window.jsonl
 
 Loss of running text by position, and the loss and share of exactly right codes asked for at the end of the text, from
 some distances back. `--data` holds `leval-sci_fi.jsonl.gz`; facts are written into the text, and their tokens do not
@@ -49,6 +50,34 @@ METHODS = {
     "dynamic 2": {"rope_type": "dynamic", "factor": 2.0},
     "rope_theta times 4": {"theta": 4.0},
 }
+
+
+def print_table(file: Path) -> None:
+    """A table in Markdown of what a log holds: mean losses over texts, methods in groups that have read the same;
+    codes that are right, of how many, and the mean loss of their tokens."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    groups: dict = {}
+    for method in dict.fromkeys(row["method"] for row in rows):
+        texts = tuple(sorted(row["text"] for row in rows if row["method"] == method))
+        groups.setdefault(texts, []).append(method)
+    for texts, methods in groups.items():
+        of = {(row["text"], row["method"]): row for row in rows}
+        found = {method: [of[text, method] for text in texts] for method in methods}
+        spans, distances = (list(found[methods[0]][0][key]) for key in ("losses", "facts"))
+        back = [f"codes {float(distance):g} windows back" for distance in distances]
+        print(f"Texts {', '.join(map(str, texts))}:\n")
+        print(f"| | {' | '.join([*spans, *back])} |\n|{'---|' * (1 + len(spans) + len(back))}")
+        for method, of_method in found.items():
+            cells = []
+            for span in spans:
+                values = [row["losses"][span] for row in of_method]
+                cells.append("-" if None in values else f"{sum(values) / len(values):.3f}")
+            for distance in distances:
+                right = [is_right for row in of_method for is_right in row["facts"][distance]["right"]]
+                losses = [loss for row in of_method for loss in row["facts"][distance]["losses"]]
+                cells.append(f"{sum(right)} of {len(right)}, {sum(losses) / len(losses):.2f}")
+            print(f"| {method} | {' | '.join(cells)} |")
+        print()
 
 
 def main(args: argparse.Namespace) -> None:
@@ -220,12 +249,19 @@ def ask(model, tokenizer, cache: DynamicCache, facts) -> dict:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or Hub id; default: SmolLM2-135M-Instruct")
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--table", type=Path, help="print what this log holds")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--texts", nargs="+", type=int, default=[1, 3, 5])
     parser.add_argument("--length", type=float, default=2.0, help="of the texts, in windows; at least 1.5")
     parser.add_argument("--questions", type=int, default=10, help="at each distance")
     parser.add_argument("--window", type=int, help="default: the model's own")
     parser.add_argument("--threads", type=int, default=2)
-    main(parser.parse_args())
+    parsed = parser.parse_args()
+    if parsed.table:
+        print_table(parsed.table)
+    elif parsed.data is None or parsed.out is None:
+        parser.error("--data and --out are needed, or --table")
+    else:
+        main(parsed)

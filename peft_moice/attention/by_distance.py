@@ -1,16 +1,18 @@
-"""The model's own attention under a rope that changes with the distance of the key: one softmax over near and far.
+"""The model's own attention for some queries, under a rope that may change with the distance of the key.
 
-A head of twice the size holds both rotations of a query, `[near, far]`, and meets every key under one of them,
-`[k, 0]` or `[0, k]`. So each key is scored once, by whatever function the model has, and queries go block by block,
-which keeps masks small.
+All keys share one softmax. A head of twice the size holds both rotations of a query, `[near, far]`, and meets every
+key under one of them, `[k, 0]` or `[0, k]`. So each key is scored once, by whatever function the model has. Queries go
+block by block, which keeps masks small.
 """
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
 from ..rope import rotate
+from ..rope.rotation import NEVER
 from .call import AttentionCall
 from .rotating import cos_sin
 
@@ -31,7 +33,7 @@ class _Block(NamedTuple):
 def why_not(call: AttentionCall) -> str | None:
     """Why attention by distance cannot be computed for `call`, or None."""
     if call.backend is not None and call.backend not in _READ_MASKS:
-        reason = call.why_not_plain(any_mask=True)
+        reason = call.why_not_plain(any_mask=True, any_positions=True)
         return None if reason is None else f"the backend {call.backend!r} takes no masks, and in its place {reason}"
     mask = call.attention_mask
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 4):
@@ -44,7 +46,7 @@ def why_not(call: AttentionCall) -> str | None:
 def attend_by_distance(
     call: AttentionCall, expert: int, query: torch.Tensor, key: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention of `call` under one expert.
+    """Attention of the rows of `call` that may pick an expert, under that.
 
     Args:
         call: the call; [`why_not`] has nothing against it.
@@ -53,14 +55,14 @@ def attend_by_distance(
         key: `[B, G, T, D]`, likewise.
 
     Returns:
-        The output `[B, S, H, Dv]`, and the probabilities `[B, H, S, T]` where the model's attention gives them.
+        The output `[B, S, H, Dv]`, and the probabilities `[B, H, S, T]` where the model's attention gives them; zeros
+        in the other rows.
     """
-    far_query, far_key = far_pair(call, expert)
-    queries = torch.cat((query, far_query), dim=-1)
-    near_keys, far_keys = (
-        torch.nn.functional.pad(key, (0, far_key.shape[-1])),
-        torch.nn.functional.pad(far_key, (key.shape[-1], 0)),
-    )
+    near_keys, far_keys, queries = key, key[:, :, :0], query
+    if _start(call, expert) < NEVER:
+        far_query, far_key = far_pair(call, expert)
+        queries = torch.cat((query, far_query), dim=-1)
+        near_keys, far_keys = pad(key, (0, far_key.shape[-1])), pad(far_key, (key.shape[-1], 0))
     attend, mask_of = _attend_of(call), _mask_of(call, expert)
     outputs, all_probs = [], []
     for block in _blocks(call, expert):
@@ -74,7 +76,15 @@ def attend_by_distance(
             of_keys[..., block.far] += probs[..., :num_far]
             of_keys[..., block.near] += probs[..., num_far:]
             all_probs.append(of_keys)
-    return torch.cat(outputs, dim=1), torch.cat(all_probs, dim=2) if all_probs else None
+    rows, length = call.rows_of(expert), call.query.shape[2]
+    around = (0, 0, rows.start, length - rows.stop)
+    output = pad(torch.cat(outputs, dim=1), (0, 0, *around))
+    return output, pad(torch.cat(all_probs, dim=2), around) if all_probs else None
+
+
+def _start(call: AttentionCall, expert: int) -> int:
+    """The distance from which keys are far."""
+    return NEVER if call.rotations.far is None else call.rotations.far.starts[expert]
 
 
 def far_pair(call: AttentionCall, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,8 +100,7 @@ def far_pair(call: AttentionCall, expert: int) -> tuple[torch.Tensor, torch.Tens
 
 def is_far(call: AttentionCall, expert: int, queries: slice = slice(None), keys: slice = slice(None)) -> torch.Tensor:
     """Whether keys are far from queries, `[B or 1, 1, S, T]` of booleans; of some of them."""
-    assert call.rotations.far is not None
-    return _distances(call, queries, keys) >= call.rotations.far.starts[expert]
+    return _distances(call, queries, keys) >= _start(call, expert)
 
 
 def _distances(call: AttentionCall, queries: slice, keys: slice) -> torch.Tensor:
@@ -106,13 +115,11 @@ def _distances(call: AttentionCall, queries: slice, keys: slice) -> torch.Tensor
 
 def _blocks(call: AttentionCall, expert: int) -> Iterator[_Block]:
     """The queries in pieces, with the keys that may be near or far to some of each."""
-    assert call.rotations.far is not None
-    length, num_keys, start = call.query.shape[2], call.key.shape[2], call.query_start
-    for first in range(0, length, _BLOCK):
-        last = min(first + _BLOCK, length) - 1
-        near, far = slice(0, num_keys), slice(0, num_keys)
+    rows, num_keys, start, border = call.rows_of(expert), call.key.shape[2], call.query_start, _start(call, expert)
+    for first in range(rows.start, rows.stop, _BLOCK):
+        last = min(first + _BLOCK, rows.stop) - 1
+        near, far = slice(0, num_keys), slice(0, num_keys if border < NEVER else 0)
         if call.query_positions is None and isinstance(start, int):
-            border = call.rotations.far.starts[expert]
             end = start + last + 1 if call.is_causal else num_keys
             far = slice(0, min(max(start + last - border + 1, 0), end))
             near = slice(min(max(start + first - border + 1, 0), end), end)

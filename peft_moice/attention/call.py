@@ -36,6 +36,7 @@ class AttentionCall:
         backend: name of the attention implementation behind `attend`.
         top_k: the most experts that a row picks, where that is known without looking at the gates.
         options: further keyword arguments of `attend`.
+        rows: for each expert the queries that may pick it, where that is known; else None.
 
     Raises:
         ValueError: shapes that do not belong together, or queries that do not fit the keys.
@@ -55,6 +56,7 @@ class AttentionCall:
     backend: str | None = None
     top_k: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    rows: tuple[slice, ...] | None = None
 
     def __post_init__(self) -> None:
         batch, heads, length, head_dim = self.query.shape
@@ -114,6 +116,10 @@ class AttentionCall:
         """Whether a query sees its own key and those before it, and no mask says what else."""
         return self.attention_mask is None and self.options.get("is_causal") is not False
 
+    def rows_of(self, expert: int) -> slice:
+        """The queries that may pick an expert."""
+        return slice(0, self.query.shape[2]) if self.rows is None else self.rows[expert]
+
     def needs_gradients(self) -> bool:
         """Whether there will be a backward pass through attention."""
         tensors = (self.query, self.key, self.value, self.gates)
@@ -129,11 +135,11 @@ class AttentionCall:
         output, probs = self.attend(query, key, self.value, self.attention_mask, **self.options)
         return output, probs
 
-    def why_not_plain(self, any_mask: bool = False) -> str | None:
+    def why_not_plain(self, any_mask: bool = False, any_positions: bool = False) -> str | None:
         """Why an implementation of our own that knows plain attention only cannot compute this, or None.
 
-        Plain: causal or under a four-dimensional mask (or `any_mask`), positions in the order of the keys, nothing but
-        the scores' scaling between queries, keys and softmax.
+        Plain: causal or under a four-dimensional mask (or `any_mask`), positions in the order of the keys (or
+        `any_positions`), nothing but the scores' scaling between queries, keys and softmax.
         """
         options = self.options
         no_plain = "it knows no dropout, softcap, attention sinks or position bias"
@@ -147,7 +153,7 @@ class AttentionCall:
             return "it has no derivatives in forward mode"
         if options.get("output_attentions"):
             return "it does not give attention probabilities"
-        if self.query_positions is not None:
+        if self.query_positions is not None and not any_positions:
             return "it reads positions in the order of the keys, and these tokens stand elsewhere"
         if isinstance(self.query_start, torch.Tensor) and self.query_start.dim() > 0:
             return "it reads one position for the first query, and packed sequences have one for each"

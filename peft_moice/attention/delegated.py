@@ -15,12 +15,20 @@ def why_not(call: AttentionCall) -> str | None:
     return None if call.rotations.far is None else by_distance.why_not(call)
 
 
+def _in_blocks(call: AttentionCall, expert: int) -> bool:
+    """Whether an expert has far keys, or few enough of the queries to leave the others out."""
+    if call.rotations.far is not None and call.rotations.far.starts[expert] < NEVER:
+        return True
+    rows = call.rows_of(expert)
+    return rows.stop - rows.start < call.query.shape[2] and by_distance.why_not(call) is None
+
+
 def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See [`mixed_attention`]. Costs N attentions, whatever `top_k` is."""
-    gates, far = call.gates.to(call.query.dtype), call.rotations.far
+    gates = call.gates.to(call.query.dtype)
     mixed_output, mixed_probs = None, None
     for expert, (query, key) in enumerate(rotated_pairs(call)):
-        if far is not None and far.starts[expert] < NEVER:
+        if _in_blocks(call, expert):
             output, probs = by_distance.attend_by_distance(call, expert, query, key)
         else:
             output, probs = call.run_attend(query, key)

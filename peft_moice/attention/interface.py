@@ -97,6 +97,7 @@ class MixtureCall:
         positions: where queries and keys stand.
         top_k: the most experts that a row picks.
         implementation: name of the operator's implementation.
+        rows: for each expert the queries that may pick it, where that is known.
         records: those of `gate`; None until it was asked.
     """
 
@@ -105,6 +106,7 @@ class MixtureCall:
     positions: Positions
     top_k: int | None = None
     implementation: str = "auto"
+    rows: tuple[slice, ...] | None = None
     records: list[Any] | None = None
 
     def as_keyword(self) -> dict[str, "MixtureCall"]:
@@ -140,7 +142,9 @@ class MixtureCall:
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         gates, picked, self.records = self.gate(query)
         tensors = (query, key, value, gates, self.rotations)
-        call = AttentionCall(*tensors, *places, attend, attention_mask, picked, backend, self.top_k, options)
+        call = AttentionCall(
+            *tensors, *places, attend, attention_mask, picked, backend, self.top_k, options, self.rows
+        )
         return compute(call, implementation)
 
 

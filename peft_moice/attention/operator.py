@@ -88,6 +88,12 @@ def compute(call: AttentionCall, implementation: str) -> tuple[torch.Tensor, tor
         chosen, reason = choose(call)
         if not torch.compiler.is_compiling():
             _say_once(chosen, reason)
+        why_not = IMPLEMENTATIONS[chosen].why_not(call) if call.rotations.far is not None else None
+        if why_not is not None:
+            raise ValueError(
+                f"Ropes by distance cannot be computed here: {why_not}. Load the model with "
+                "attn_implementation='sdpa' or 'eager'."
+            )
         return IMPLEMENTATIONS[chosen].run(call)
     name = known_implementation(implementation)
     if name == "auto":

@@ -63,7 +63,7 @@ def frequencies_under(
     try:
         with torch.device("cpu"):
             module = rotary(config)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(
             f"transformers cannot make a rope of {merged}: {type(error).__name__} {error}. Name what the rope type "
             f"{merged.get('rope_type')!r} needs in `ropes`."

@@ -37,6 +37,7 @@ class GivenPositions:
     orders: list[tuple[Any, tuple[int, int], Order]] = field(default_factory=list)
     is_text: bool = False
     _extent: tuple[int, int] | None = field(default=None, init=False, repr=False)
+    _rows: dict[tuple[int, int | None], slice] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def mark(self) -> PassMark:
@@ -55,6 +56,18 @@ class GivenPositions:
             least, greatest = self.ids.aminmax()
             self._extent = int(least), int(greatest)
         return self._extent
+
+    def rows_between(self, first: int, end: int | None) -> slice:
+        """The smallest range of tokens with all at positions from `first` to `end`, looked at once for all layers."""
+        least, greatest = self.extent()
+        if least >= first and (end is None or greatest < end):
+            return slice(0, self.ids.shape[-1])
+        if (first, end) not in self._rows:
+            holds = (self.ids >= first) & (self.ids < (greatest + 1 if end is None else end))
+            indices = holds.reshape(-1, holds.shape[-1]).any(dim=0).nonzero()
+            found = slice(int(indices[0]), int(indices[-1]) + 1) if len(indices) else slice(0, 0)
+            self._rows[first, end] = found
+        return self._rows[first, end]
 
     def order_of(self, mask: Any, place: tuple[int, int], judge: Callable[[], Order]) -> Order:
         """What `judge` finds out for queries under `mask` at a place among the keys, asked once for all layers."""

@@ -78,6 +78,10 @@ class Positions:
         code. Waits for the device once per pass."""
         return None if self.given is None or torch.compiler.is_compiling() else self.given.extent()
 
+    def rows_between(self, first: int, end: int | None) -> slice | None:
+        """The queries among which are all at positions from `first` to `end`; None as for [`extent`]."""
+        return None if self.given is None or torch.compiler.is_compiling() else self.given.rows_between(first, end)
+
     def of_queries(self, query: torch.Tensor) -> torch.Tensor:
         """Positions `[B or 1, S]` of queries `[B, H, S, D]`: those that were given, else the order of the keys.
 

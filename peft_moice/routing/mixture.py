@@ -206,14 +206,22 @@ class LayerMixture:
             if not inner:
                 return Gating(holds, None, [])
             gating = self.gate(query, inner)
-            is_own = torch.tensor([expert.is_own for expert in chosen], device=ids.device)
-            own, rest = holds[..., is_own].sum(dim=-1, keepdim=True), holds[..., ~is_own]
+            # By numbers, not by booleans: the sizes of graphs must not depend on values.
+            inside = [index for index, expert in enumerate(chosen) if expert.is_own]
+            outside = [index for index, expert in enumerate(chosen) if not expert.is_own]
+            own, rest = holds[..., inside].sum(dim=-1, keepdim=True), holds[..., outside]
             picked = None if gating.picked is None else torch.cat((gating.picked & (own > 0), rest > 0), dim=-1)
             return Gating(torch.cat((gating.gates * own, rest), dim=-1), picked, gating.records)
 
         top_k = self._top_k() if inner else 1
         rotations = rope.table((*inner, *others))
-        return MixtureCall(gate, rotations, positions, top_k, self.implementation())
+        ends = [*(expert.first for expert in chosen[1:]), None]
+        rows_of = {expert: positions.rows_between(expert.first, end) for expert, end in zip(chosen, ends, strict=True)}
+        rows = [found for expert in chosen if expert.is_own for found in [rows_of[expert]] * len(inner)]
+        rows += [rows_of[expert] for expert in others]
+        known = tuple(found for found in rows if found is not None)
+        known_rows = known if len(known) == rotations.num_experts else None
+        return MixtureCall(gate, rotations, positions, top_k, self.implementation(), known_rows)
 
     def _call_of_routers(self, rope: LayerRope, positions: Positions) -> MixtureCall:
         rope_bases = self.rope_bases()

@@ -52,6 +52,12 @@ def combined_config(combination: Combination, configs: list[MoICEConfig]) -> MoI
         raise ValueError(
             f"`density` is {density}, but {combination_type!r} needs the share of values to keep, in (0, 1]."
         )
+    for name, member in zip(adapters, configs, strict=True):
+        if member.ropes is not None:
+            raise ValueError(
+                f"Adapter {name!r} has ropes by position and no routers to combine. Activate it next to others with "
+                "`set_adapter`."
+            )
     _check_same_modules(adapters, configs)
     config = copy.deepcopy(configs[0])
     config.task_type = _common(configs, "task_type")

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .config import MoICEConfig
+from .model import MoICEModel
 
 NEAR = 0.75
 """Share of the window within which keys keep the model's own angles."""
@@ -23,7 +24,7 @@ def extend(
 
     Args:
         model: a model, or a `PeftModel` with MoICE adapters, next to which the extension becomes active: their routers
-            then decide within the window.
+            then decide within the window. Adapters of another tuner, such as LoRA, stay in effect below it.
         factor: the new length as a multiple of the window, above 1. It costs nothing within.
         near: distance in tokens. Default: three quarters of the window.
         adapter_name: name of the adapter.
@@ -36,9 +37,9 @@ def extend(
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     config = extension_config(base.config, factor, near=near)
-    if not isinstance(model, PeftModel):
-        config.task_type = TaskType.CAUSAL_LM if isinstance(model, PreTrainedModel) and model.can_generate() else None
-        return get_peft_model(base, config, adapter_name=adapter_name)
+    if not isinstance(model, PeftModel) or not isinstance(model.base_model, MoICEModel):
+        config.task_type = TaskType.CAUSAL_LM if isinstance(base, PreTrainedModel) and base.can_generate() else None
+        return get_peft_model(model, config, adapter_name=adapter_name)
     active = model.active_adapters
     model.add_adapter(adapter_name, config)
     tuner: Any = model.base_model

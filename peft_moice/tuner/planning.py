@@ -99,7 +99,14 @@ def _choose_targets(config: MoICEConfig, plans: LayerPlans) -> list[str]:
             "Indices of layers start at 0; leave out what excludes the modules that you want to adapt."
         )
     if config.ropes is not None:
-        names = [name for name in names if not _slides(plans.model.get_submodule(name))]
+        sliding = {name for name in names if _slides(plans.model.get_submodule(name))}
+        if names and len(sliding) == len(names):
+            raise ValueError(
+                "Every attention module of the model sees a sliding window of keys, which longer texts do not make "
+                "longer, so `ropes` have no layer to extend. To change their ropes all the same, name them with "
+                "`target_modules`."
+            )
+        names = [name for name in names if name not in sliding]
     lacks = {plans.of(name).lacks for name in names}
     names = [name for name in names if plans.of(name).rope is not None]
     if not names:

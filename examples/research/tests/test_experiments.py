@@ -1,4 +1,4 @@
-"""The scripts behind docs/experiments.md compute what they say."""
+"""The scripts behind docs/experiments.md and README.md of this folder compute what they say."""
 
 import argparse
 import gzip
