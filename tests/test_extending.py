@@ -42,9 +42,9 @@ def test_the_command_writes_what_extend_adds(base, expected, tmp_path, capsys):
 
 def test_an_adapter_without_parameters_is_saved_and_loaded(base, expected, tmp_path):
     extend(load(base), 4.0).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "extension" / "adapter_config.json").read_text())
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["ropes"] == extension_config(load(base).config, 4.0).ropes
-    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "extension").eval()
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(logits_of(loaded, IDS), expected)
 
 

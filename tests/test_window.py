@@ -106,9 +106,8 @@ class TestWithin:
 
     @torch.no_grad()
     def test_a_static_cache(self, pair):
-        base, _ = pair
-        ids = token_ids(length=WINDOW)
-        results = [in_chunks(m, ids, [20, 11], cache=StaticCache(config=base.config, max_cache_len=48)) for m in pair]
+        ids, config = token_ids(length=WINDOW), pair[0].config
+        results = [in_chunks(m, ids, [20, 11], cache=StaticCache(config=config, max_cache_len=48)) for m in pair]
         assert torch.equal(*results)
 
     @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 4}], ids=str)
@@ -394,7 +393,7 @@ class TestFamilies:
         assert not torch.allclose(expected[:, 40:], logits_of(base, ids)[:, 40:], atol=1e-2)
         model, within = peft_moice.extend(base, FACTOR).eval(), logits_of(base, ids[:, :WINDOW])
         assert torch.equal(logits_of(model, ids[:, :WINDOW]), within)
-        rules = model.peft_config["extension"].ropes
+        rules = model.peft_config["default"].ropes
         reference = with_ropes(tiny_model(family, max_position_embeddings=WINDOW), rules, "reference")
         close(logits_of(model, ids), logits_of(reference, ids))
         close(in_chunks(model, ids, [30, 1, 1, 1, 7]), logits_of(reference, ids))
@@ -419,7 +418,7 @@ class TestFamilies:
             lists = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
             parameters |= {"original_max_position_embeddings": WINDOW, **lists}
         model = tiny_model("llama", rope_parameters=parameters)
-        with pytest.raises(ValueError, match=f"{rope_type}.*serves longer texts already"):
+        with pytest.raises(ValueError, match=rf"{rope_type}.*serves longer texts already"):
             peft_moice.extend(model, FACTOR)
         with pytest.raises(ValueError, match=f"'{rope_type}' changes its angles with the length"):
             with_ropes(model, BY_POSITION)
@@ -448,7 +447,6 @@ class TestAdapters:
         model = peft_moice.extend(load(folder), FACTOR).eval()
         expected = logits_of(model, ids)
         model.save_pretrained(tmp_path)
-        tmp_path /= "extension"  # where PEFT saves adapters of that name
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 0
         assert (tmp_path / "adapter_model.safetensors").stat().st_size < 300
         assert (tmp_path / "adapter_config.json").stat().st_size < 2500
@@ -477,7 +475,7 @@ class TestAdapters:
         # A cache that was filled under one goes on under the other: it holds the model's own keys.
         cache = DynamicCache()
         model(ids[:, :50], past_key_values=cache)
-        model.set_adapter("extension")
+        model.set_adapter("default")
         assert model(ids[:, 50:], past_key_values=cache).logits.isfinite().all()
         model.delete_adapter("position")
         assert torch.equal(logits_of(model, ids), expected)
@@ -521,20 +519,20 @@ class TestAdapters:
         peft_moice.extend(model, 2.0, adapter_name="other")
         with pytest.raises(ValueError, match="only one can"):
             logits_of(model)
-        model.set_adapter("extension")
+        model.set_adapter("default")
         expected = logits_of(model, token_ids(length=50))
         with pytest.raises(ValueError, match="go by position and hold for all rows"):
-            model(token_ids(), adapter_names=["extension", "__base__"])
-        for names in (["extension"], ["extension", "other"]):
+            model(token_ids(), adapter_names=["default", "__base__"])
+        for names in (["default"], ["default", "other"]):
             for kind in ("cat", "linear"):
                 with pytest.raises(ValueError, match="no routers"):
                     weights = [1 / len(names)] * len(names)
                     model.add_weighted_adapter(names, weights, "mean", combination_type=kind)
-        assert sorted(model.peft_config) == ["extension", "other"]
+        assert sorted(model.peft_config) == ["default", "other"]
         assert torch.equal(logits_of(model, token_ids(length=50)), expected)
-        with pytest.raises(ValueError, match=r"'extension'.*exists"):
-            peft_moice.extend(model, FACTOR)
-        assert model.active_adapters == ["extension"]
+        with pytest.raises(ValueError, match=r"'other'.*exists"):
+            peft_moice.extend(model, FACTOR, adapter_name="other")
+        assert model.active_adapters == ["default"]
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ NEAR = 0.75
 
 
 def extend(
-    model: nn.Module, factor: float = 4.0, *, near: int | None = None, adapter_name: str = "extension"
+    model: nn.Module, factor: float = 4.0, *, near: int | None = None, adapter_name: str | None = None
 ) -> PeftModel:
     """Let a model read texts of `factor` times its window, without training and without a change within the window.
 
@@ -27,7 +27,7 @@ def extend(
             then decide within the window. Adapters of another tuner, such as LoRA, stay in effect below it.
         factor: the new length as a multiple of the window, above 1. It costs nothing within.
         near: distance in tokens. Default: three quarters of the window.
-        adapter_name: name of the adapter.
+        adapter_name: name of the adapter. Default: "default", beside other adapters of MoICE "extension".
 
     Returns:
         The `PeftModel`.
@@ -39,8 +39,8 @@ def extend(
     config = extension_config(base.config, factor, near=near)
     if not isinstance(model, PeftModel) or not isinstance(model.base_model, MoICEModel):
         config.task_type = TaskType.CAUSAL_LM if isinstance(base, PreTrainedModel) and base.can_generate() else None
-        return get_peft_model(model, config, adapter_name=adapter_name)
-    active = model.active_adapters
+        return get_peft_model(model, config, adapter_name=adapter_name or "default")
+    active, adapter_name = model.active_adapters, adapter_name or "extension"
     model.add_adapter(adapter_name, config)
     tuner: Any = model.base_model
     tuner.set_adapter([*active, adapter_name])
