@@ -52,14 +52,9 @@ class Arguments:
 def parse(argv: Sequence[str]) -> Arguments:
     """The arguments of the command."""
     parser = Parser(
-        "angles",
-        (Arguments,),
-        usage="[--model MODEL] [options] [--json]",
-        description=f"{SUMMARY[0].upper()}{SUMMARY[1:]}.",
-        epilog=_EPILOG,
+        "angles", (Arguments,), usage="[--model MODEL] [options] [--json]", summary=SUMMARY, epilog=_EPILOG
     )
-    (parsed,) = parser.parse(argv)
-    assert isinstance(parsed, Arguments)
+    parsed: Arguments = parser.parse(argv)[0]
     return parsed
 
 

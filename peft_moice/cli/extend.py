@@ -19,8 +19,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "extend",
         (),
         usage="MODEL OUTPUT_DIR [--factor 4] [options]",
-        description=(
-            f"{SUMMARY[0].upper()}{SUMMARY[1:]}: an adapter of a few hundred bytes, made from the model's config "
+        summary=SUMMARY,
+        further=(
+            ": an adapter of a few hundred bytes, made from the model's config "
             "alone. Within the window nothing changes, bit for bit. Beyond, keys nearer than --near keep the model's "
             "own angles, and those of keys farther away go on more slowly, so that none leaves what the model knows."
         ),
@@ -35,8 +36,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--near", type=int, help="Distance in tokens up to which angles stay. Default: three quarters of the window."
     )
-    (parsed,) = parser.parse(argv)
-    assert isinstance(parsed, argparse.Namespace)
+    parsed: argparse.Namespace = parser.parse(argv)[0]
     return parsed
 
 

@@ -16,12 +16,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "info",
         (),
         usage="ADAPTER [--json]",
-        description=f"{SUMMARY[0].upper()}{SUMMARY[1:]}, read from its files; the base model is not loaded.",
+        summary=SUMMARY,
+        further=", read from its files; the base model is not loaded.",
         epilog="example:\n  peft-moice info outputs/routers",
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="Folder or Hub id of an adapter, or of a merged model.")
-    (parsed,) = parser.parse(argv)
-    assert isinstance(parsed, argparse.Namespace)
+    parsed: argparse.Namespace = parser.parse(argv)[0]
     return parsed
 
 

@@ -26,7 +26,7 @@ from ..evaluation.needles import Kind
 from ..evaluation.plotting import plot_losses
 from ..evaluation.trial import try_task
 from ..training.data import read_text
-from .models import Dtype, base_of, load_model, load_tokenizer
+from .models import Dtype, base_name, load_model, load_tokenizer
 from .parsing import Outcome, Parser, UsageError, output_folder
 from .tables import difference, score_table, verdict
 
@@ -92,11 +92,10 @@ def parse(argv: Sequence[str]) -> Arguments:
         "measure",
         (Arguments,),
         usage="--model MODEL [--adapter ADAPTER ...] [--documents FILE ...] [options] [--json]",
-        description=f"{SUMMARY[0].upper()}{SUMMARY[1:]}.",
+        summary=SUMMARY,
         epilog=_EPILOG,
     )
-    (parsed,) = parser.parse(argv)
-    assert isinstance(parsed, Arguments)
+    parsed: Arguments = parser.parse(argv)[0]
     return parsed
 
 
@@ -207,7 +206,7 @@ def common_base(model: str | None, adapters: Sequence[str]) -> tuple[str, Any]:
     if len(set(adapters)) < len(adapters):
         raise UsageError(f"--adapter {' '.join(adapters)} names one twice. Drop it.")
     each: Sequence[str | None] = adapters or [None]
-    bases = dict.fromkeys(base_of(model, adapter) for adapter in each)
+    bases = dict.fromkeys(base_name(model, adapter) for adapter in each)
     if len(bases) > 1:
         raise UsageError(
             f"the adapters have different base models, {', '.join(bases)}. Measure them one by one, or name the "

@@ -7,7 +7,7 @@ from typing import get_args
 
 from ..routing.spec import PEFT_TYPE_NAME
 from ..tuner.check import check
-from .models import Dtype, base_of, load_model, load_tokenizer
+from .models import Dtype, base_name, load_model, load_tokenizer
 from .parsing import Outcome, Parser, UsageError
 
 SUMMARY = "build an adapter into its base model, as a folder that from_pretrained reads"
@@ -19,9 +19,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "merge",
         (),
         usage="ADAPTER OUTPUT_DIR [options]",
-        description=(
-            f"{SUMMARY[0].upper()}{SUMMARY[1:]}. Routers are no weight update, so they stay routers: whoever "
-            "loads the model needs `import peft_moice`."
+        summary=SUMMARY,
+        further=(
+            ". Routers are no weight update, so they stay routers: whoever loads the model needs `import peft_moice`."
         ),
         epilog="example:\n  peft-moice merge outputs/routers outputs/merged",
     )
@@ -31,8 +31,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=get_args(Dtype), help="Of the merged weights: float32, bfloat16, float16.", default="auto"
     )
-    (parsed,) = parser.parse(argv)
-    assert isinstance(parsed, argparse.Namespace)
+    parsed: argparse.Namespace = parser.parse(argv)[0]
     return parsed
 
 
@@ -41,7 +40,7 @@ def run(args: argparse.Namespace) -> Outcome:
     output_dir = Path(args.output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise UsageError(f"{output_dir} is there already. Name a new folder, or empty it first.")
-    base = base_of(args.model, args.adapter, PEFT_TYPE_NAME)
+    base = base_name(args.model, args.adapter, PEFT_TYPE_NAME)
     tokenizer = load_tokenizer(base, args.adapter)
     merged = load_model(base, args.dtype, args.adapter).merge_and_unload()
     check(merged)

@@ -22,7 +22,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 """Of a model's weights; "auto" is the checkpoint's own."""
 
 
-def base_of(model: str | None, adapter: str | None, peft_type: str | None = None) -> str:
+def base_name(model: str | None, adapter: str | None, peft_type: str | None = None) -> str:
     """Name of the base model: as given, or as the adapter's config has it.
 
     Args:

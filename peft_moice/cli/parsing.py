@@ -57,18 +57,26 @@ class Parser(HfArgumentParser):
         command: name of the command.
         dataclass_types: what to parse.
         usage: the command with what it needs, for the first line of the help.
-        description: what it does.
+        summary: what it does, in a line.
+        further: what its description says behind the summary. Default: a full stop.
         epilog: what its help ends with.
     """
 
     def __init__(
-        self, command: str, dataclass_types: Iterable[Any], *, usage: str, description: str, epilog: str = ""
+        self,
+        command: str,
+        dataclass_types: Iterable[Any],
+        *,
+        usage: str,
+        summary: str,
+        further: str = ".",
+        epilog: str,
     ):
         super().__init__(
             dataclass_types,
             prog=f"peft-moice {command}",
             usage=f"peft-moice {command} {usage}",
-            description=textwrap.fill(description, _WIDTH),
+            description=textwrap.fill(f"{summary[0].upper()}{summary[1:]}{further}", _WIDTH),
             epilog=epilog,
             formatter_class=_OneScreen,
             allow_abbrev=False,

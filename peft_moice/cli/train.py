@@ -111,7 +111,7 @@ def parse(argv: Sequence[str]) -> TrainArguments:
     """The arguments of the command."""
     texts = {
         "usage": "--model MODEL --train_files FILE ... [--preset NAME] [options] [--json]",
-        "description": f"{SUMMARY[0].upper()}{SUMMARY[1:]}.",
+        "summary": SUMMARY,
         "epilog": _EPILOG,
     }
     parser = Parser("train", (Arguments, DataArguments, TrainingArguments), **texts)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..routing.mixture import LayerMixture, MixesAngles, RouterRecord
+from ..routing.mixture import LayerMixture, MixesAngles, RouterRecord, in_columns
 from ..standalone.built_in import ROUTERS_NAME
 from .gates import records_along
 
@@ -95,7 +95,7 @@ def explain(model: Any, tokenizer: PreTrainedTokenizerBase, text: str) -> Explan
             "Use `evaluation.gates_along`, which gives one for each layer."
         )
     gates = [
-        torch.stack([record.share.weight * _in_columns_of(bases, layer, record) for record in records]).sum(dim=0)
+        torch.stack([_weighted(bases, layer, record) for record in records]).sum(dim=0)
         for bases, (layer, records) in zip(rope_bases, passed.values(), strict=True)
     ]
     return Explanation(
@@ -106,9 +106,7 @@ def explain(model: Any, tokenizer: PreTrainedTokenizerBase, text: str) -> Explan
     )
 
 
-def _in_columns_of(rope_bases: tuple[float, ...], layer: MixesAngles, record: RouterRecord) -> torch.Tensor:
-    """The gates `[H, S, N]` of one router over all base angles of its layer."""
+def _weighted(rope_bases: tuple[float, ...], layer: MixesAngles, record: RouterRecord) -> torch.Tensor:
+    """The gates `[H, S, N]` of one router over all base angles of its layer, times its share."""
     columns = [rope_bases.index(base) for base in record.share.spec.bases_of(layer.rope.layer_type)]
-    gates = record.gates[0].float().cpu()
-    index = torch.tensor(columns, device=gates.device)
-    return gates.new_zeros(*gates.shape[:-1], len(rope_bases)).index_add(-1, index, gates)
+    return record.share.weight * in_columns(record.gates[0].float().cpu(), columns, len(rope_bases))

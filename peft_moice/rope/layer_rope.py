@@ -1,7 +1,7 @@
 """A layer's rotary position embedding, and those that it would have under other rope parameters."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -91,18 +91,7 @@ class LayerRope:
 
     def with_factors(self, is_long: bool | torch.Tensor) -> "LayerRope":
         """The same rotary embedding under its long factors, or under its short ones. Tables are shared."""
-        return LayerRope(
-            self.rotary,
-            self.config,
-            self.layer_type,
-            self.layout,
-            self.direction,
-            self.original_length,
-            is_long,
-            self.own,
-            self._tables,
-            self._num_users,
-        )
+        return replace(self, is_long=is_long)
 
     def _table(self, experts: Experts, is_long: bool) -> RotationTable:
         key = (experts, is_long)

@@ -136,9 +136,9 @@ class LayerMixture:
             learns = share.router.picks(logits, share.spec.top_k)
             records.append(RouterRecord(share, logits, gates.detach()))
             if learns is not None:
-                learns = _in_columns(learns.float(), columns, len(rope_bases)) > 0
+                learns = in_columns(learns.float(), columns, len(rope_bases)) > 0
                 picked = learns if picked is None else picked | learns
-            gates = _weighted(_in_columns(gates, columns, len(rope_bases)), share.weight)
+            gates = _weighted(in_columns(gates, columns, len(rope_bases)), share.weight)
             mixed = gates if mixed is None else mixed + gates
         if isinstance(self.own_weight, torch.Tensor) or self.own_weight:
             own = query.new_zeros(*query.shape[:-1], len(rope_bases), dtype=torch.float32)
@@ -299,7 +299,7 @@ class MixesAngles(nn.Module):
             self.recorder.take(self, call.records)
 
 
-def _in_columns(values: torch.Tensor, columns: list[int] | None, size: int) -> torch.Tensor:
+def in_columns(values: torch.Tensor, columns: list[int] | None, size: int) -> torch.Tensor:
     """Values `[..., M]` in the given columns of `[..., size]`, zero elsewhere; None: they are all columns in order."""
     if columns is None:
         return values

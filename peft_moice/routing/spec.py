@@ -68,14 +68,7 @@ class RouterSpec:
         spec = cls(**fields)
         try:
             spec.rope_bases = checked_bases(spec.rope_bases)
-            check_router(
-                num_experts=spec.num_experts,
-                top_k=spec.top_k,
-                router_dim=spec.router_dim,
-                router_scope=spec.router_scope,
-                hidden_act=spec.hidden_act,
-                router_aux_loss_coef=spec.router_aux_loss_coef,
-            )
+            check_router(spec)
             check_number(spec.weight, "weight")
         except (TypeError, ValueError) as error:
             raise type(error)(f"In `{where}`: {error}") from error
@@ -109,17 +102,8 @@ def bases_of(rope_bases: Bases, layer_type: str | None) -> list[float]:
     return rope_bases[layer_type]
 
 
-def check_router(
-    *,
-    num_experts: int,
-    top_k: Any,
-    router_dim: Any,
-    router_scope: Any,
-    hidden_act: Any,
-    router_aux_loss_coef: Any,
-    may_differ: bool = False,
-) -> None:
-    """Check the fields of a router, those that are None left open.
+def check_router(fields: Any, may_differ: bool = False) -> None:
+    """Check what a [`RouterSpec`] or a `MoICEConfig` says of a router, fields that are None left open.
 
     With `may_differ`, `router_scope` and `router_aux_loss_coef` may be open as well.
 
@@ -127,13 +111,15 @@ def check_router(
         ValueError: a value out of its range.
         TypeError: a value of the wrong type.
     """
+    top_k, router_dim, router_scope = fields.top_k, fields.router_dim, fields.router_scope
+    hidden_act, router_aux_loss_coef = fields.hidden_act, fields.router_aux_loss_coef
     for name, value in {"top_k": top_k, "router_dim": router_dim}.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise TypeError(f"`{name}` has to be an integer or None, not {shortened(value)}.")
-    if top_k is not None and not 1 <= top_k <= num_experts:
+    if top_k is not None and not 1 <= top_k <= fields.num_experts:
         raise ValueError(
-            f"`top_k` is {top_k}, but has to lie in 1..{num_experts}, the number of angles. Lower it, or give more "
-            "angles with `rope_bases` or `base_multipliers`."
+            f"`top_k` is {top_k}, but has to lie in 1..{fields.num_experts}, the number of angles. Lower it, or give "
+            "more angles with `rope_bases` or `base_multipliers`."
         )
     if router_dim is not None and router_dim < 1:
         raise ValueError(f"`router_dim` is {router_dim}, but has to be at least 1.")

@@ -16,17 +16,6 @@ from ..rope.rules import RopeExpert, experts_of, rules_of
 from ..routing.spec import RouterSpec
 from .built_in import ROUTERS_NAME, BuiltInRouters
 
-_LAYER_FIELDS = {
-    "routers",
-    "num_heads",
-    "head_dim",
-    "layer_type",
-    "rope_theta",
-    "layout",
-    "direction",
-    "original_length",
-}
-
 
 def describe_routers(model: nn.Module) -> dict[str, Any]:
     """What a config has to record of the routers built into `model`, in JSON's types."""
@@ -143,7 +132,7 @@ def _read_layer(layer: object, kinds: list[RouterSpec], where: str) -> LayerDesc
             f"`{where}` has the direction {shortened(direction)} and the original_length "
             f"{shortened(length)}, but they have to be 1 or -1, and a number of tokens or null."
         )
-    _refuse_unknown(fields, _LAYER_FIELDS, where)
+    _refuse_unknown(fields, {"routers", *LayerDescription._fields} - {"specs"}, where)
     return LayerDescription(specs, num_heads, head_dim, layer_type, rope_theta, layout, direction, length)
 
 

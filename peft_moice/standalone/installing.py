@@ -55,8 +55,8 @@ def described_layers(model: PreTrainedModel, description: object) -> Iterator[De
     read = read_description(description)
     by_position = RopesByPosition(read.ropes) if read.ropes else None
     for described, layer in read.layers.items():
-        attention = _submodule(model, described)
-        name = _name_of(model, attention)
+        name = _name_in(model, described)
+        attention = model.get_submodule(name)
         own = LayerProbe(model).find_rotary(name, layer.rope_theta)
         if own is None:
             raise ValueError(
@@ -129,23 +129,17 @@ def check_loaded(model: PreTrainedModel, info: dict[str, Any]) -> None:
             )
 
 
-def _submodule(model: PreTrainedModel, name: str) -> nn.Module:
-    """The module called `name` in the model that was saved, which may have had a head that `model` lacks, or lack
-    one that `model` has."""
-    modules = dict(model.named_modules())
-    found = [other for other in modules if f".{name}".endswith(f".{other}") or other.endswith(f".{name}")]
-    if name in modules:
-        found = [name]
+def _name_in(model: PreTrainedModel, described: str) -> str:
+    """The name in `model` of the module that was called `described` in the model that was saved, which may have had a
+    head that `model` lacks, or lack one that `model` has."""
+    names: list[str] = [name for name, _ in model.named_modules()]
+    found = [name for name in names if f".{described}".endswith(f".{name}") or name.endswith(f".{described}")]
+    if described in names:
+        return described
     if len(found) != 1:
         raise ValueError(
-            f"The config names the attention module {shortened(name)}, but {type(model).__name__} has "
+            f"The config names the attention module {shortened(described)}, but {type(model).__name__} has "
             f"{shortened(found) if found else 'none'} in its place. Load the checkpoint with the auto class that "
             "it was saved from."
         )
-    submodule: nn.Module = modules[found[0]]
-    return submodule
-
-
-def _name_of(model: nn.Module, module: nn.Module) -> str:
-    name: str = next(name for name, candidate in model.named_modules() if candidate is module)
-    return name
+    return found[0]

@@ -51,20 +51,16 @@ def check(model: nn.Module, **inputs: Any) -> list[str]:
     return list(modules)
 
 
-def _adapted(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that the model calls for attention: wrappers, and those with routers built in and no wrapper."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, MixesAngles) or hasattr(module, ROUTERS_NAME)
-        if not isinstance(module, BuiltInRouters) and not name.endswith(".base_layer")
-    }
-
-
 def _mixing(model: nn.Module) -> dict[str, nn.Module]:
-    """Those of the adapted modules that have routers at work."""
-    adapted: dict[str, Any] = {**_adapted(model)}
-    return {name: module for name, module in adapted.items() if getattr(module, ROUTERS_NAME, module).shares()}
+    """The modules that the model calls for attention and that have routers at work: wrappers, and those with routers
+    built in and no wrapper."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        mixing = getattr(module, ROUTERS_NAME, module)
+        is_called = not isinstance(module, BuiltInRouters) and not name.endswith(".base_layer")
+        if is_called and isinstance(mixing, MixesAngles) and mixing.shares():
+            found[name] = module
+    return found
 
 
 def _two_tokens(model: Any) -> dict[str, torch.Tensor]:

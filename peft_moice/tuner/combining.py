@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from .config import MoICEConfig
 from .layer import MoICELayer
 
 PRUNING_TYPES = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+"""Names of functions of PEFT, in `merge_utils`."""
 COMBINATION_TYPES = ("cat", "linear", *PRUNING_TYPES)
 
 # What has to agree between adapters whose router weights are combined.
@@ -155,18 +157,9 @@ def combine_routers(layer: MoICELayer, adapter_name: str, combination: Combinati
 
 
 def _combine(tensors: list[torch.Tensor], shares: torch.Tensor, combination: Combination) -> torch.Tensor:
-    combination_type, density, method = (
-        combination.combination_type,
-        combination.density,
-        combination.majority_sign_method,
-    )
-    if combination_type == "linear":
+    kind = combination.combination_type
+    if kind == "linear":
         return merge_utils.task_arithmetic(tensors, shares)
-    assert density is not None  # see `combined_config`
-    if combination_type == "ties":
-        return merge_utils.ties(tensors, shares, density, method)
-    if combination_type == "dare_ties":
-        return merge_utils.dare_ties(tensors, shares, density, method)
-    if combination_type == "dare_linear":
-        return merge_utils.dare_linear(tensors, shares, density)
-    return merge_utils.magnitude_prune(tensors, shares, density)
+    merge: Callable[..., torch.Tensor] = getattr(merge_utils, kind)
+    options = [combination.majority_sign_method] if kind in ("ties", "dare_ties") else []
+    return merge(tensors, shares, combination.density, *options)

@@ -33,6 +33,8 @@ RELEASED_MULTIPLIERS = (1.0, 1.75, 1.8, 1.9, 2.0, 2.25, 2.5)
 
 _OF_ROUTERS = ("rope_bases", "base_multipliers", "members")
 """Fields that only adapters with routers have."""
+_RESOLVED = ("rope_bases", "top_k", "router_dim", "router_scope", "hidden_act", "router_aux_loss_coef")
+"""Fields that say what a router is, and that may be open until the adapter is injected."""
 
 
 @dataclass
@@ -183,8 +185,7 @@ class MoICEConfig(PeftConfig):
         """Whether it says all about its routers, as it does once it was injected."""
         if self.ropes is not None:
             return True
-        needed = (self.rope_bases, self.top_k, self.router_dim, self.router_scope, self.hidden_act)
-        return self.members is not None or None not in (*needed, self.router_aux_loss_coef)
+        return self.members is not None or all(getattr(self, name) is not None for name in _RESOLVED)
 
     @property
     def num_experts(self) -> int:
@@ -202,30 +203,14 @@ class MoICEConfig(PeftConfig):
             return []
         if self.members is not None:
             return [RouterSpec.from_saved(member, f"members[{i}]") for i, member in enumerate(self.members)]
-        if (
-            self.rope_bases is None
-            or self.top_k is None
-            or self.router_dim is None
-            or self.router_scope is None
-            or self.hidden_act is None
-            or self.router_aux_loss_coef is None
-        ):
+        if not self.is_resolved:
             raise ValueError(
                 "The config leaves open what its routers are, which the base model decides. Inject the adapter first, "
                 "as `peft.get_peft_model(model, config)` does."
             )
-        return [
-            RouterSpec(
-                rope_bases=self.rope_bases,
-                top_k=self.top_k,
-                router_dim=self.router_dim,
-                router_scope=self.router_scope,
-                hidden_act=self.hidden_act,
-                identity=self.init_weights == "identity",
-                router_aux_loss_coef=self.router_aux_loss_coef,
-                implementation=self.implementation,
-            )
-        ]
+        fields = {name: getattr(self, name) for name in _RESOLVED}
+        identity = self.init_weights == "identity"
+        return [RouterSpec(**fields, identity=identity, implementation=self.implementation)]
 
     def resolve_bases(self, own_thetas: dict[str | None, float]) -> None:
         """Fill `rope_bases` for a model, or check that they fit it, those of every router in a mean of adapters.
@@ -327,15 +312,7 @@ class MoICEConfig(PeftConfig):
                 )
 
     def _check_router(self) -> None:
-        check_router(
-            num_experts=self.num_experts,
-            top_k=self.top_k,
-            router_dim=self.router_dim,
-            router_scope=self.router_scope,
-            hidden_act=self.hidden_act,
-            router_aux_loss_coef=self.router_aux_loss_coef,
-            may_differ=bool(self.members),
-        )
+        check_router(self, may_differ=bool(self.members))
         if self.init_weights not in (True, False, "identity"):
             raise ValueError(f"`init_weights` is {shortened(self.init_weights)}; choose True, False or 'identity'.")
 

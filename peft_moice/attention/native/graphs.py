@@ -17,24 +17,18 @@ _MOST_TABLES = 16
 """Tables kept, one for each set of rope bases and layout."""
 
 
-@torch.library.custom_op("peft_moice::attend", mutates_args=())
-def _attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    gates: torch.Tensor,
-    picked: torch.Tensor,
-    mask: torch.Tensor | None,
-    deltas: torch.Tensor,
-    query_start: torch.Tensor | None,
-    offset: int,
-    layout: list[int],
-    scaling: float,
-    is_causal: bool,
-) -> torch.Tensor:
-    """The output `[B, S, H, Dv]` in float32. The first query stands at `query_start + offset`."""
-    options = _options(key, query, deltas, query_start, offset, layout)
-    return forward(query, key, value, gates, mask, *options, scaling, is_causal)
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor gates, Tensor picked, Tensor? mask, Tensor deltas, "
+    "Tensor? query_start, SymInt offset, SymInt[] layout, float scaling, bool is_causal"
+)
+"""What both operators take. The first query stands at `query_start + offset`."""
+
+
+@torch.library.custom_op("peft_moice::attend", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
+def _attend(*inputs: Any) -> torch.Tensor:
+    """The output `[B, S, H, Dv]` in float32."""
+    query, key, value, gates, _, mask, *rest = inputs
+    return forward(query, key, value, gates, mask, *_options(query, key, *rest))
 
 
 @_attend.register_fake
@@ -43,30 +37,17 @@ def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -
     return query.new_empty(batch, length, heads, value.shape[-1], dtype=torch.float32)
 
 
-@torch.library.custom_op("peft_moice::differentiate", mutates_args=())
-def _differentiate(
-    grad_output: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    gates: torch.Tensor,
-    picked: torch.Tensor,
-    mask: torch.Tensor | None,
-    deltas: torch.Tensor,
-    query_start: torch.Tensor | None,
-    offset: int,
-    layout: list[int],
-    scaling: float,
-    is_causal: bool,
-    wanted: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+@torch.library.custom_op(
+    "peft_moice::differentiate",
+    mutates_args=(),
+    schema=f"(Tensor grad_output, {_INPUTS}, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _differentiate(grad_output: torch.Tensor, *inputs: Any) -> tuple[torch.Tensor, ...]:
     """The gradients of queries, keys, values and gates; without elements where not wanted."""
-    options = _options(key, query, deltas, query_start, offset, layout)
-    grads = differentiate(grad_output, query, key, value, gates, picked, mask, (*options, scaling, is_causal), wanted)
-    found = [
-        x.new_empty(0) if grad is None else grad for grad, x in zip(grads, (query, key, value, gates), strict=True)
-    ]
-    return found[0], found[1], found[2], found[3]
+    query, key, value, gates, picked, mask, *rest, wanted = inputs
+    options = _options(query, key, *rest)
+    grads = differentiate(grad_output, query, key, value, gates, picked, mask, options, wanted)
+    return tuple(x.new_empty(0) if grad is None else grad for grad, x in zip(grads, inputs[:4], strict=True))
 
 
 @_differentiate.register_fake
@@ -113,21 +94,15 @@ def run(
     return output
 
 
-def _options(
-    key: torch.Tensor,
-    query: torch.Tensor,
-    deltas: torch.Tensor,
-    query_start: torch.Tensor | None,
-    offset: int,
-    layout: list[int],
-) -> tuple[RotationTable, int]:
-    """The table of rotations and the index of the first query.
+def _options(query: torch.Tensor, key: torch.Tensor, *rest: Any) -> tuple[RotationTable, int, float, bool]:
+    """The table of rotations, the index of the first query, the scaling, and whether attention is causal.
 
     Raises:
         ValueError: queries that start there do not fit the keys.
     """
+    deltas, query_start, offset, layout, scaling, is_causal = rest
     start = first_position(offset if query_start is None else query_start, query, key)
-    return _table(deltas.numpy().tobytes(), deltas.shape[0], tuple(layout)), start
+    return _table(deltas.numpy().tobytes(), deltas.shape[0], tuple(layout)), start, scaling, is_causal
 
 
 @functools.lru_cache(maxsize=_MOST_TABLES)

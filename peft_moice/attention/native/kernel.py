@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ...rope import RotationTable
-from .library import Problem, load
+from .library import Structure, load
 
 _MOST_DECODED = 8
 """Up to so many queries `decode.c` is faster than `attend.c`."""
@@ -85,7 +85,7 @@ def first_position(query_start: int | torch.Tensor, query: torch.Tensor, key: to
 
 
 class _Kernel:
-    """A `Problem` with the tensors that its pointers lead to."""
+    """A [`Structure`] with the tensors that its pointers lead to."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class _Kernel:
         self._kept: list[Any] = [query, key, value, gates, cos, sin]
         is_ordered = layout.start == 0 and not layout.interleaved
         # In the order of the fields, up to the last one that every call has.
-        self.problem = Problem(
+        self.problem = Structure(
             *(batch, kv_heads, heads // kv_heads, length, num_keys, head_dim, value_dim, num_experts, cos.shape[-1]),
             *(query_start, is_causal, is_ordered, TYPES[query.dtype]),
             *(query.data_ptr(), *query.stride()[:3], key.data_ptr(), *key.stride()[:3]),

@@ -48,8 +48,8 @@ _LENGTHS = dict(zip(_FIELDS, _COUNTS, strict=True))
 _SIZE = sum(_COUNTS)
 
 
-class Problem:
-    """The values of the C structure of the same name; faster to fill than a structure of ctypes.
+class Structure:
+    """The values of the C structure `problem`; faster to fill than a structure of ctypes.
 
     Args:
         values: of the first fields, in their order. The others are 0.
@@ -78,7 +78,7 @@ def load() -> ctypes.CDLL | str:
     if os.environ.get(SWITCH) == "0":
         return f"the environment variable {SWITCH} is 0"
     try:
-        return _from_cache()
+        return _compiled_once()
     except Exception as error:  # whatever a machine has in store, PyTorch's operations remain
         reason = f"{type(error).__name__}: {error}" if not isinstance(error, RuntimeError) else str(error)
         logger.warning(
@@ -89,7 +89,7 @@ def load() -> ctypes.CDLL | str:
         return reason
 
 
-def _from_cache() -> ctypes.CDLL:
+def _compiled_once() -> ctypes.CDLL:
     """The library that was compiled before, or else now."""
     compiler = _compiler()
     target = _target(compiler)

@@ -19,11 +19,11 @@ from .tiles import (
     LN2,
     add_pairs,
     add_rest,
-    add_rows,
+    add_values,
     first_position,
     load_rest,
     load_rotated,
-    load_rows,
+    load_values,
     masked,
     product,
     rotate,
@@ -58,307 +58,193 @@ def gradients(
     grad_output = grad_output.to(problem.query.dtype).contiguous()
     mean_delta = torch.linalg.vecdot(grad_output.float(), output.float()).contiguous()  # [B, S, H]
     delta = torch.empty_like(row_max)
-    unused = delta
-    shared = {
-        **problem.arguments(),
-        "rows": picks.rows,
-        "counts": picks.counts,
-        "row_max": row_max,
-        "row_sum": row_sum,
-        "delta": delta,
-        "grad_output": grad_output,
-    }
     by_rows = choose_blocks(problem, hopper=Blocks(64, 32, 8), ampere=Blocks(32, 32, 4))
     by_keys = choose_blocks(problem, hopper=Blocks(32, 64, 8), ampere=Blocks(32, 32, 4))
-    for expert in range(problem.num_experts):
+    grad_query, grad_key, grad_value, grad_gates = grads
+    stored, lists = (row_max, row_sum, delta, grad_output), (picks.rows, picks.counts)
+    for of_rows, of_keys in zip(problem.by_expert(by_rows), problem.by_expert(by_keys), strict=True):
         if needs_query or needs_key or needs_gates:
-            query_kernel[(triton.cdiv(problem.num_rows, by_rows["BM"]), problem.lists)](
-                **shared,
-                **problem.of_expert(expert),
-                mean_delta=mean_delta,
-                grad_query=grads[0] if needs_query else unused,
-                grad_gates=grads[3] if needs_gates else unused,
-                NEEDS_QUERY=needs_query,
-                NEEDS_GATES=needs_gates,
-                **by_rows,
+            query_kernel[(triton.cdiv(problem.num_rows, by_rows.rows), problem.lists)](
+                **of_rows, picks=lists, stored=stored, mean_delta=mean_delta, results=(grad_query, grad_gates)
             )
         if needs_key or needs_value:
-            key_kernel[(triton.cdiv(problem.key.shape[2], by_keys["BN"]), problem.lists)](
-                **shared,
-                **problem.of_expert(expert),
-                through=picks.through,
-                grad_key=grads[1] if needs_key else unused,
-                grad_value=grads[2] if needs_value else unused,
-                NEEDS_KEY=needs_key,
-                NEEDS_VALUE=needs_value,
-                **by_keys,
+            key_kernel[(triton.cdiv(problem.key.shape[2], by_keys.keys), problem.lists)](
+                **of_keys, picks=(*lists, picks.through), stored=stored, results=(grad_key, grad_value)
             )
     return tuple(grads)
 
 
 @triton.jit(do_not_specialize=["query_start", "expert", "S", "T"])
 def query_kernel(
-    query,
-    key,
-    value,
-    mask,
-    gates,
-    cos,
-    sin,
-    rows,
-    counts,
-    row_max,
-    row_sum,
-    delta,
-    grad_output,
-    mean_delta,
-    grad_query,
-    grad_gates,
-    query_start,
-    expert,
-    S,
-    T,
-    N,
-    G,
-    scale,
-    q_b,
-    q_h,
-    q_s,
-    k_b,
-    k_h,
-    k_t,
-    v_b,
-    v_h,
-    v_t,
-    m_b,
-    m_h,
-    m_s,
-    m_t,
-    R: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    START: tl.constexpr,
-    P: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    ROTATE: tl.constexpr,
-    MASK: tl.constexpr,
-    START_IS_TENSOR: tl.constexpr,
-    NEEDS_QUERY: tl.constexpr,
-    NEEDS_GATES: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BP: tl.constexpr,
-    BR: tl.constexpr,
-    BV: tl.constexpr,
+    inputs, strides, sizes, table, picks, stored, mean_delta, results, query_start, expert, S, T, form: tl.constexpr
 ):
+    query, key, value, mask, gates = inputs
+    q_b, q_h, q_s, k_b, k_h, k_t, v_b, v_h, v_t, m_b, m_h, m_s, m_t = strides
+    N, G, scale = sizes
+    cos, sin = table
+    rows, counts = picks
+    row_max, row_sum, delta, grad_output = stored
+    grad_query, grad_gates = results
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     z = tl.program_id(1).to(tl.int64)
     b, g = z // G, z % G
     count = tl.load(counts + z * N + expert)
-    if block * BM >= count:
+    if block * form.BM >= count:
         return
 
-    place = block * BM + tl.arange(0, BM)
+    place = block * form.BM + tl.arange(0, form.BM)
     valid = place < count
-    row = tl.load(rows + (z * N + expert) * (S * R + 1) + place, mask=valid, other=0)
-    token, head = (row // R).to(tl.int64), g * R + row % R
-    position = first_position(query_start, START_IS_TENSOR) + row // R
+    row = tl.load(rows + (z * N + expert) * (S * form.R + 1) + place, mask=valid, other=0)
+    token, head = (row // form.R).to(tl.int64), g * form.R + row % form.R
+    position = first_position(query_start, form) + row // form.R
     mask_row = b * m_b + head * m_h + token * m_s
-    out_row = (b * S + token) * G * R + head
-    gate_row = ((b * G * R + head) * S + token) * N + expert
-    pick = (z * N + expert) * S * R + place
+    out_row = (b * S + token) * G * form.R + head
+    gate_row = ((b * G * form.R + head) * S + token) * N + expert
+    pick = (z * N + expert) * S * form.R + place
 
     q_row = head * q_h + token * q_s
-    qa, qb = load_rotated(query + b * q_b, q_row, valid, cos, sin, position, START, P, INTERLEAVED, ROTATE, BP)
-    if BR > 0:
-        qr = load_rest(query + b * q_b, q_row, valid, START, P, D, BR)
-    grads = load_rows(grad_output, out_row * DV, valid, DV, BV)
+    qa, qb = load_rotated(query + b * q_b, q_row, valid, cos, sin, position, form)
+    if form.BR > 0:
+        qr = load_rest(query + b * q_b, q_row, valid, form)
+    grads = load_values(grad_output, out_row * form.DV, valid, form)
     middle = tl.load(mean_delta + out_row, mask=valid, other=0.0)
     top = tl.load(row_max + pick, mask=valid, other=0.0)
     share = 1.0 / tl.load(row_sum + pick, mask=valid, other=1.0)
 
-    tile = tl.arange(0, BN)
+    tile = tl.arange(0, form.BN)
     tile_keys, tile_values = key + b * k_b + g * k_h, value + b * v_b + g * v_h
     tile_cos, tile_sin = cos, sin
     end = T
-    if MASK == 0:
+    if form.MASK == 0:
         end = tl.minimum(T, tl.max(tl.where(valid, position, 0)) + 1)
-    shift = tl.zeros([BM], tl.float32)
-    if NEEDS_QUERY:
-        sum_a, sum_b = tl.zeros([BM, BP], tl.float32), tl.zeros([BM, BP], tl.float32)
-        mean_a, mean_b = tl.zeros([BM, BP], tl.float32), tl.zeros([BM, BP], tl.float32)
-        if BR > 0:
-            sum_r, mean_r = tl.zeros([BM, BR], tl.float32), tl.zeros([BM, BR], tl.float32)
-    for first_key in range(0, end, BN):
+    shift = tl.full([form.BM], 0.0, tl.float32)
+    if grad_query is not None:
+        sum_a, sum_b = tl.full([form.BM, form.BP], 0.0, tl.float32), tl.full([form.BM, form.BP], 0.0, tl.float32)
+        mean_a, mean_b = tl.full([form.BM, form.BP], 0.0, tl.float32), tl.full([form.BM, form.BP], 0.0, tl.float32)
+        if form.BR > 0:
+            sum_r, mean_r = tl.full([form.BM, form.BR], 0.0, tl.float32), tl.full([form.BM, form.BR], 0.0, tl.float32)
+    for first_key in range(0, end, form.BN):
         n = first_key + tile
         exists = n < T
-        ka, kb = load_rotated(
-            tile_keys, tile * k_t, exists, tile_cos, tile_sin, tile, START, P, INTERLEAVED, ROTATE, BP
-        )
-        scores = product(qa, tl.trans(ka), tl.zeros([BM, BN], tl.float32))
+        ka, kb = load_rotated(tile_keys, tile * k_t, exists, tile_cos, tile_sin, tile, form)
+        scores = product(qa, tl.trans(ka), tl.full([form.BM, form.BN], 0.0, tl.float32))
         scores = product(qb, tl.trans(kb), scores)
-        if BR > 0:
-            kr = load_rest(tile_keys, tile * k_t, exists, START, P, D, BR)
+        if form.BR > 0:
+            kr = load_rest(tile_keys, tile * k_t, exists, form)
             scores = product(qr, tl.trans(kr), scores)
         scores = masked(
-            scores * scale, mask, mask_row[:, None], position[:, None], n[None, :], exists[None, :], m_t, MASK
+            scores * scale, mask, mask_row[:, None], position[:, None], n[None, :], exists[None, :], m_t, form
         )
         probs = tl.exp2(scores - top[:, None]) * share[:, None]
-        v = load_rows(tile_values, tile * v_t, exists, DV, BV)
-        grad_probs = product(grads, tl.trans(v), tl.zeros([BM, BN], tl.float32))
+        v = load_values(tile_values, tile * v_t, exists, form)
+        grad_probs = product(grads, tl.trans(v), tl.full([form.BM, form.BN], 0.0, tl.float32))
         grad_scores = probs * (grad_probs - middle[:, None])
         shift += tl.sum(grad_scores, 1)
-        if NEEDS_QUERY:
+        if grad_query is not None:
             grad_scores, probs = grad_scores.to(ka.dtype), probs.to(ka.dtype)
             sum_a, sum_b = product(grad_scores, ka, sum_a), product(grad_scores, kb, sum_b)
             mean_a, mean_b = product(probs, ka, mean_a), product(probs, kb, mean_b)
-            if BR > 0:
+            if form.BR > 0:
                 sum_r, mean_r = product(grad_scores, kr, sum_r), product(probs, kr, mean_r)
-        tile_keys += BN * k_t
-        tile_values += BN * v_t
-        tile_cos += BN * P
-        tile_sin += BN * P
+        tile_keys += form.BN * k_t
+        tile_values += form.BN * v_t
+        tile_cos += form.BN * form.P
+        tile_sin += form.BN * form.P
 
     tl.store(delta + pick, middle + shift, mask=valid)
-    if NEEDS_GATES:
+    if grad_gates is not None:
         tl.store(grad_gates + gate_row, middle + shift, mask=valid)
-    if NEEDS_QUERY:
+    if grad_query is not None:
         gate = tl.load(gates + gate_row, mask=valid, other=0.0)
         # `scale` turns scores to base 2.
         factor = (gate * scale * LN2)[:, None]
         sum_a, sum_b = (sum_a - shift[:, None] * mean_a) * factor, (sum_b - shift[:, None] * mean_b) * factor
-        if ROTATE:
-            sum_a, sum_b = rotate(sum_a, sum_b, cos, sin, position, valid, -1.0, P, BP)
-        grad_row = ((b * G * R + head) * S + token) * D
-        add_pairs(grad_query, grad_row, valid, sum_a, sum_b, START, P, INTERLEAVED, BP)
-        if BR > 0:
-            add_rest(grad_query, grad_row, valid, (sum_r - shift[:, None] * mean_r) * factor, START, P, D, BR)
+        if form.ROTATE:
+            sum_a, sum_b = rotate(sum_a, sum_b, cos, sin, position, valid, -1.0, form)
+        grad_row = ((b * G * form.R + head) * S + token) * form.D
+        add_pairs(grad_query, grad_row, valid, sum_a, sum_b, form)
+        if form.BR > 0:
+            add_rest(grad_query, grad_row, valid, (sum_r - shift[:, None] * mean_r) * factor, form)
 
 
 @triton.jit(do_not_specialize=["query_start", "expert", "S", "T"])
-def key_kernel(
-    query,
-    key,
-    value,
-    mask,
-    gates,
-    cos,
-    sin,
-    rows,
-    counts,
-    through,
-    row_max,
-    row_sum,
-    delta,
-    grad_output,
-    grad_key,
-    grad_value,
-    query_start,
-    expert,
-    S,
-    T,
-    N,
-    G,
-    scale,
-    q_b,
-    q_h,
-    q_s,
-    k_b,
-    k_h,
-    k_t,
-    v_b,
-    v_h,
-    v_t,
-    m_b,
-    m_h,
-    m_s,
-    m_t,
-    R: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    START: tl.constexpr,
-    P: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    ROTATE: tl.constexpr,
-    MASK: tl.constexpr,
-    START_IS_TENSOR: tl.constexpr,
-    NEEDS_KEY: tl.constexpr,
-    NEEDS_VALUE: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BP: tl.constexpr,
-    BR: tl.constexpr,
-    BV: tl.constexpr,
-):
-    first_key = tl.program_id(0) * BN
+def key_kernel(inputs, strides, sizes, table, picks, stored, results, query_start, expert, S, T, form: tl.constexpr):
+    query, key, value, mask, gates = inputs
+    q_b, q_h, q_s, k_b, k_h, k_t, v_b, v_h, v_t, m_b, m_h, m_s, m_t = strides
+    N, G, scale = sizes
+    cos, sin = table
+    rows, counts, through = picks
+    row_max, row_sum, delta, grad_output = stored
+    grad_key, grad_value = results
+    first_key = tl.program_id(0) * form.BN
     z = tl.program_id(1).to(tl.int64)
     b, g = z // G, z % G
-    start = first_position(query_start, START_IS_TENSOR)
+    start = first_position(query_start, form)
     count = tl.load(counts + z * N + expert)
     begin = 0
-    if MASK == 0:
+    if form.MASK == 0:
         # Rows of tokens before the first key do not see it.
-        rows_before = tl.minimum(tl.maximum(first_key - start, 0), S) * R
-        last = (z * N + expert) * S * R + tl.maximum(rows_before - 1, 0)
+        rows_before = tl.minimum(tl.maximum(first_key - start, 0), S) * form.R
+        last = (z * N + expert) * S * form.R + tl.maximum(rows_before - 1, 0)
         begin = tl.where(rows_before > 0, tl.load(through + last), 0)
     if begin >= count:
         return
 
-    n = first_key + tl.arange(0, BN)
+    n = first_key + tl.arange(0, form.BN)
     exists = n < T
     k_row = n.to(tl.int64) * k_t
-    ka, kb = load_rotated(key + b * k_b + g * k_h, k_row, exists, cos, sin, n, START, P, INTERLEAVED, ROTATE, BP)
-    if BR > 0:
-        kr = load_rest(key + b * k_b + g * k_h, k_row, exists, START, P, D, BR)
-    if NEEDS_KEY:
-        v = load_rows(value + b * v_b + g * v_h, n.to(tl.int64) * v_t, exists, DV, BV)
-        sum_a, sum_b = tl.zeros([BN, BP], tl.float32), tl.zeros([BN, BP], tl.float32)
-        if BR > 0:
-            sum_r = tl.zeros([BN, BR], tl.float32)
-    if NEEDS_VALUE:
-        sum_v = tl.zeros([BN, BV], tl.float32)
-    for first_place in range(begin, count, BM):
-        place = first_place + tl.arange(0, BM)
+    ka, kb = load_rotated(key + b * k_b + g * k_h, k_row, exists, cos, sin, n, form)
+    if form.BR > 0:
+        kr = load_rest(key + b * k_b + g * k_h, k_row, exists, form)
+    if grad_key is not None:
+        v = load_values(value + b * v_b + g * v_h, n.to(tl.int64) * v_t, exists, form)
+        sum_a, sum_b = tl.full([form.BN, form.BP], 0.0, tl.float32), tl.full([form.BN, form.BP], 0.0, tl.float32)
+        if form.BR > 0:
+            sum_r = tl.full([form.BN, form.BR], 0.0, tl.float32)
+    if grad_value is not None:
+        sum_v = tl.full([form.BN, form.BV], 0.0, tl.float32)
+    for first_place in range(begin, count, form.BM):
+        place = first_place + tl.arange(0, form.BM)
         valid = place < count
-        row = tl.load(rows + (z * N + expert) * (S * R + 1) + place, mask=valid, other=0)
-        token, head = (row // R).to(tl.int64), g * R + row % R
-        position = start + row // R
+        row = tl.load(rows + (z * N + expert) * (S * form.R + 1) + place, mask=valid, other=0)
+        token, head = (row // form.R).to(tl.int64), g * form.R + row % form.R
+        position = start + row // form.R
         mask_row = b * m_b + head * m_h + token * m_s
         q_row = head * q_h + token * q_s
-        pick = (z * N + expert) * S * R + place
-        qa, qb = load_rotated(query + b * q_b, q_row, valid, cos, sin, position, START, P, INTERLEAVED, ROTATE, BP)
-        scores = product(ka, tl.trans(qa), tl.zeros([BN, BM], tl.float32))
+        pick = (z * N + expert) * S * form.R + place
+        qa, qb = load_rotated(query + b * q_b, q_row, valid, cos, sin, position, form)
+        scores = product(ka, tl.trans(qa), tl.full([form.BN, form.BM], 0.0, tl.float32))
         scores = product(kb, tl.trans(qb), scores)
-        if BR > 0:
-            qr = load_rest(query + b * q_b, q_row, valid, START, P, D, BR)
+        if form.BR > 0:
+            qr = load_rest(query + b * q_b, q_row, valid, form)
             scores = product(kr, tl.trans(qr), scores)
         scores = masked(
-            scores * scale, mask, mask_row[None, :], position[None, :], n[:, None], exists[:, None], m_t, MASK
+            scores * scale, mask, mask_row[None, :], position[None, :], n[:, None], exists[:, None], m_t, form
         )
         top = tl.load(row_max + pick, mask=valid, other=0.0)
         total = tl.load(row_sum + pick, mask=valid, other=1.0)
-        gate = tl.load(gates + ((b * G * R + head) * S + token) * N + expert, mask=valid, other=0.0)
+        gate = tl.load(gates + ((b * G * form.R + head) * S + token) * N + expert, mask=valid, other=0.0)
         # Rows behind the last pick stand in for row 0, and must not count.
         gated = tl.where(valid[None, :], tl.exp2(scores - top[None, :]) * (gate / total)[None, :], 0.0)
-        grads = load_rows(grad_output, ((b * S + token) * G * R + head) * DV, valid, DV, BV)
-        if NEEDS_VALUE:
+        grads = load_values(grad_output, ((b * S + token) * G * form.R + head) * form.DV, valid, form)
+        if grad_value is not None:
             sum_v = product(gated.to(grads.dtype), grads, sum_v)
-        if NEEDS_KEY:
+        if grad_key is not None:
             middle = tl.load(delta + pick, mask=valid, other=0.0)
-            grad_probs = product(v, tl.trans(grads), tl.zeros([BN, BM], tl.float32))
+            grad_probs = product(v, tl.trans(grads), tl.full([form.BN, form.BM], 0.0, tl.float32))
             grad_scores = (gated * (grad_probs - middle[None, :])).to(qa.dtype)
             sum_a, sum_b = product(grad_scores, qa, sum_a), product(grad_scores, qb, sum_b)
-            if BR > 0:
+            if form.BR > 0:
                 sum_r = product(grad_scores, qr, sum_r)
 
-    kv_row = (z * T + n) * D
-    if NEEDS_KEY:
+    kv_row = (z * T + n) * form.D
+    if grad_key is not None:
         factor = scale * LN2
         sum_a, sum_b = sum_a * factor, sum_b * factor
-        if ROTATE:
-            sum_a, sum_b = rotate(sum_a, sum_b, cos, sin, n, exists, -1.0, P, BP)
-        add_pairs(grad_key, kv_row, exists, sum_a, sum_b, START, P, INTERLEAVED, BP)
-        if BR > 0:
-            add_rest(grad_key, kv_row, exists, sum_r * factor, START, P, D, BR)
-    if NEEDS_VALUE:
-        add_rows(grad_value, (z * T + n) * DV, exists, sum_v, DV, BV)
+        if form.ROTATE:
+            sum_a, sum_b = rotate(sum_a, sum_b, cos, sin, n, exists, -1.0, form)
+        add_pairs(grad_key, kv_row, exists, sum_a, sum_b, form)
+        if form.BR > 0:
+            add_rest(grad_key, kv_row, exists, sum_r * factor, form)
+    if grad_value is not None:
+        add_values(grad_value, (z * T + n) * form.DV, exists, sum_v, form)

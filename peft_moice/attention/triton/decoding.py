@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .problem import MIN_BLOCK, Problem, padded
-from .tiles import INTERPRETED, LOWEST, first_position, load_pairs, load_rest, load_rows, masked, product, rotate
+from .tiles import INTERPRETED, LOWEST, first_position, load_pairs, load_rest, load_values, masked, product, rotate
 
 _MAX_ROWS = 64
 _MAX_TILE = 32768
@@ -36,48 +36,28 @@ def fits(problem: Problem) -> bool:
 def decode(problem: Problem) -> torch.Tensor:
     """The output `[B, S, H, Dv]` in the dtype of the queries."""
     batch, heads, length, _ = problem.query.shape
-    shared = problem.arguments()
     experts, rows = triton.next_power_of_2(problem.num_experts), padded(problem.num_rows)
     keys = MIN_BLOCK if INTERPRETED else 32
-    warps = 8 if experts * rows * shared["BV"] > 8192 else 4
+    shared = problem.arguments(rows, keys)
+    values = shared["form"].BV
     span = _span(problem, keys)
     splits = triton.cdiv(problem.key.shape[2], span)
     part_max = problem.gates.new_empty(problem.lists, splits, experts * rows)
-    part_sum = torch.empty_like(part_max)
-    part_out = problem.gates.new_empty(problem.lists, splits, experts * rows, shared["BV"])
+    parts = (part_max, torch.empty_like(part_max), part_max.new_empty(*part_max.shape, values))
     output = problem.query.new_empty(batch, length, heads, problem.value.shape[-1])
     decode_kernel[(splits, problem.lists)](
         **shared,
-        cos=problem.cos,
-        sin=problem.sin,
-        table_stride=problem.cos.stride(0),
-        part_max=part_max,
-        part_sum=part_sum,
-        part_out=part_out,
+        table=(problem.cos, problem.sin, problem.cos.stride(0)),
+        parts=parts,
         span=span,
         BE=experts,
-        BM=rows,
-        BN=keys,
-        num_warps=warps,
+        num_warps=8 if experts * rows * values > 8192 else 4,
         num_stages=2,
     )
+    sizes = (length, problem.num_experts, problem.key.shape[1], splits)
+    blocks = {"BE": experts, "BS": triton.next_power_of_2(splits)}
     combine_kernel[(problem.num_rows, problem.lists)](
-        part_max,
-        part_sum,
-        part_out,
-        problem.gates,
-        output,
-        length,
-        problem.num_experts,
-        problem.key.shape[1],
-        splits,
-        R=problem.groups,
-        DV=output.shape[-1],
-        BE=experts,
-        BM=rows,
-        BS=triton.next_power_of_2(splits),
-        BV=shared["BV"],
-        num_warps=8,
+        parts, problem.gates, output, sizes, form=shared["form"], **blocks, num_warps=8
     )
     return output
 
@@ -93,150 +73,95 @@ def _span(problem: Problem, tile: int) -> int:
 
 
 @triton.jit(do_not_specialize=["query_start", "T"])
-def decode_kernel(
-    query,
-    key,
-    value,
-    mask,
-    gates,
-    cos,
-    sin,
-    part_max,
-    part_sum,
-    part_out,
-    query_start,
-    S,
-    T,
-    N,
-    G,
-    scale,
-    span,
-    table_stride,
-    q_b,
-    q_h,
-    q_s,
-    k_b,
-    k_h,
-    k_t,
-    v_b,
-    v_h,
-    v_t,
-    m_b,
-    m_h,
-    m_s,
-    m_t,
-    R: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    START: tl.constexpr,
-    P: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    MASK: tl.constexpr,
-    START_IS_TENSOR: tl.constexpr,
-    BE: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BP: tl.constexpr,
-    BR: tl.constexpr,
-    BV: tl.constexpr,
-):
+def decode_kernel(inputs, strides, sizes, table, parts, query_start, S, T, span, form: tl.constexpr, BE: tl.constexpr):
+    query, key, value, mask, gates = inputs
+    q_b, q_h, q_s, k_b, k_h, k_t, v_b, v_h, v_t, m_b, m_h, m_s, m_t = strides
+    N, G, scale = sizes
+    cos, sin, table_stride = table
+    part_max, part_sum, part_out = parts
     split = tl.program_id(0)
     z = tl.program_id(1).to(tl.int64)
     b, g = z // G, z % G
-    row = tl.arange(0, BM)
-    valid = row < S * R
-    token, head = tl.where(valid, row // R, 0).to(tl.int64), g * R + row % R
-    position = first_position(query_start, START_IS_TENSOR) + row // R
+    row = tl.arange(0, form.BM)
+    valid = row < S * form.R
+    token, head = tl.where(valid, row // form.R, 0).to(tl.int64), g * form.R + row % form.R
+    position = first_position(query_start, form) + row // form.R
     mask_row = b * m_b + head * m_h + token * m_s
-    gate_row = ((b * G * R + head) * S + token) * N
+    gate_row = ((b * G * form.R + head) * S + token) * N
 
     q_row = head * q_h + token * q_s
-    qa, qb = load_pairs(query + b * q_b, q_row, valid, START, P, INTERLEAVED, BP)
-    if BR > 0:
-        qr = load_rest(query + b * q_b, q_row, valid, START, P, D, BR)
+    qa, qb = load_pairs(query + b * q_b, q_row, valid, form)
+    if form.BR > 0:
+        qr = load_rest(query + b * q_b, q_row, valid, form)
 
     expert_of = tl.arange(0, BE)[:, None, None]
-    top = tl.full([BE * BM], LOWEST, tl.float32)
-    total = tl.zeros([BE * BM], tl.float32)
-    attended = tl.zeros([BE * BM, BV], tl.float32)
-    place = tl.arange(0, BN)
+    top = tl.full([BE * form.BM], LOWEST, tl.float32)
+    total = tl.full([BE * form.BM], 0.0, tl.float32)
+    attended = tl.full([BE * form.BM, form.BV], 0.0, tl.float32)
+    place = tl.arange(0, form.BN)
     end = tl.minimum((split + 1) * span, T)
     begin = split.to(tl.int64) * span
     tile_keys, tile_values = key + b * k_b + g * k_h + begin * k_t, value + b * v_b + g * v_h + begin * v_t
-    for first_key in range(split * span, end, BN):
+    for first_key in range(split * span, end, form.BN):
         n = first_key + place
         exists = n < end
-        ka, kb = load_pairs(tile_keys, place * k_t, exists, START, P, INTERLEAVED, BP)
-        unrotated = tl.zeros([BM, BN], tl.float32)
-        if BR > 0:
-            kr = load_rest(tile_keys, place * k_t, exists, START, P, D, BR)
+        ka, kb = load_pairs(tile_keys, place * k_t, exists, form)
+        unrotated = tl.full([form.BM, form.BN], 0.0, tl.float32)
+        if form.BR > 0:
+            kr = load_rest(tile_keys, place * k_t, exists, form)
             unrotated = product(qr, tl.trans(kr), unrotated)
         distance = position - first_key
         near = valid & (tl.abs(distance) < T)
         sign = tl.where(distance < 0, -1.0, 1.0)[:, None]
-        all_scores = tl.full([BE, BM, BN], LOWEST, tl.float32)
+        all_scores = tl.full([BE, form.BM, form.BN], LOWEST, tl.float32)
         # A loop that is not unrolled, so that no table is kept in registers from tile to tile.
         for expert in range(0, N):
             gate = tl.load(gates + gate_row + expert, mask=valid, other=0.0)
             if tl.max((gate != 0).to(tl.int32)) > 0:
                 expert_cos, expert_sin = cos + expert * table_stride, sin + expert * table_stride
-                ra, rb = rotate(qa, qb, expert_cos, expert_sin, tl.abs(distance), near, sign, P, BP)
-                ta, tb = rotate(ka, kb, expert_cos, expert_sin, place, exists, 1.0, P, BP)
+                ra, rb = rotate(qa, qb, expert_cos, expert_sin, tl.abs(distance), near, sign, form)
+                ta, tb = rotate(ka, kb, expert_cos, expert_sin, place, exists, 1.0, form)
                 scores = product(ra, tl.trans(ta), unrotated)
                 scores = product(rb, tl.trans(tb), scores)
                 scores = masked(
-                    scores * scale, mask, mask_row[:, None], position[:, None], n[None, :], exists[None, :], m_t, MASK
+                    scores * scale, mask, mask_row[:, None], position[:, None], n[None, :], exists[None, :], m_t, form
                 )
                 all_scores = tl.where(expert_of == expert, scores[None, :, :], all_scores)
-        stacked = tl.where(exists[None, :], tl.reshape(all_scores, [BE * BM, BN]), float("-inf"))
+        stacked = tl.where(exists[None, :], tl.reshape(all_scores, [BE * form.BM, form.BN]), float("-inf"))
         new_top = tl.maximum(top, tl.max(stacked, 1))
         probs = tl.exp2(stacked - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(probs, 1)
-        v = load_rows(tile_values, place * v_t, exists, DV, BV)
+        v = load_values(tile_values, place * v_t, exists, form)
         attended = product(probs.to(v.dtype), v, attended * shrink[:, None])
         top = new_top
-        tile_keys += BN * k_t
-        tile_values += BN * v_t
+        tile_keys += form.BN * k_t
+        tile_values += form.BN * v_t
 
-    part = (z * tl.num_programs(0) + split) * BE * BM + tl.arange(0, BE * BM)
+    part = (z * tl.num_programs(0) + split) * BE * form.BM + tl.arange(0, BE * form.BM)
     tl.store(part_max + part, top)
     tl.store(part_sum + part, total)
-    tl.store(part_out + part[:, None] * BV + tl.arange(0, BV)[None, :], attended)
+    tl.store(part_out + part[:, None] * form.BV + tl.arange(0, form.BV)[None, :], attended)
 
 
 @triton.jit
-def combine_kernel(
-    part_max,
-    part_sum,
-    part_out,
-    gates,
-    output,
-    S,
-    N,
-    G,
-    splits,
-    R: tl.constexpr,
-    DV: tl.constexpr,
-    BE: tl.constexpr,
-    BM: tl.constexpr,
-    BS: tl.constexpr,
-    BV: tl.constexpr,
-):
+def combine_kernel(parts, gates, output, sizes, form: tl.constexpr, BE: tl.constexpr, BS: tl.constexpr):
+    part_max, part_sum, part_out = parts
+    S, N, G, splits = sizes
     row = tl.program_id(0)
     z = tl.program_id(1).to(tl.int64)
-    b, token, head = z // G, row // R, z % G * R + row % R
-    split, column = tl.arange(0, BS), tl.arange(0, BV)
-    mixed = tl.zeros([BV], tl.float32)
+    b, token, head = z // G, row // form.R, z % G * form.R + row % form.R
+    split, column = tl.arange(0, BS), tl.arange(0, form.BV)
+    mixed = tl.full([form.BV], 0.0, tl.float32)
     for expert in range(0, N):
-        gate = tl.load(gates + ((b * G * R + head) * S + token) * N + expert)
+        gate = tl.load(gates + ((b * G * form.R + head) * S + token) * N + expert)
         if gate != 0:
-            part = (z * splits + split) * BE * BM + expert * BM + row
+            part = (z * splits + split) * BE * form.BM + expert * form.BM + row
             there = split < splits
             top = tl.load(part_max + part, mask=there, other=float("-inf"))
             total = tl.load(part_sum + part, mask=there, other=0.0)
-            attended = tl.load(part_out + part[:, None] * BV + column[None, :], mask=there[:, None], other=0.0)
+            attended = tl.load(part_out + part[:, None] * form.BV + column[None, :], mask=there[:, None], other=0.0)
             weight = tl.exp2(top - tl.max(top, 0))
             mixed += tl.sum(weight[:, None] * attended, 0) * (gate / tl.sum(weight * total, 0))
-    out_row = ((b * S + token) * G * R + head) * DV
-    tl.store(output + out_row + column, mixed.to(output.dtype.element_ty), mask=column < DV)
+    out_row = ((b * S + token) * G * form.R + head) * form.DV
+    tl.store(output + out_row + column, mixed.to(output.dtype.element_ty), mask=column < form.DV)

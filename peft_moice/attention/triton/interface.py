@@ -23,8 +23,11 @@ def why_not(call: AttentionCall) -> str | None:
         )
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (`pip install triton`)"
-    if device == "cpu" and not _interprets():
-        return "TRITON_INTERPRET=1 was set after Triton was imported, so its kernels are not interpreted"
+    if device == "cpu":
+        from .tiles import INTERPRETED
+
+        if not INTERPRETED:
+            return "TRITON_INTERPRET=1 was set after Triton was imported, so its kernels are not interpreted"
     if query not in _DTYPES or key != query or value != query:
         return (
             "it reads queries, keys and values of one dtype, float32, float16 or bfloat16, not "
@@ -60,9 +63,3 @@ def _in_autocast(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch
         return call.query, call.key, call.value
     low = torch.get_autocast_dtype(device)
     return call.query.to(low), call.key.to(low), call.value.to(low)
-
-
-def _interprets() -> bool:
-    from .tiles import INTERPRETED
-
-    return bool(INTERPRETED)

@@ -1,5 +1,6 @@
 """A call of the operator in the form in which kernels take it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 import triton
 
 from ...rope import RotationTable
-from .tiles import ADDITIVE_MASK, BOOLEAN_MASK, INTERPRETED, LOG2E, NO_MASK
+from .tiles import ADDITIVE_MASK, BOOLEAN_MASK, INTERPRETED, LOG2E, NO_MASK, Form
 
 MIN_BLOCK = 16
 """Smallest side of a product on tensor cores."""
@@ -45,8 +46,8 @@ class Problem:
         self.num_rows = self.query.shape[2] * self.groups
         self.lists = self.key.shape[0] * self.key.shape[1]
 
-    def arguments(self) -> dict[str, Any]:
-        """Keyword arguments that all kernels take."""
+    def arguments(self, rows: int, keys: int) -> dict[str, Any]:
+        """Keyword arguments that all kernels take, for tiles of so many rows and keys."""
         query, key, value, layout = self.query, self.key, self.value, self.rotations.layout
         mask, kind = query, NO_MASK
         mask_strides: tuple[int, ...] = (0, 0, 0, 0)
@@ -58,42 +59,42 @@ class Problem:
         rest = query.shape[-1] - layout.size
         start = self.query_start
         return {
-            "query": query,
-            "key": key,
-            "value": value,
-            "mask": mask,
-            "gates": self.gates,
+            "inputs": (query, key, value, mask, self.gates),
+            "strides": (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *mask_strides),
+            "sizes": (self.num_experts, key.shape[1], self.scaling * LOG2E.value),
             "query_start": start if isinstance(start, int) else start.to(query.device),
             "S": query.shape[2],
             "T": key.shape[2],
-            "N": self.num_experts,
-            "G": key.shape[1],
-            "scale": self.scaling * LOG2E.value,
-            **dict(zip(("q_b", "q_h", "q_s"), query.stride(), strict=False)),
-            **dict(zip(("k_b", "k_h", "k_t"), key.stride(), strict=False)),
-            **dict(zip(("v_b", "v_h", "v_t"), value.stride(), strict=False)),
-            **dict(zip(("m_b", "m_h", "m_s", "m_t"), mask_strides, strict=True)),
-            "R": self.groups,
-            "D": query.shape[-1],
-            "DV": value.shape[-1],
-            "START": layout.start,
-            "P": layout.size // 2,
-            "INTERLEAVED": layout.interleaved,
-            "MASK": kind,
-            "START_IS_TENSOR": not isinstance(start, int),
-            "BP": padded(layout.size // 2),
-            "BR": padded(rest) if rest else 0,
-            "BV": padded(value.shape[-1]),
+            "form": Form(
+                R=self.groups,
+                D=query.shape[-1],
+                DV=value.shape[-1],
+                START=layout.start,
+                P=layout.size // 2,
+                INTERLEAVED=layout.interleaved,
+                ROTATE=True,
+                MASK=kind,
+                START_IS_TENSOR=not isinstance(start, int),
+                BM=rows,
+                BN=keys,
+                BP=padded(layout.size // 2),
+                BR=padded(rest) if rest else 0,
+                BV=padded(value.shape[-1]),
+            ),
         }
 
-    def of_expert(self, expert: int) -> dict[str, Any]:
-        """Keyword arguments of kernels that run once per expert."""
-        return {
-            "expert": expert,
-            "cos": self.cos[expert],
-            "sin": self.sin[expert],
-            "ROTATE": not self.rotations.is_identity[expert],
-        }
+    def by_expert(self, blocks: "Blocks") -> Iterator[dict[str, Any]]:
+        """Keyword arguments and launch options of a kernel that runs once per expert, for each of them."""
+        shared = self.arguments(blocks.rows, blocks.keys)
+        for expert, is_identity in enumerate(self.rotations.is_identity):
+            yield {
+                **shared,
+                "form": shared["form"]._replace(ROTATE=not is_identity),
+                "expert": expert,
+                "table": (self.cos[expert], self.sin[expert]),
+                "num_warps": blocks.warps,
+                "num_stages": 2,
+            }
 
 
 @dataclass
@@ -104,23 +105,20 @@ class Blocks:
     keys: int
     warps: int
 
-    def arguments(self) -> dict[str, Any]:
-        return {"BM": self.rows, "BN": self.keys, "num_warps": self.warps, "num_stages": 2}
 
-
-def choose_blocks(problem: Problem, hopper: Blocks, ampere: Blocks) -> dict[str, Any]:
-    """Block sizes and launch options: those given suit half precision and heads of up to 128 dimensions.
+def choose_blocks(problem: Problem, hopper: Blocks, ampere: Blocks) -> Blocks:
+    """Block sizes: those given suit half precision and heads of up to 128 dimensions.
 
     Chosen so that the compiler spills next to no registers, and that tiles fit the shared memory of smaller cards.
     """
     wide = max(problem.query.shape[-1], problem.value.shape[-1]) > 128
     full = problem.query.dtype == torch.float32
     if INTERPRETED or (wide and full):
-        return Blocks(MIN_BLOCK, MIN_BLOCK, 4).arguments()
+        return Blocks(MIN_BLOCK, MIN_BLOCK, 4)
     large = capability(problem.query.device) in _LARGE
     if wide or full:
-        return Blocks(32, 32 if large or full else 16, 8).arguments()
-    return (hopper if large else ampere).arguments()
+        return Blocks(32, 32 if large or full else 16, 8)
+    return hopper if large else ampere
 
 
 def capability(device: torch.device) -> int:

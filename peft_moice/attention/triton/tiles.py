@@ -5,6 +5,8 @@ layout. A rotation is then elementwise, and a score is the sum of two products (
 unrotated). Scores are kept in base 2.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +17,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 NO_MASK, BOOLEAN_MASK, ADDITIVE_MASK = range(3)
-"""Values of the kernels' `MASK`."""
+"""Kinds of masks."""
 
 
 @triton.jit
@@ -27,90 +29,124 @@ def product(a, b, total):
     return tl.dot(a, b, total, input_precision="tf32x3")
 
 
+class Form(NamedTuple):
+    """What kernels are compiled for: the sizes of a call, and the blocks that they are padded to.
+
+    Attributes:
+        R: query heads of a key-value head.
+        D: dimensions of queries and keys.
+        DV: dimensions of values.
+        START: first rotated dimension.
+        P: pairs of rotated dimensions.
+        INTERLEAVED: whether the members of a pair lie side by side.
+        ROTATE: whether the expert's angle is another than the model's own.
+        MASK: one of the kinds above.
+        START_IS_TENSOR: whether the device alone knows where the first query stands.
+        BM: rows of a tile.
+        BN: keys of a tile.
+        BP: block of the pairs.
+        BR: block of the dimensions that are not rotated; 0 if all are.
+        BV: block of the values.
+    """
+
+    R: int
+    D: int
+    DV: int
+    START: int
+    P: int
+    INTERLEAVED: bool
+    ROTATE: bool
+    MASK: int
+    START_IS_TENSOR: bool
+    BM: int
+    BN: int
+    BP: int
+    BR: int
+    BV: int
+
+
 @triton.jit
-def pair_offsets(START: tl.constexpr, P: tl.constexpr, INTERLEAVED: tl.constexpr, BP: tl.constexpr):
+def pair_offsets(form: tl.constexpr):
     """Dimensions `[BP]` of the pairs' first members, and the distance of the second ones."""
-    pair = tl.arange(0, BP)
+    pair = tl.arange(0, form.BP)
     # One return: the compiler also looks at what follows a branch that returns.
-    if INTERLEAVED:
-        offsets, partner = START + 2 * pair, 1
+    if form.INTERLEAVED:
+        offsets, partner = form.START + 2 * pair, 1
     else:
-        offsets, partner = START + pair, P
+        offsets, partner = form.START + pair, form.P
     return offsets, partner
 
 
 @triton.jit
-def load_pairs(base, offset, valid, START: tl.constexpr, P: tl.constexpr, INTERLEAVED: tl.constexpr, BP: tl.constexpr):
+def load_pairs(base, offset, valid, form: tl.constexpr):
     """First and second members `[M, BP]` of the rotated pairs of the vectors that begin at `base + offset` `[M]`."""
-    first, partner = pair_offsets(START, P, INTERLEAVED, BP)
+    first, partner = pair_offsets(form)
     at = base + offset[:, None] + first[None, :]
-    keep = valid[:, None] & (tl.arange(0, BP) < P)[None, :]
+    keep = valid[:, None] & (tl.arange(0, form.BP) < form.P)[None, :]
     return tl.load(at, mask=keep, other=0.0), tl.load(at + partner, mask=keep, other=0.0)
 
 
 @triton.jit
-def add_pairs(
-    base, offset, valid, a, b, START: tl.constexpr, P: tl.constexpr, INTERLEAVED: tl.constexpr, BP: tl.constexpr
-):
+def add_pairs(base, offset, valid, a, b, form: tl.constexpr):
     """Add `a` and `b` to the float32 vectors at `base + offset`, where [`load_pairs`] would read them."""
-    first, partner = pair_offsets(START, P, INTERLEAVED, BP)
+    first, partner = pair_offsets(form)
     at = base + offset[:, None] + first[None, :]
-    keep = valid[:, None] & (tl.arange(0, BP) < P)[None, :]
+    keep = valid[:, None] & (tl.arange(0, form.BP) < form.P)[None, :]
     tl.store(at, tl.load(at, mask=keep, other=0.0) + a, mask=keep)
     tl.store(at + partner, tl.load(at + partner, mask=keep, other=0.0) + b, mask=keep)
 
 
 @triton.jit
-def rest_offsets(START: tl.constexpr, P: tl.constexpr, BR: tl.constexpr):
+def rest_offsets(form: tl.constexpr):
     """Dimensions `[BR]` before and behind the rotated ones."""
-    dimension = tl.arange(0, BR)
-    return tl.where(dimension < START, dimension, dimension + 2 * P)
+    dimension = tl.arange(0, form.BR)
+    return tl.where(dimension < form.START, dimension, dimension + 2 * form.P)
 
 
 @triton.jit
-def load_rest(base, offset, valid, START: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BR: tl.constexpr):
+def load_rest(base, offset, valid, form: tl.constexpr):
     """The unrotated dimensions `[M, BR]`."""
-    dimension = rest_offsets(START, P, BR)
-    keep = valid[:, None] & (dimension < D)[None, :]
+    dimension = rest_offsets(form)
+    keep = valid[:, None] & (dimension < form.D)[None, :]
     return tl.load(base + offset[:, None] + dimension[None, :], mask=keep, other=0.0)
 
 
 @triton.jit
-def add_rest(base, offset, valid, x, START: tl.constexpr, P: tl.constexpr, D: tl.constexpr, BR: tl.constexpr):
+def add_rest(base, offset, valid, x, form: tl.constexpr):
     """Add `x` to the float32 vectors at `base + offset`, where [`load_rest`] would read them."""
-    dimension = rest_offsets(START, P, BR)
-    keep = valid[:, None] & (dimension < D)[None, :]
+    dimension = rest_offsets(form)
+    keep = valid[:, None] & (dimension < form.D)[None, :]
     at = base + offset[:, None] + dimension[None, :]
     tl.store(at, tl.load(at, mask=keep, other=0.0) + x, mask=keep)
 
 
 @triton.jit
-def load_rows(base, offset, valid, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Vectors `[M, BLOCK]` of `SIZE` elements at `base + offset` `[M]`."""
-    column = tl.arange(0, BLOCK)
-    keep = valid[:, None] & (column < SIZE)[None, :]
+def load_values(base, offset, valid, form: tl.constexpr):
+    """Vectors `[M, BV]` of the values' size at `base + offset` `[M]`."""
+    column = tl.arange(0, form.BV)
+    keep = valid[:, None] & (column < form.DV)[None, :]
     return tl.load(base + offset[:, None] + column[None, :], mask=keep, other=0.0)
 
 
 @triton.jit
-def add_rows(base, offset, valid, x, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Add `x` to the float32 vectors at `base + offset`."""
-    column = tl.arange(0, BLOCK)
-    keep = valid[:, None] & (column < SIZE)[None, :]
+def add_values(base, offset, valid, x, form: tl.constexpr):
+    """Add `x` to the float32 vectors at `base + offset`, where [`load_values`] would read them."""
+    column = tl.arange(0, form.BV)
+    keep = valid[:, None] & (column < form.DV)[None, :]
     at = base + offset[:, None] + column[None, :]
     tl.store(at, tl.load(at, mask=keep, other=0.0) + x, mask=keep)
 
 
 @triton.jit
-def rotate(a, b, cos, sin, position, valid, sign, P: tl.constexpr, BP: tl.constexpr):
+def rotate(a, b, cos, sin, position, valid, sign, form: tl.constexpr):
     """Pairs `a`, `b` `[M, BP]` rotated by one expert's angles at `position` `[M]`, or by `sign` times them.
 
     `cos` and `sin` point at the expert's table `[positions, P]`. `sign` is a number or `[M, 1]`. In float32, returned
     in the dtype of `a`.
     """
-    pair = tl.arange(0, BP)
-    at = position[:, None] * P + pair[None, :]
-    keep = valid[:, None] & (pair < P)[None, :]
+    pair = tl.arange(0, form.BP)
+    at = position[:, None] * form.P + pair[None, :]
+    keep = valid[:, None] & (pair < form.P)[None, :]
     c = tl.load(cos + at, mask=keep, other=1.0)
     s = tl.load(sin + at, mask=keep, other=0.0) * sign
     first, second = a.to(tl.float32), b.to(tl.float32)
@@ -118,36 +154,24 @@ def rotate(a, b, cos, sin, position, valid, sign, P: tl.constexpr, BP: tl.conste
 
 
 @triton.jit
-def load_rotated(
-    base,
-    offset,
-    valid,
-    cos,
-    sin,
-    position,
-    START: tl.constexpr,
-    P: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    ROTATE: tl.constexpr,
-    BP: tl.constexpr,
-):
+def load_rotated(base, offset, valid, cos, sin, position, form: tl.constexpr):
     """What [`load_pairs`] reads, rotated by one expert's angles at `position` `[M]` as [`rotate`] does; with `ROTATE`
     false, for the expert whose angle is the model's own, as it is."""
-    a, b = load_pairs(base, offset, valid, START, P, INTERLEAVED, BP)
-    if ROTATE:
-        a, b = rotate(a, b, cos, sin, position, valid, 1.0, P, BP)
+    a, b = load_pairs(base, offset, valid, form)
+    if form.ROTATE:
+        a, b = rotate(a, b, cos, sin, position, valid, 1.0, form)
     return a, b
 
 
 @triton.jit
-def masked(scores, mask, row_offset, position, key, exists, key_stride, MASK: tl.constexpr):
+def masked(scores, mask, row_offset, position, key, exists, key_stride, form: tl.constexpr):
     """Scores in base 2 under the mask. `row_offset` and `position` run along queries, `key` and `exists` along keys.
 
     As in the reference, a row that sees nothing attends to all keys alike.
     """
-    if MASK == 0:
+    if form.MASK == 0:
         scores = tl.where(key <= position, scores, LOWEST)
-    elif MASK == 1:
+    elif form.MASK == 1:
         seen = tl.load(mask + row_offset + key * key_stride, mask=exists, other=0)
         scores = tl.where(seen != 0, scores, LOWEST)
     else:
@@ -159,6 +183,6 @@ def masked(scores, mask, row_offset, position, key, exists, key_stride, MASK: tl
 
 
 @triton.jit
-def first_position(query_start, IS_TENSOR: tl.constexpr):
+def first_position(query_start, form: tl.constexpr):
     """Position of the first query among the keys, which the host may not know."""
-    return tl.load(query_start).to(tl.int32) if IS_TENSOR else query_start
+    return tl.load(query_start).to(tl.int32) if form.START_IS_TENSOR else query_start
