@@ -8,7 +8,7 @@ from peft import AutoPeftModelForCausalLM, get_peft_model
 from tiny_models import decide, load, logits_of, save_tiny_model, token_ids, wide_config
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from peft_moice import MoICEConfig, extend
+from peft_moice import MoICEConfig, check, extend
 from peft_moice.cli.main import main
 from peft_moice.tuner.extending import extension_config
 
@@ -68,6 +68,16 @@ def test_yarn_keeps_the_length_that_it_starts_from_when_merging_states_another(b
     before = logits_of(model, IDS)
     model.merge_and_unload().save_pretrained(tmp_path)
     assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path).eval(), IDS), before)
+
+
+def test_a_check_looks_beyond_the_window(base, monkeypatch):
+    model = extend(load(base), 4.0)
+    assert len(check(model)) == model.config.num_hidden_layers
+    own = type(model.model.model.layers[0].self_attn.base_layer)
+    # As an upgrade might do that does not ask for the attention function any more.
+    monkeypatch.setattr(own, "forward", lambda self, hidden_states, *args, **kwargs: (hidden_states, None))
+    with pytest.raises(RuntimeError, match="did not ask for its mixture"):
+        check(model)
 
 
 def test_routers_and_an_extension_are_merged_together(base, tmp_path):

@@ -104,7 +104,10 @@ def test_a_router_that_is_missing(copied):
         ({"routers": [], "layers": []}, r"'layers' as a dict, not \[\]"),
         ({"routers": [], "layers": {"model.layers.0.self_attn": {}}}, "'num_heads' as a int, not None"),
         ({"routers": [], "layers": {}}, r"config\.json describes no layer .*Merge the adapter again"),
-        ({"routers": [], "layers": {}, "ropes": []}, r"the fields \['ropes'\], of which this version .*knows nothing"),
+        (
+            {"routers": [], "layers": {}, "angles": []},
+            r"the fields \['angles'\], of which this version .*knows nothing",
+        ),
     ],
 )
 def test_a_description_that_says_nothing(merged, broken, reason):

@@ -20,7 +20,7 @@ def check(model: nn.Module, **inputs: Any) -> list[str]:
 
     Args:
         model: a `PeftModel`, its `base_model`, or a model with routers built in.
-        inputs: what to call it with. Default: two tokens.
+        inputs: what to call it with. Default: two tokens; with ropes by position, two more where these apply.
 
     Returns:
         The names of the attention modules that mix their angles, all of which took part.
@@ -41,7 +41,8 @@ def check(model: nn.Module, **inputs: Any) -> list[str]:
     ]
     try:
         with evaluating(model), torch.compiler.set_stance("force_eager"):
-            model(**(inputs or _two_tokens(model)))
+            for tokens in [inputs] if inputs else _two_tokens(model, modules):
+                model(**tokens)
     finally:
         for handle in handles:
             handle.remove()
@@ -52,19 +53,24 @@ def check(model: nn.Module, **inputs: Any) -> list[str]:
 
 
 def _mixing(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that the model calls for attention and that have routers at work: wrappers, and those with routers
-    built in and no wrapper."""
+    """The modules that the model calls for attention and that mix angles: wrappers, and those with routers built in and
+    no wrapper."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         mixing = getattr(module, ROUTERS_NAME, module)
         is_called = not isinstance(module, BuiltInRouters) and not name.endswith(".base_layer")
-        if is_called and isinstance(mixing, MixesAngles) and mixing.shares():
+        if is_called and isinstance(mixing, MixesAngles) and (mixing.shares() or mixing.by_position()):
             found[name] = module
     return found
 
 
-def _two_tokens(model: Any) -> dict[str, torch.Tensor]:
+def _two_tokens(model: Any, modules: dict[str, nn.Module]) -> list[dict[str, torch.Tensor]]:
+    """Arguments of a pass at the beginning, and of one where the first rope by position that is not the model's own
+    applies."""
     weight = model.get_input_embeddings().weight
     tokens = torch.arange(2, device="cpu" if weight.is_meta else weight.device)[None]
     is_encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
-    return {"input_ids": tokens} | ({"decoder_input_ids": tokens} if is_encoder_decoder else {})
+    first = {"input_ids": tokens} | ({"decoder_input_ids": tokens} if is_encoder_decoder else {})
+    ropes = (getattr(module, ROUTERS_NAME, module).by_position() for module in modules.values())
+    starts = [rope.first for found in ropes if found for rope in found.experts if not rope.is_own]
+    return [first, {**first, "position_ids": tokens + min(starts)}] if starts else [first]
