@@ -106,7 +106,7 @@ def test_a_router_that_is_missing(copied):
         ({"routers": [], "layers": {}}, r"config\.json describes no layer .*Merge the adapter again"),
         (
             {"routers": [], "layers": {}, "angles": []},
-            r"the fields \['angles'\], of which this version .*knows nothing",
+            r"the fields \['angles'\], of which this .*knows nothing",
         ),
     ],
 )

@@ -53,8 +53,8 @@ def check(model: nn.Module, **inputs: Any) -> list[str]:
 
 
 def _mixing(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that the model calls for attention and that mix angles: wrappers, and those with routers built in and
-    no wrapper."""
+    """The modules that the model calls for attention and that mix angles: wrappers, and those without a wrapper that
+    have routers built in."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         mixing = getattr(module, ROUTERS_NAME, module)
@@ -71,6 +71,7 @@ def _two_tokens(model: Any, modules: dict[str, nn.Module]) -> list[dict[str, tor
     tokens = torch.arange(2, device="cpu" if weight.is_meta else weight.device)[None]
     is_encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
     first = {"input_ids": tokens} | ({"decoder_input_ids": tokens} if is_encoder_decoder else {})
-    ropes = (getattr(module, ROUTERS_NAME, module).by_position() for module in modules.values())
+    mixing: list[Any] = [getattr(module, ROUTERS_NAME, module) for module in modules.values()]
+    ropes = (module.by_position() for module in mixing)
     starts = [rope.first for found in ropes if found for rope in found.experts if not rope.is_own]
     return [first, {**first, "position_ids": tokens + min(starts)}] if starts else [first]
