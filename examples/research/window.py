@@ -2,7 +2,7 @@
 
     python examples/research/window.py --data FOLDER --out FILE
     python examples/research/window.py --data FOLDER --out FILE --methods base cut "near 0.75, linear, 4" --texts 1
-    python examples/research/window.py --table examples/research/window.jsonl
+    python examples/research/window.py --table examples/research/window.jsonl --picture docs/images/window.png
 
 Loss of running text by position, and the loss and share of exactly right codes asked for at the end of the text, from
 some distances back. `--data` holds `leval-sci_fi.jsonl.gz`; facts are written into the text, and their tokens do not
@@ -18,6 +18,7 @@ import random
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from peft import get_peft_model
@@ -25,6 +26,7 @@ from transformers import DynamicCache
 
 from peft_moice import MoICEConfig
 from peft_moice.evaluation import sample_facts
+from peft_moice.evaluation.plotting import plot_losses
 from peft_moice.tuner.extending import extension_config
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -78,6 +80,25 @@ def print_table(file: Path) -> None:
                 cells.append(f"{sum(right)} of {len(right)}, {sum(losses) / len(losses):.2f}")
             print(f"| {method} | {' | '.join(cells)} |")
         print()
+
+
+def draw(file: Path, picture: Path) -> None:
+    """The mean loss by position over the texts that all of a few methods have read."""
+    names = {"base": "base", "yarn 4": "YaRN 4 in place of the rope", "near 0.75, linear, 4": "extend(factor=4)"}
+    rows = [row for row in map(json.loads, file.read_text().splitlines()) if row["method"] in names]
+    texts = set.intersection(*({row["text"] for row in rows if row["method"] == method} for method in names))
+    width = rows[0]["window"] // BINS_OF_A_WINDOW
+    curves = {}
+    for method, name in names.items():
+        bins = [row["bins"] for row in rows if row["method"] == method and row["text"] in texts]
+        losses = [sum(values) / len(values) for values in zip(*bins, strict=True)]
+        curves[name] = SimpleNamespace(centers=[width * (i + 0.5) for i in range(len(losses))], losses=losses)
+    title = f"SmolLM2-135M-Instruct, window {rows[0]['window']:,}: {len(texts)} novels"
+    figure = plot_losses(curves, title=title)
+    for axes in figure.axes:
+        axes.set_xscale("linear")
+        axes.axvline(rows[0]["window"], color="gray", linestyle=":")
+    figure.savefig(picture, dpi=150)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -252,6 +273,7 @@ if __name__ == "__main__":
     parser.add_argument("--data", type=Path)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", type=Path, help="print what this log holds")
+    parser.add_argument("--picture", type=Path, help="with --table: draw loss by position there")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--texts", nargs="+", type=int, default=[1, 3, 5])
     parser.add_argument("--length", type=float, default=2.0, help="of the texts, in windows; at least 1.5")
@@ -261,6 +283,8 @@ if __name__ == "__main__":
     parsed = parser.parse_args()
     if parsed.table:
         print_table(parsed.table)
+        if parsed.picture:
+            draw(parsed.table, parsed.picture)
     elif parsed.data is None or parsed.out is None:
         parser.error("--data and --out are needed, or --table")
     else:
