@@ -35,6 +35,7 @@ from ..training import BalanceLossMixin, KeepCloseMixin
 from ..training.callback import MoICECallback
 from ..training.data import DataArguments, load_examples, make_collator, plain_text, read_text
 from ..training.keep_close import check_enough_text, text_ids
+from ..training.loss_parts import DivergedError
 from ..tuner.config import MoICEConfig
 from .interrupts import StopOnSignal
 from .models import Dtype, check_folder, load_tokenizer
@@ -302,6 +303,11 @@ def train(trainer: "RouterTrainer", checkpoint: str | None) -> Outcome:
                 trainer.train(resume_from_checkpoint=checkpoint)
             except KeyboardInterrupt:
                 interrupted = True
+            except DivergedError as error:
+                raise UsageError(
+                    f"the training diverged. {error} --learning_rate, which is {trainer.args.learning_rate:g}, says "
+                    "how large steps are."
+                ) from error
             except NothingToDo:
                 return _outcome(trainer, interrupted=False, is_done_before=True)
         interrupted = interrupted or stop.stopped

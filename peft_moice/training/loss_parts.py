@@ -72,6 +72,10 @@ class LossPartsMixin:
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
 
+class DivergedError(RuntimeError):
+    """A step whose gradient is not finite; it was not taken."""
+
+
 class _FiniteSteps(TrainerCallback):
     """Ends the training before a step that would make the weights useless."""
 
@@ -88,7 +92,7 @@ class _FiniteSteps(TrainerCallback):
         # Of a gradient that is spread over processes, the part that is here.
         finite = [getattr(gradient, "_local_tensor", gradient).isfinite().all() for gradient in gradients]
         if finite and not torch.stack([part.to(finite[0].device) for part in finite]).all():
-            raise RuntimeError(
+            raise DivergedError(
                 f"The gradient of step {state.global_step + 1} is not finite, so the step was not taken, and the "
                 "weights are as they were before it. Look at the rows of this step, lower the learning rate, or train "
                 "in bfloat16 or float32; go on from the last checkpoint."
