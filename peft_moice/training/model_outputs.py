@@ -6,6 +6,7 @@ from collections.abc import Iterator, MutableMapping
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 
 def add_to_loss(outputs: Any, extra: torch.Tensor) -> Any:
@@ -31,6 +32,10 @@ def add_to_loss(outputs: Any, extra: torch.Tensor) -> Any:
     return outputs
 
 
+_TRACES_CLASSES = Version(torch.__version__) >= Version("2.13")
+"""Whether graphs of torch.compile can make an object of a class that was made outside of them."""
+
+
 def with_entry(outputs: Any, name: str, value: Any) -> Any:
     """`outputs` with one entry more, or an attribute where they have none; called `moice_...` if the name is taken.
 
@@ -43,6 +48,10 @@ def with_entry(outputs: Any, name: str, value: Any) -> Any:
         setattr(outputs, name if getattr(outputs, name, None) is None else f"moice_{name}", value)
         return outputs
     name = name if outputs.get(name) is None else f"moice_{name}"
+    if torch.compiler.is_compiling() and not _TRACES_CLASSES:
+        # An entry of this object alone.
+        outputs[name] = value
+        return outputs
     if dataclasses.is_dataclass(outputs) and name not in {field.name for field in dataclasses.fields(outputs)}:
         extended = _extended(type(outputs))(**outputs)
         for attribute, other in vars(outputs).items():
