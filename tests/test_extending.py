@@ -70,6 +70,18 @@ def test_yarn_keeps_the_length_that_it_starts_from_when_merging_states_another(b
     assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path).eval(), IDS), before)
 
 
+def test_positions_may_jump_over_a_rope(base):
+    ends = [0, 40, 60, None]
+    far = [{}, {"rope_type": "linear", "factor": 2.0}, {"rope_type": "linear", "factor": 4.0}]
+    rules = [{"query_positions": [ends[i], ends[i + 1]], **rope} for i, rope in enumerate(far)]
+    ids = {"input_ids": IDS[:, :20], "position_ids": torch.cat((torch.arange(10), torch.arange(70, 80)))[None]}
+    found = []
+    for implementation in ("reference", "delegated"):
+        model = get_peft_model(load(base), MoICEConfig(ropes=rules, implementation=implementation)).eval()
+        found.append(model(**ids, use_cache=False).logits.detach())
+    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
+
+
 def test_a_check_looks_beyond_the_window(base, monkeypatch):
     model = extend(load(base), 4.0)
     assert len(check(model)) == model.config.num_hidden_layers

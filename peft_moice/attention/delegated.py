@@ -28,6 +28,9 @@ def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
     gates = call.gates.to(call.query.dtype)
     mixed_output, mixed_probs = None, None
     for expert, (query, key) in enumerate(rotated_pairs(call)):
+        rows = call.rows_of(expert)
+        if rows.start == rows.stop:
+            continue
         if _in_blocks(call, expert):
             output, probs = by_distance.attend_by_distance(call, expert, query, key)
         else:
