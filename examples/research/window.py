@@ -26,16 +26,17 @@ from transformers import DynamicCache
 
 from peft_moice import MoICEConfig
 from peft_moice.evaluation import sample_facts
+from peft_moice.evaluation.intervals import bootstrap_interval
 from peft_moice.evaluation.plotting import plot_losses
 from peft_moice.tuner.extending import extension_config
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from loading import load_model
 
-ENDS = (0.25, 0.5, 1.0, 1.25, 1.5, 2.0)
+ENDS = (0.25, 0.5, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
 """Where spans of the text end, in windows; from 1 on, losses are of what lies beyond."""
 BINS_OF_A_WINDOW = 16
-DISTANCES = (0.25, 0.75, 1.25, 1.75)
+DISTANCES = (0.25, 0.75, 1.25, 1.75, 2.75, 3.75)
 """How far back facts lie, in windows."""
 METHODS = {
     "base": {},
@@ -53,39 +54,70 @@ METHODS = {
     "rope_theta times 4": {"theta": 4.0},
 }
 
+OURS = "near 0.75, linear, 4"
+
 
 def print_table(file: Path) -> None:
-    """A table in Markdown of what a log holds: mean losses over texts, methods in groups that have read the same;
-    codes that are right, of how many, and the mean loss of their tokens."""
+    """Tables in Markdown of what a log holds, methods in groups that have read the same texts to the same length."""
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     groups: dict = {}
-    for method in dict.fromkeys(row["method"] for row in rows):
-        texts = tuple(sorted(row["text"] for row in rows if row["method"] == method))
-        groups.setdefault(texts, []).append(method)
-    for texts, methods in groups.items():
-        of = {(row["text"], row["method"]): row for row in rows}
-        found = {method: [of[text, method] for text in texts] for method in methods}
-        spans, distances = (list(found[methods[0]][0][key]) for key in ("losses", "facts"))
-        back = [f"codes {float(distance):g} windows back" for distance in distances]
-        print(f"Texts {', '.join(map(str, texts))}:\n")
-        print(f"| | {' | '.join([*spans, *back])} |\n|{'---|' * (1 + len(spans) + len(back))}")
-        for method, of_method in found.items():
-            cells = []
-            for span in spans:
-                values = [row["losses"][span] for row in of_method]
-                cells.append("-" if None in values else f"{sum(values) / len(values):.3f}")
-            for distance in distances:
-                right = [is_right for row in of_method for is_right in row["facts"][distance]["right"]]
-                losses = [loss for row in of_method for loss in row["facts"][distance]["losses"]]
-                cells.append(f"{sum(right)} of {len(right)}, {sum(losses) / len(losses):.2f}")
-            print(f"| {method} | {' | '.join(cells)} |")
-        print()
+    for length, method in dict.fromkeys((row["length"], row["method"]) for row in rows):
+        found = [row for row in rows if (row["length"], row["method"]) == (length, method)]
+        found.sort(key=lambda row: row["text"])
+        groups.setdefault((length, tuple(row["text"] for row in found)), {})[method] = found
+    for (length, texts), methods in groups.items():
+        print(f"Texts {', '.join(map(str, texts))}, {length:g} windows:\n")
+        print_means(methods)
+        if OURS in methods and len(methods) > 1:
+            print_differences(methods)
+
+
+def print_means(methods: dict) -> None:
+    """Mean losses over texts; codes that are right, of how many, and the mean loss of their tokens."""
+    spans, distances = (list(next(iter(methods.values()))[0][key]) for key in ("losses", "facts"))
+    back = [f"codes {float(distance):g} windows back" for distance in distances]
+    print(f"| | {' | '.join([*spans, *back])} |\n|{'---|' * (1 + len(spans) + len(back))}")
+    for method, rows in methods.items():
+        cells = []
+        for span in spans:
+            values = [row["losses"][span] for row in rows]
+            cells.append("-" if None in values else f"{sum(values) / len(values):.3f}")
+        for distance in distances:
+            right = [is_right for row in rows for is_right in row["facts"][distance]["right"]]
+            losses = [loss for row in rows for loss in row["facts"][distance]["losses"]]
+            cells.append(f"{sum(right)} of {len(right)}, {sum(losses) / len(losses):.2f}")
+        print(f"| {method} | {' | '.join(cells)} |")
+    print()
+
+
+def print_differences(methods: dict) -> None:
+    """What methods lose to ours, with intervals of 95% by drawing bins of text, and questions, in pairs."""
+    print(f"Minus {OURS}:\n\n| | loss within | loss beyond | loss of codes |\n|---|---|---|---|")
+    for method, rows in methods.items():
+        if method != OURS:
+            within, beyond, codes = [], [], []
+            for theirs, ours in zip(rows, methods[OURS], strict=True):
+                pairs = list(zip(theirs["bins"], ours["bins"], strict=True))
+                within += [a - b for a, b in pairs[:BINS_OF_A_WINDOW] if a is not None]
+                beyond += [a - b for a, b in pairs[BINS_OF_A_WINDOW:]]
+                for asked, of_ours in zip(theirs["facts"].values(), ours["facts"].values(), strict=True):
+                    codes += [a - b for a, b in zip(asked["losses"], of_ours["losses"], strict=True)]
+            print(f"| {method} | {' | '.join(map(with_interval, (within, beyond, codes)))} |")
+    print()
+
+
+def with_interval(differences: list[float]) -> str:
+    if not differences:
+        return "-"
+    low, high = bootstrap_interval([[difference] for difference in differences])
+    return f"{sum(differences) / len(differences):+.3f} ({low:+.3f} to {high:+.3f})"
 
 
 def draw(file: Path, picture: Path) -> None:
     """The mean loss by position over the texts that all of a few methods have read."""
-    names = {"base": "base", "yarn 4": "YaRN 4 in place of the rope", "near 0.75, linear, 4": "extend(factor=4)"}
+    names = {"base": "base", "yarn 4": "YaRN 4 in place of the rope", OURS: "extend(factor=4)"}
     rows = [row for row in map(json.loads, file.read_text().splitlines()) if row["method"] in names]
+    rows = [row for row in rows if row["length"] == rows[0]["length"]]
     texts = set.intersection(*({row["text"] for row in rows if row["method"] == method} for method in names))
     width = rows[0]["window"] // BINS_OF_A_WINDOW
     curves = {}
@@ -105,10 +137,11 @@ def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     done = set()
     if args.out.exists():
-        done = {(row["text"], row["method"]) for row in map(json.loads, args.out.read_text().splitlines())}
+        rows = map(json.loads, args.out.read_text().splitlines())
+        done = {(row["length"], row["text"], row["method"]) for row in rows}
     for text in args.texts:
         for method in args.methods:
-            if (text, method) not in done:
+            if (args.length, text, method) not in done:
                 row = run(args, text, method)
                 print(json.dumps(row), flush=True)
                 with args.out.open("a") as file:
@@ -146,6 +179,7 @@ def run(args: argparse.Namespace, text: int, method: str) -> dict:
         "text": text,
         "method": method,
         "window": window,
+        "length": args.length,
         "losses": spans,
         "bins": [None if kept.isnan().any() else round(kept.mean().item(), 4) for kept in bins],
         "facts": asked,
@@ -190,7 +224,8 @@ def text_with_facts(tokenizer, args: argparse.Namespace, number: int, window: in
     questions, distances = args.questions, [distance for distance in DISTANCES if distance < args.length - 0.1]
     with gzip.open(args.data / "leval-sci_fi.jsonl.gz", "rt", encoding="utf-8") as lines:
         texts = list(dict.fromkeys(json.loads(line)["input"] for line in lines))
-    tokens = tokenizer(texts[number]).input_ids
+    # A text that is too short is followed by the next one.
+    tokens = itertools.chain.from_iterable(tokenizer(text).input_ids for text in texts[number : number + 2])
     rng, length = random.Random(number), int(args.length * window)
     drawn = sample_facts(questions * len(distances), rng, split="eval")
     facts, places = {}, {}
@@ -200,7 +235,6 @@ def text_with_facts(tokenizer, args: argparse.Namespace, number: int, window: in
             # Spread over an eighth of a window around the distance.
             places[length - int((distance + (i / questions - 0.5) / 8) * window)] = fact
     ids, counts = [], []
-    source = iter(tokens)
     while len(ids) < length:
         reached = [place for place in places if place <= len(ids)]
         if reached:
@@ -208,7 +242,7 @@ def text_with_facts(tokenizer, args: argparse.Namespace, number: int, window: in
             sentence = tokenizer(f" The access code of {name} is {code}.", add_special_tokens=False).input_ids
             ids += sentence
             counts += [False] * len(sentence)
-        ids.append(next(source))
+        ids.append(next(tokens))
         counts.append(True)
     return torch.tensor([ids[:length]]), torch.tensor(counts[:length]), facts
 
