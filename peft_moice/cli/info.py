@@ -1,7 +1,6 @@
 """`peft-moice info`: what an adapter or a merged model is, without loading its base model."""
 
 import argparse
-from collections.abc import Sequence
 from typing import Any
 
 from ..tuner.saved import describe_saved
@@ -10,19 +9,18 @@ from .parsing import Outcome, Parser
 SUMMARY = "angles, K, layers, sizes, versions and card of an adapter or a merged model"
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments of the command."""
+def parser() -> Parser:
+    """Of the command's arguments."""
     parser = Parser(
         "info",
         (),
-        usage="ADAPTER [--json]",
+        usage="ADAPTER",
         summary=SUMMARY,
         further=", read from its files; the base model is not loaded.",
         epilog="example:\n  peft-moice info outputs/routers",
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="Folder or Hub id of an adapter, or of a merged model.")
-    parsed: argparse.Namespace = parser.parse(argv)[0]
-    return parsed
+    return parser
 
 
 def run(args: argparse.Namespace) -> Outcome:

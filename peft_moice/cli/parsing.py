@@ -4,7 +4,7 @@ import argparse
 import difflib
 import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, NoReturn
@@ -17,6 +17,12 @@ _LONGEST_CHOICES = 22
 
 class UsageError(Exception):
     """Arguments that do not go, and what to do about it."""
+
+
+def option(help: str, default: Any = MISSING) -> Any:
+    """A field of a dataclass of arguments; one without a default has to be given."""
+    given = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return field(metadata={"help": help}, **given)
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ class Parser(HfArgumentParser):
         super().__init__(
             dataclass_types,
             prog=f"peft-moice {command}",
-            usage=f"peft-moice {command} {usage}",
+            usage=f"peft-moice {command} {usage} [--json]",
             description=textwrap.fill(f"{summary[0].upper()}{summary[1:]}{further}", _WIDTH),
             epilog=epilog,
             formatter_class=_OneScreen,
@@ -85,8 +91,8 @@ class Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} ({self.prog} --help explains.)")
 
-    def parse(self, argv: Sequence[str]) -> list[Any]:
-        """The dataclasses, and a namespace of further arguments if there are some.
+    def parse(self, argv: Sequence[str]) -> Any:
+        """The dataclass, or a namespace where there is none; a list of several.
 
         Raises:
             UsageError: an argument is unknown, missing or out of its choices.
@@ -97,14 +103,14 @@ class Parser(HfArgumentParser):
         if unknown:
             near = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, n=1)
             self.error(f"unknown argument {unknown[0]}." + (f" Did you mean {near[0]}?" if near else ""))
-        return parsed
+        return parsed if len(parsed) > 1 else parsed[0]
 
 
 class _OneScreen(argparse.RawDescriptionHelpFormatter):
     """One line for each argument: its name as it is written here, what it is, its choices and its default."""
 
     def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=32, width=_WIDTH)
+        super().__init__(prog, max_help_position=34, width=_WIDTH)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings:
