@@ -8,9 +8,9 @@ from peft_moice.cli.main import COMMANDS
 
 INTRODUCTION = """# Commands
 
-`peft-moice COMMAND`, or `python -m peft_moice COMMAND`. Every command takes `--help`, `--json` (its result as one JSON
-object) and `--traceback` (where an error comes from). Exit codes: 0 done, 2 an error that says what to change, 130
-interrupted. Results go to the standard output, all else to the standard error.
+`peft-moice COMMAND`, or `python -m peft_moice COMMAND`. All but `run` take `--json` (the result as one JSON object)
+and `--traceback` (where an error comes from). Exit codes: 0 done, 2 an error that says what to change, 130 if stopped.
+Results go to the standard output, all else to the standard error.
 """
 
 

@@ -150,7 +150,7 @@ def test_the_reference_of_commands_says_what_parsers_know():
     assert "| `ADAPTER` |  | Folder or Hub id" in sections["info"]
     for name, module in COMMANDS.items():
         rows = re.findall(r"^\| `([\w-]+)", sections[name], re.MULTILINE)
-        known = {*module.parser()._option_string_actions} | {"MODEL", "ADAPTER", "OUTPUT_DIR"}
+        known = {*module.parser()._option_string_actions} | {"MODEL", "ADAPTER", "OUTPUT_DIR", "MODULE"}
         assert {*rows} <= known and len(rows) == len({*rows}) >= 1
         assert f"peft-moice {name} " in sections[name]
 

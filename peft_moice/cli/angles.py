@@ -46,7 +46,7 @@ class Arguments(ModelArguments):
 
 def parser() -> Parser:
     """Of the command's arguments."""
-    return Parser("angles", (Arguments,), usage="[--model MODEL] [options]", summary=SUMMARY, epilog=_EPILOG)
+    return Parser("angles", (Arguments,), usage="[--model MODEL] [options] [--json]", summary=SUMMARY, epilog=_EPILOG)
 
 
 def run(args: Arguments) -> Outcome:

@@ -17,7 +17,7 @@ def parser() -> Parser:
     parser = Parser(
         "extend",
         (),
-        usage="MODEL OUTPUT_DIR [--factor 4] [options]",
+        usage="MODEL OUTPUT_DIR [--factor 4] [options] [--json]",
         summary=SUMMARY,
         further=(
             ": an adapter of a few hundred bytes, made from the model's config "

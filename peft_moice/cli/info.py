@@ -14,7 +14,7 @@ def parser() -> Parser:
     parser = Parser(
         "info",
         (),
-        usage="ADAPTER",
+        usage="ADAPTER [--json]",
         summary=SUMMARY,
         further=", read from its files; the base model is not loaded.",
         epilog="example:\n  peft-moice info outputs/routers",

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from .. import __version__
-from . import angles, extend, info, measure, merge, train
+from . import angles, extend, info, measure, merge, run, train
 from .parsing import UsageError
 
 COMMANDS: dict[str, ModuleType] = {
@@ -25,6 +25,7 @@ COMMANDS: dict[str, ModuleType] = {
     "angles": angles,
     "merge": merge,
     "info": info,
+    "run": run,
 }
 """Modules with a `SUMMARY`, a `parser()` and `run(arguments)`."""
 
@@ -37,7 +38,7 @@ _OVERVIEW = f"""peft-moice {__version__}: longer windows for language models, an
   peft-moice train --preset chats --model ... --train_files chats.jsonl   train routers, nothing else
   peft-moice measure --adapter outputs/routers                            did it help?
 
-peft-moice COMMAND --help explains a command. Every command takes --json, to print its result as one JSON object, and
+peft-moice COMMAND --help explains a command. All but `run` take --json, to print the result as one JSON object, and
 --traceback, to show where an error comes from. Exit codes: 0 done, 2 an error that says what to change, 130
 interrupted.
 """
@@ -63,6 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *rest = arguments
     if name not in COMMANDS:
         return _fail("peft-moice", f"there is no command {name!r}. Choose one of {', '.join(COMMANDS)}.")
+    if name == "run":
+        try:
+            parsed = run.parser().parse(rest)
+        except UsageError as error:
+            return _fail("peft-moice run", str(error))
+        # Output, flags and errors are from here on those of another program.
+        run.run(parsed)
+        return 0
     as_json = _take(rest, "--json")
     with_traceback = _take(rest, "--traceback")
     prog = f"peft-moice {name}"

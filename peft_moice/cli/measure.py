@@ -78,7 +78,7 @@ class Arguments(ModelArguments):
 
 def parser() -> Parser:
     """Of the command's arguments."""
-    usage = "--model MODEL [--adapter ADAPTER ...] [--documents FILE ...] [options]"
+    usage = "--model MODEL [--adapter ADAPTER ...] [--documents FILE ...] [options] [--json]"
     return Parser("measure", (Arguments,), usage=usage, summary=SUMMARY, epilog=_EPILOG)
 
 

@@ -17,7 +17,7 @@ def parser() -> Parser:
     parser = Parser(
         "merge",
         (),
-        usage="ADAPTER OUTPUT_DIR [options]",
+        usage="ADAPTER OUTPUT_DIR [options] [--json]",
         summary=SUMMARY,
         further=(
             ". Routers are no weight update, so they stay routers: whoever loads the model needs `import peft_moice`."

@@ -41,11 +41,7 @@ class Outcome:
 
 
 def output_folder(name: str) -> Path:
-    """The folder `name`, made if it is missing.
-
-    Raises:
-        UsageError: nothing can be written into it, which would show at the end of the work.
-    """
+    """The folder `name`, made if it is missing; that nothing can be written there shows now, not after the work."""
     folder = Path(name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -59,13 +55,8 @@ def output_folder(name: str) -> Path:
 class Parser(HfArgumentParser):
     """Parses dataclasses of arguments; errors are raised as [`UsageError`].
 
-    Args:
-        command: name of the command.
-        dataclass_types: what to parse.
-        usage: the command with what it needs, for the first line of the help.
-        summary: what it does, in a line.
-        further: what its description says behind the summary. Default: a full stop.
-        epilog: what its help ends with.
+    The help of `command` begins with its `usage`, says its `summary` and what is `further` said of it, and ends with
+    `epilog`.
     """
 
     def __init__(
@@ -81,7 +72,7 @@ class Parser(HfArgumentParser):
         super().__init__(
             dataclass_types,
             prog=f"peft-moice {command}",
-            usage=f"peft-moice {command} {usage} [--json]",
+            usage=f"peft-moice {command} {usage}",
             description=textwrap.fill(f"{summary[0].upper()}{summary[1:]}{further}", _WIDTH),
             epilog=epilog,
             formatter_class=_OneScreen,

@@ -68,7 +68,7 @@ examples
 
 
 _TEXTS = {
-    "usage": "--model MODEL --train_files FILE ... [--preset NAME] [options]",
+    "usage": "--model MODEL --train_files FILE ... [--preset NAME] [options] [--json]",
     "summary": SUMMARY,
     "epilog": _EPILOG,
 }
