@@ -208,7 +208,8 @@ def tell_pace(
     """
     task, lengths = first
     begun = time.perf_counter()
-    evaluate(model, tokenizer, task, lengths=[min(lengths)], positions=args.positions, num_groups=1)
+    grid = {"lengths": [min(lengths)], "positions": args.positions, "num_groups": 1}
+    evaluate(model, tokenizer, task, **grid, batch_size=args.batch_size)
     seconds = time.perf_counter() - begun
     all_tokens = sum(sum(prompts.values()) for prompts in sizes) * args.questions * (1 + len(args.adapter))
     logger.info(
