@@ -2,7 +2,7 @@
 
 All keys share one softmax. A head of twice the size holds both rotations of a query, `[near, far]`, and meets every
 key under one of them, `[k, 0]` or `[0, k]`. So each key is scored once, by whatever function the model has. Queries go
-block by block, which keeps masks small.
+block by block, which keeps masks small. A single query needs none of that: its far keys are turned towards it.
 """
 
 from collections.abc import Callable, Iterator
@@ -58,6 +58,8 @@ def attend_by_distance(
         The output `[B, S, H, Dv]`, and the probabilities `[B, H, S, T]` where the model's attention gives them; zeros
         in the other rows.
     """
+    if call.query.shape[2] == 1:
+        return call.run_attend(query, _towards_query(call, expert, key))
     near_keys, far_keys, queries = key, key[:, :, :0], query
     if _start(call, expert) < NEVER:
         far_query, far_key = far_pair(call, expert)
@@ -80,6 +82,32 @@ def attend_by_distance(
     around = (0, 0, rows.start, length - rows.stop)
     output = pad(torch.cat(outputs, dim=1), (0, 0, *around))
     return output, pad(torch.cat(all_probs, dim=2), around) if all_probs else None
+
+
+def _towards_query(call: AttentionCall, expert: int, key: torch.Tensor) -> torch.Tensor:
+    """Keys such that the only query, under its rotation for near ones, has the right scores with all of them.
+
+    A far key at n is turned by `(φ - θ) (n - m + start)`, for the query at m as well as for itself.
+    """
+    far, rotations, start = call.rotations.far, call.rotations, _start(call, expert)
+    if far is None or start == NEVER:
+        return key
+    turn = rotations.num_experts + expert
+    factor = far.factors[turn] / far.factors[expert]
+    position = call.query_start
+    if call.query_positions is None and isinstance(position, int):
+        num_far = max(position - start + 1, 0)
+        cos, sin = (x[turn, :num_far].flip(0) for x in rotations.cos_sin(call.key.shape[2], key.device))
+        far_key = rotate(call.key[:, :, :num_far], cos * factor, -sin * factor, rotations.layout)
+        return torch.cat((far_key, key[:, :, num_far:]), dim=2)
+    beyond = _distances(call, slice(None), slice(None))[:, :, 0] - start  # [B or 1, 1, T]
+    if call.query_positions is None:
+        tables = rotations.cos_sin(call.key.shape[2], key.device)
+        cos, sin = (x[turn, beyond.clamp(min=0)] for x in tables)
+    else:
+        cos, sin = rotations.cos_sin_at(beyond, turn)
+    far_key = rotate(call.key, cos * factor, -sin * factor, rotations.layout)
+    return torch.where(beyond[..., None] >= 0, far_key, key)
 
 
 def _start(call: AttentionCall, expert: int) -> int:
