@@ -15,6 +15,7 @@ from typing import Any
 import train_from_scratch
 import training
 from forms import docstrings, draw
+from models import number_of_parameters
 from peft import PeftModel
 
 from peft_moice import extend
@@ -23,21 +24,20 @@ from peft_moice.evaluation.task import Task
 from peft_moice.tuner.extending import window_of
 
 LENGTHS = (4096, 8192, 16_384)
+TRAINING = ["--bf16", "True", "--gradient_checkpointing", "True", "--per_device_eval_batch_size", "1"]
 SMALL_TRAINING = ["--use_cpu", "True", "--keep_tokens", "64"]
-TRAINING = ["--bf16", "True"]
 POSITIONS = (0.0, 0.5, 1.0)
 FRAME = 160
 """Tokens of a prompt beside its material, about."""
 GROUPS = 24
 PROMPTS, HELD_OUT, JOINED = 300, 32, 5
 """Prompts to learn and to choose rates by, and how many of forms.py stand in one: about 1,250 to 3,750 tokens."""
-ANGLES = [1.0, 1.5, 2.0, 3.0, 4.0]
 METHODS: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {
     "base": ("base", {}, ()),
-    "routers": ("routers", {"angles": ANGLES, "top_k": 2}, (5e-3, 2e-2, 5e-2)),
+    "routers": ("routers_greater", {"top_k": 2}, (5e-3, 2e-2, 5e-2)),
     "lora": ("lora", {"equal_size": True}, (5e-4, 2e-3, 5e-3)),
 }
-"""File of examples/research/methods, options, rates."""
+"""Method of examples/research/methods, options, rates. Routers mix two of 1, 1.5, 2, 3 and 4 times the own base."""
 PAIRS = (("routers", "base"), ("lora", "base"), ("routers", "lora"))
 
 WRITTEN = 48
@@ -73,15 +73,13 @@ def train(
     name, changes, rates = METHODS[method]
     model, tokenizer = load()
     model = training.make(name, model, tokenizer, changes)
-    found: dict[str, Any] = {"parameters": training.number_of_parameters(model), "held_out_loss": {}}
+    found: dict[str, Any] = {"parameters": number_of_parameters(model), "held_out_loss": {}}
     for rate in rates[:1] if options["small"] else rates:
         model = training.make(name, load()[0], tokenizer, changes)
         words = ["--preset", "chats", "--train_files", str(files["learned"]), "--eval_files", str(files["held_out"])]
         words += ["--keep_files", str(files["kept"]), "--learning_rate", str(rate), "--seed", str(options["seed"])]
         words += ["--output_dir", str(folder / f"{method}_{rate:g}"), "--max_length", str(window_of(model.config))]
-        words += (
-            ["--use_cpu", "True", "--keep_tokens", "64"] if options["small"] else ["--gradient_checkpointing", "True"]
-        )
+        words += SMALL_TRAINING if options["small"] else TRAINING
         found["held_out_loss"][rate] = training.train(model, tokenizer, words)
     if rates:
         found["rate"] = min(found["held_out_loss"], key=found["held_out_loss"].get)

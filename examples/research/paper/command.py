@@ -19,8 +19,10 @@ import settings
 import tables
 import torch
 import training
+from estimate_scale import SHAPES
 from huggingface_hub import hf_hub_download
 from loading import load_model
+from models import number_of_parameters
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
 from settings import METHODS, TRAINED
@@ -36,7 +38,7 @@ SMALL_TASKS = (*leval.CLOSED, "financial_qa", "gov_report_summ")
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python examples/research/paper", description=__doc__)
     parser.add_argument("table", choices=("training", "leval", "mdqa", "from_scratch", "answer", "hours", "tables"))
-    parser.add_argument("--model", help="folder, Hub id, or llama2, mistral, qwen; with --small default SmolLM2-135M")
+    parser.add_argument("--model", help="folder, Hub id, llama2, mistral or qwen; with --small SmolLM2-135M")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--recipe", choices=settings.RECIPES, default="released", help="the script's or the text's")
     parser.add_argument("--angles", nargs="+", type=float, help="multiples of the own base; default: the settings'")
@@ -48,7 +50,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="a few items in a few minutes, on a CPU")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/paper"))
     args = parser.parse_args(argv)
-    if args.model is None and not args.small and args.table not in ("from_scratch", "tables"):
+    if args.model is None and not args.small and args.table not in ("from_scratch", "hours", "tables"):
         parser.error("name the model with --model; --small has a default.")
     args.model = args.model and settings.model_named(args.model).name
     args.log = args.output_dir / "log.jsonl"
@@ -57,8 +59,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     if args.table == "hours":
-        config = load(args)[0].config if args.model is None else AutoConfig.from_pretrained(args.model)
-        print(hours.report(config))
+        config = AutoConfig.from_pretrained(args.model) if args.model else None
+        print(hours.report(hours.shape_of(config), window_of(config)) if config else hours.report(SHAPES[0], 4096))
         return
     commands = {
         "training": train_all,
@@ -110,7 +112,8 @@ def ready(args: argparse.Namespace, method: str) -> tuple[Any, Any]:
     model, tokenizer = load(args)
     if method not in TRAINED:
         return training.make(METHODS[method][0], model, tokenizer, options_of(args, method)), tokenizer
-    folder = args.output_dir / "_".join([method, args.recipe, str(args.seed), *["small"] * args.small])
+    parts = [method, args.recipe, *map(str, args.angles or ()), f"seed{args.seed}", *["small"] * args.small]
+    folder = args.output_dir / "_".join(parts)
     if not (folder / CONFIG_NAME).is_file():
         made_model = training.make(METHODS[method][0], model, tokenizer, options_of(args, method))
         words = [*settings.TRAINING, "--seed", str(args.seed), "--output_dir", str(folder), "--train_files"]
@@ -121,7 +124,7 @@ def ready(args: argparse.Namespace, method: str) -> tuple[Any, Any]:
             args.output_dir.mkdir(parents=True, exist_ok=True)
             template.write_text(settings.SCRIPT_TEMPLATE)
             words += ["--chat_template", str(template)]
-        parameters, start = training.number_of_parameters(made_model), time.perf_counter()
+        parameters, start = number_of_parameters(made_model), time.perf_counter()
         training.train(made_model, tokenizer, words)
         about = {"parameters": parameters, "seconds": round(time.perf_counter() - start), "options": words}
         log.write(args.log, {**record_of(args, method, "training", **about), "table": "training"})
@@ -160,9 +163,9 @@ def measure(args: argparse.Namespace) -> None:
 
 def ask_documents(args: argparse.Namespace, model: Any, tokenizer: Any, task: str, method: str) -> tuple[Path, Result]:
     documents = int(task.split()[0])
-    questions = 2 if args.small else args.questions
+    size = {"num_groups": 1, "max_new_tokens": 16} if args.small else {"num_groups": args.questions}
     file = mdqa.find(args.data or Path(), documents)
-    return file, mdqa.measure(model, tokenizer, file, documents, questions=questions, seed=args.seed, name=method)
+    return file, mdqa.measure(model, tokenizer, file, documents, seed=args.seed, name=method, **size)
 
 
 def ask_exam(args: argparse.Namespace, model: Any, tokenizer: Any, task: str, method: str) -> tuple[Path, Result]:

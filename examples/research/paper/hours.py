@@ -32,16 +32,16 @@ def memory(shape: Shape, tokens: int, experts: int) -> float:
     return (held + 8 * tokens * shape.vocabulary) / GIB
 
 
-def answer_hours(config: Any) -> dict[str, float]:
+def answer_hours(shape: Shape, window: int) -> dict[str, float]:
     """Of the parts of `answer`: routers and LoRA at three rates each; three models read, and write, all tasks."""
-    shape, tokens = shape_of(config), answer.JOINED * 500
+    tokens = answer.JOINED * 500
     # The kept text is about a tenth more, and read once more by the base model; what is held out is read only.
     prompts = len(answer.METHODS["lora"][2]) * (1.2 * answer.PROMPTS + answer.HELD_OUT / 3)
     trained = sum(prompts * training_operations(shape, tokens, experts) for experts in (2, 1))
     read = written = 0.0
     places = len(answer.POSITIONS)
     for length in answer.LENGTHS:
-        ropes = 2 if length > config.max_position_embeddings else 1
+        ropes = 2 if length > window else 1
         for experts in (1, 2, 1):
             # JSON and codes are read once for all positions, needles for each.
             read += answer.GROUPS * (2 + 2 * places) * prefill_operations(shape, length, experts * ropes)
@@ -51,12 +51,11 @@ def answer_hours(config: Any) -> dict[str, float]:
     return {name: value / 3600 for name, value in seconds.items()}
 
 
-def report(config: Any) -> str:
+def report(shape: Shape, window: int) -> str:
     """A table of what takes how long."""
-    shape = shape_of(config)
     released = SEQUENCES * training_operations(shape, LENGTH, EXPERTS) / PEAK / SHARE / 3600
     rows = [["training of the release, N = K = 7", f"{released:.1f}", f"{memory(shape, LENGTH, EXPERTS):.0f}"]]
-    parts = answer_hours(config)
+    parts = answer_hours(shape, window)
     tokens = answer.LENGTHS[-1]
     inference = (2 * shape.weights + cache(shape, tokens)) / GIB
     held = max(memory(shape, answer.JOINED * 500, 2), inference)

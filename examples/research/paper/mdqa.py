@@ -30,11 +30,22 @@ def find(folder: Path, documents: int) -> Path:
     )
 
 
-def measure(model: Any, tokenizer: Any, file: Path, documents: int, *, questions: int, seed: int, name: str) -> Result:
-    """Share of the questions whose answer stands in the first line that the model writes."""
+def measure(
+    model: Any, tokenizer: Any, file: Path, documents: int, *, max_new_tokens: int = MAX_NEW_TOKENS, **options: Any
+) -> Result:
+    """Share of the questions whose answer stands in the first line that the model writes.
+
+    Args:
+        model: with its adapter.
+        tokenizer: its own.
+        file: see [`find`].
+        documents: a key of [`GOLD`].
+        max_new_tokens: the most that is written. Default: 100.
+        options: `num_groups`, the number of questions; `seed` and `name`, as [`evaluate`] takes them.
+    """
     positions = [index / (documents - 1) for index in GOLD[documents]]
-    options = {"num_groups": questions, "max_new_tokens": MAX_NEW_TOKENS, "seed": seed, "name": name}
-    return evaluate(model, tokenizer, MultiDocument(file), lengths=[documents], positions=positions, **options)
+    options |= {"lengths": [documents], "positions": positions, "max_new_tokens": max_new_tokens}
+    return evaluate(model, tokenizer, MultiDocument(file), **options)
 
 
 def columns(result: Result) -> dict[str, tuple[float, tuple[float, float] | None]]:

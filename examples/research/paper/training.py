@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from methods import METHODS
-from torch import nn
 from transformers import Trainer, set_seed
 
 from peft_moice.cli.train import parse
@@ -35,7 +34,7 @@ def make(name: str, model: Any, tokenizer: Any, options: dict[str, Any]) -> Any:
     return made
 
 
-def train(model: nn.Module, tokenizer: Any, arguments: Sequence[str]) -> float | None:
+def train(model: Any, tokenizer: Any, arguments: Sequence[str]) -> float | None:
     """Train a model, and save its adapter; return its loss on `--eval_files`, if there are any.
 
     Args:
@@ -62,7 +61,3 @@ def train(model: nn.Module, tokenizer: Any, arguments: Sequence[str]) -> float |
     trainer.train()
     model.save_pretrained(str(training.output_dir))
     return trainer.evaluate()["eval_loss"] if data.eval_files else None
-
-
-def number_of_parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
