@@ -88,6 +88,13 @@ def test_prompts_are_l_evals(model):
     assert written["news_summ"].endswith("DOC Instruction: Q? \nAnswer this question with 2 words.[/INST]")
 
 
+def test_the_script_s_template_writes_its_tags():
+    tokenizer = byte_tokenizer(settings.SCRIPT_TEMPLATE)
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    chat = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == "<s><s>[INST]\n<s>Q\n[/INST]A</s>"
+
+
 @pytest.mark.slow
 def test_multi_document_questions_by_position_and_gap(model, tmp_path):
     (line,) = run(model, tmp_path, "mdqa", "--methods", "base")
