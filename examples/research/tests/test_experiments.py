@@ -67,7 +67,7 @@ def test_the_rate_rises_over_the_warm_up_and_falls_after_it():
 
 
 def test_runs_are_made_once_and_go_on_after_a_stop(tmp_path, monkeypatch, capsys):
-    folder, out = save_tiny_model(tmp_path / "tiny", vocab_size=256), tmp_path / "runs.jsonl"
+    folder, out = save_tiny_model(tmp_path / "tiny", vocab_size=256, num_hidden_layers=1), tmp_path / "runs.jsonl"
     byte_tokenizer(CHAT_TEMPLATE).save_pretrained(folder)
     with gzip.open(tmp_path / "leval-coursera.jsonl.gz", "wt") as file:
         file.write(json.dumps({"input": "abcdefgh" * 640}))
