@@ -10,6 +10,7 @@ import leval
 import log
 import mdqa
 import pytest
+import settings
 import tables
 from byte_models import byte_tokenizer, tiny_llama
 from estimate_scale import SHAPES
