@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import re
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -54,6 +55,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("name the model with --model; --small has a default.")
     args.model = args.model and settings.model_named(args.model).name
     args.log = args.output_dir / "log.jsonl"
+    args.folder = args.output_dir / re.sub(r"\W+", "-", args.model or "SmolLM2-135M-Instruct").strip("-")
     return args
 
 
@@ -93,7 +95,8 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
 def record_of(args: argparse.Namespace, method: str, task: str, **values: Any) -> dict[str, Any]:
     """A line of the log."""
     what = {"table": args.table, "model": args.model or "SmolLM2-135M-Instruct", "method": method, "task": task}
-    recipe = args.recipe if method == "moice" and args.table != "from_scratch" else None
+    is_trained = method == "moice" and args.table in ("leval", "mdqa", "training")
+    recipe = " ".join([args.recipe, *map(str, args.angles or ())]) if is_trained else None
     return {**what, "recipe": recipe, "seed": args.seed, "small": args.small, **values}
 
 
@@ -113,15 +116,15 @@ def ready(args: argparse.Namespace, method: str) -> tuple[Any, Any]:
     if method not in TRAINED:
         return training.make(METHODS[method][0], model, tokenizer, options_of(args, method)), tokenizer
     parts = [method, args.recipe, *map(str, args.angles or ()), f"seed{args.seed}", *["small"] * args.small]
-    folder = args.output_dir / "_".join(parts)
+    folder = args.folder / "_".join(parts)
     if not (folder / CONFIG_NAME).is_file():
         made_model = training.make(METHODS[method][0], model, tokenizer, options_of(args, method))
         words = [*settings.TRAINING, "--seed", str(args.seed), "--output_dir", str(folder), "--train_files"]
         words += args.train_files or ([str(CHATS)] if args.small else [settings.TRAINING_DATA])
         words += settings.SMALL_TRAINING if args.small else []
         if args.recipe == "released" and settings.model_named(args.model or "").official_prompt:
-            template = args.output_dir / "script.jinja"
-            args.output_dir.mkdir(parents=True, exist_ok=True)
+            template = args.folder / "script.jinja"
+            args.folder.mkdir(parents=True, exist_ok=True)
             template.write_text(settings.SCRIPT_TEMPLATE)
             words += ["--chat_template", str(template)]
         parameters, start = number_of_parameters(made_model), time.perf_counter()
@@ -148,43 +151,43 @@ def measure(args: argparse.Namespace) -> None:
         if args.table == "mdqa":
             tasks = [f"{documents} documents" for documents in (mdqa.GOLD if not args.small else [10])]
         for task in tasks:
-            record = record_of(args, method, task)
+            file = (
+                mdqa.find(args.data or Path(), int(task.split()[0])) if args.table == "mdqa" else find_exam(args, task)
+            )
+            data = f"{file.name}, sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
+            record = record_of(args, method, task, data=data)
             if log.key(record) in done:
                 continue
             if model is None:
                 model, tokenizer = ready(args, method)
-            ask = ask_documents if args.table == "mdqa" else ask_exam
             start = time.perf_counter()
-            file, result = ask(args, model, tokenizer, task, method)
-            data = f"{file.name}, sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
-            record |= {"data": data, "seconds": round(time.perf_counter() - start), "result": log.pack(result)}
-            log.write(args.log, record)
+            result = (ask_documents if args.table == "mdqa" else ask_exam)(args, model, tokenizer, file, task, method)
+            seconds = round(time.perf_counter() - start)
+            log.write(args.log, {**record, "seconds": seconds, "result": log.pack(result)})
 
 
-def ask_documents(args: argparse.Namespace, model: Any, tokenizer: Any, task: str, method: str) -> tuple[Path, Result]:
-    documents = int(task.split()[0])
+def ask_documents(args: argparse.Namespace, model: Any, tokenizer: Any, file: Path, task: str, method: str) -> Result:
     size = {"num_groups": 1, "max_new_tokens": 16} if args.small else {"num_groups": args.questions}
-    file = mdqa.find(args.data or Path(), documents)
-    return file, mdqa.measure(model, tokenizer, file, documents, seed=args.seed, name=method, **size)
+    return mdqa.measure(model, tokenizer, file, int(task.split()[0]), seed=args.seed, name=method, **size)
 
 
-def ask_exam(args: argparse.Namespace, model: Any, tokenizer: Any, task: str, method: str) -> tuple[Path, Result]:
-    file = find_exam(args.data, task)
+def ask_exam(args: argparse.Namespace, model: Any, tokenizer: Any, file: Path, task: str, method: str) -> Result:
     official = settings.model_named(args.model or "").official_prompt
-    predictions = args.output_dir / "predictions" / method
+    predictions = args.folder / "predictions" / method
     # "4k" is 4,000 tokens in L-Eval, of which 512 are kept for the answer.
     options = leval.Options(window_of(model.config) // 1024 * 1000 - 512, official, predictions)
     if args.small:
         options = leval.Options(400, official, predictions, limit=1, max_new_tokens=16)
-    return file, leval.measure(model, tokenizer, file, options, method)
+    return leval.measure(model, tokenizer, file, options, method)
 
 
-def find_exam(folder: Path | None, task: str) -> Path:
-    """A file of L-Eval, of a folder or else of the Hub.
+def find_exam(args: argparse.Namespace, task: str) -> Path:
+    """A file of L-Eval, of `--data` or else of the Hub.
 
     Raises:
         ValueError: the folder does not have it.
     """
+    folder = args.data
     if folder is None:
         kind = "Exam" if task in leval.CLOSED else "Generation"
         name, revision = settings.LEVAL
@@ -204,7 +207,7 @@ def scratch(args: argparse.Namespace) -> None:
 
 def find_answer(args: argparse.Namespace) -> None:
     """Each method once; the verdict, when all are there."""
-    files = answer.write_prompts(args.output_dir / "prompts", small=args.small, seed=args.seed)
+    files = answer.write_prompts(args.folder / "prompts", small=args.small, seed=args.seed)
     options = {"small": args.small, "seed": args.seed}
     text, lines = answer.ordinary_text(), {}
     for method in answer.METHODS:
@@ -212,7 +215,7 @@ def find_answer(args: argparse.Namespace) -> None:
         known = [line for line in log.read(args.log) if log.key(line) == log.key(record)]
         if not known:
             start = time.perf_counter()
-            model, tokenizer, found = answer.train(method, partial(load, args), files, args.output_dir, **options)
+            model, tokenizer, found = answer.train(method, partial(load, args), files, args.folder, **options)
             results, perplexity = answer.measure(model, tokenizer, text, name=method, **options)
             record |= {**found, "perplexity": perplexity, "results": [log.pack(result) for result in results]}
             log.write(args.log, {**record, "seconds": round(time.perf_counter() - start)})
@@ -220,5 +223,5 @@ def find_answer(args: argparse.Namespace) -> None:
         lines[method] = known[0]
     results = {method: [log.unpack(result) for result in line["results"]] for method, line in lines.items()}
     verdict = answer.verdict(results, {method: line["perplexity"] for method, line in lines.items()})
-    (args.output_dir / "answer.md").write_text(verdict, encoding="utf-8")
+    (args.folder / "answer.md").write_text(verdict, encoding="utf-8")
     print(verdict)

@@ -28,14 +28,16 @@ def write(file: Path, record: dict[str, Any]) -> None:
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """All lines; none if there is no file. Of equal ones, table, model, method, task and seed, the last."""
+    """All lines; none if there is no file. Of several of the same measurement the last."""
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     return list({key(record): record for record in map(json.loads, lines)}.values())
 
 
 def key(record: dict[str, Any]) -> tuple[Any, ...]:
     """What a measurement is of."""
-    return tuple(str(record.get(name)) for name in ("table", "model", "method", "recipe", "task", "seed", "small"))
+    return tuple(
+        str(record.get(name)) for name in ("table", "model", "method", "recipe", "task", "data", "seed", "small")
+    )
 
 
 def pack(result: Result) -> dict[str, Any]:

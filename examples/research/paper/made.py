@@ -33,8 +33,8 @@ def write(folder: Path, documents: int = 1, questions: int = 2, pairs: int = 40,
                     "ctxs": [passage],
                 }
             )
-    with gzip.open(folder / "nq-open-oracle.jsonl.gz", "wt", encoding="utf-8") as lines:
-        lines.write("\n".join(map(json.dumps, rows[:pairs])))
+    lines = "\n".join(map(json.dumps, rows[:pairs])).encode()
+    (folder / "nq-open-oracle.jsonl.gz").write_bytes(gzip.compress(lines, mtime=0))
     for task, (evaluation, answers) in _TASKS.items():
         records = []
         for _ in range(documents):
