@@ -27,8 +27,10 @@ def shape_of(config: Any) -> Shape:
 
 
 def memory(shape: Shape, tokens: int, experts: int) -> float:
-    """GiB of a training step: weights, layers' inputs, one layer's mixture, logits in float32 with their gradient."""
-    held = 2 * shape.weights + checkpoints(shape, tokens) + saved_by_mixing(shape, tokens, experts)
+    """GiB of a training step: layers' inputs, one layer's mixture, logits in float32 with their gradient, and weights
+    twice, since a model may lie there until the next one has been loaded.
+    """
+    held = 4 * shape.weights + checkpoints(shape, tokens) + saved_by_mixing(shape, tokens, experts)
     return (held + 8 * tokens * shape.vocabulary) / GIB
 
 
@@ -57,7 +59,7 @@ def report(shape: Shape, window: int) -> str:
     rows = [["training of the release, N = K = 7", f"{released:.1f}", f"{memory(shape, LENGTH, EXPERTS):.0f}"]]
     parts = answer_hours(shape, window)
     tokens = answer.LENGTHS[-1]
-    inference = (2 * shape.weights + cache(shape, tokens)) / GIB
+    inference = (4 * shape.weights + cache(shape, tokens)) / GIB
     held = max(memory(shape, answer.JOINED * 500, 2), inference)
     rows += [[f"answer: {name}", f"{value:.1f}", ""] for name, value in parts.items()]
     rows += [["answer", f"{sum(parts.values()):.1f}", f"{held:.0f}"]]
