@@ -6,6 +6,7 @@ CSV, Markdown and LaTeX. A difference is paired: the same questions, with a 95% 
 import csv
 import io
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import from_scratch
@@ -16,7 +17,7 @@ from settings import METHODS, MODELS, QUOTED
 
 EMPTY = "empty"
 COLUMNS = {
-    "leval": [*leval.CLOSED, *leval.OPEN],
+    "leval": [*leval.CLOSED, "average", *leval.OPEN],
     "mdqa": mdqa.COLUMNS,
     "from_scratch": from_scratch.COLUMNS,
 }
@@ -51,7 +52,8 @@ def rows_of(table: str, records: list[dict[str, Any]]) -> list[Row]:
     records = [record for record in records if record["table"] == table]
     measured: dict[tuple[str, str, str], dict[str, Cell]] = {}
     for record in records:
-        ours = "ours" + (" (small)" if record["small"] else "") + f", seed {record['seed']}"
+        easier = ", documents of other questions" * ("oracle" in record.get("data", ""))
+        ours = "ours" + " (small)" * record["small"] + easier + f", seed {record['seed']}"
         who = (record["model"], record["method"] + _recipe(record), ours)
         measured.setdefault(who, {}).update(cells_of(record))
         base = next((other for other in records if _same_questions(record, other)), None)
@@ -68,6 +70,9 @@ def rows_of(table: str, records: list[dict[str, Any]]) -> list[Row]:
         every = ((model.name, method, source) for model in MODELS.values() for method in ROWS for source in SOURCES)
         quoted = {**{who: {} for who in every}, **quoted}
     both = {**quoted, **measured}
+    for cells in both.values() if table == "leval" else ():
+        if set(leval.CLOSED) <= set(cells):
+            cells["average"] = (fmean(cells[task][0] for task in leval.CLOSED), None)
     filled = {name for cells in both.values() for name in cells}
     columns = [name for name in COLUMNS[table] if name in filled or name not in leval.OPEN]
     body = [[*who, *(_shown(both[who].get(name)) for name in columns)] for who in sorted(both, key=_order)]
