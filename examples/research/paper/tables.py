@@ -70,7 +70,7 @@ def rows_of(table: str, records: list[dict[str, Any]]) -> list[Row]:
         every = ((model.name, method, source) for model in MODELS.values() for method in ROWS for source in SOURCES)
         quoted = {**{who: {} for who in every}, **quoted}
     both = {**quoted, **measured}
-    for cells in both.values() if table == "leval" else ():
+    for cells in measured.values() if table == "leval" else ():
         if set(leval.CLOSED) <= set(cells):
             cells["average"] = (fmean(cells[task][0] for task in leval.CLOSED), None)
     filled = {name for cells in both.values() for name in cells}
