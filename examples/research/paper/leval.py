@@ -89,11 +89,11 @@ def _ids(tokenizer: Any, text: str, special: bool = True) -> list[int]:
 
 def cut(tokenizer: Any, document: str, length: int, from_the_left: bool) -> str:
     """A document of at most `length` tokens: as many words, then 250 fewer until it fits. Code loses its beginning."""
-    words, dropped = document.split(" "), 0
-    while len(_ids(tokenizer, document)) > length:
-        kept = max(1, length - dropped)
+    words = document.split(" ")
+    for kept in range(length, 0, -250):
+        if len(_ids(tokenizer, document)) <= length:
+            break
         document = " ".join(words[-kept:] if from_the_left else words[:kept])
-        dropped += 250
     return document
 
 
