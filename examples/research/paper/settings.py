@@ -49,7 +49,7 @@ SCRIPT_TEMPLATE += "{{ m.content }}\n[/INST]{% else %}{{ m.content }}{{ eos_toke
 TRAINING = ["--preset", "paper"]
 """Arguments of `peft-moice train`: 7 steps of 128 sequences of up to 4,608 tokens, loss on prompt and answer, AdamW at
 1e-4, no weight decay, bfloat16, checkpointing. The script's warm-up is ignored by its constant schedule."""
-SMALL_TRAINING = ["--max_steps", "2", "--sequences_per_step", "2", "--max_length", "2048", "--use_cpu", "True"]
+SMALL_TRAINING = ["--max_steps", "1", "--sequences_per_step", "1", "--max_length", "2048", "--use_cpu", "True"]
 SMALL_TRAINING += ["--bf16", "False"]
 
 TRAINING_DATA = "teknium/openhermes"
