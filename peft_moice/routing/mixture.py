@@ -174,7 +174,7 @@ class LayerMixture:
         has_routers = len(self.shares) > 0  # torch 2.11 cannot trace the truth of a list
         mixes = has_routers or self.by_position is not None
         positions = positions_of_pass(layer_idx, args, kwargs, mixes)
-        rope = rope_of_pass(self.rope, positions, mixes)
+        rope = rope_of_pass(self.rope, positions, mixes, self.by_position is not None)
         chosen = self._ropes_of(positions)
         if not all(expert.is_own for expert in chosen):
             return self._call_by_position(chosen, rope, positions)
@@ -314,10 +314,15 @@ def mixes_angles(model: nn.Module) -> bool:
     )
 
 
+def has_ropes_by_position(model: nn.Module) -> bool:
+    """Whether the queries of some layer of `model` have ropes by their positions in its next pass."""
+    return any(isinstance(module, MixesAngles) and module.by_position() is not None for module in model.modules())
+
+
 def watch_positions(model: nn.Module) -> None:
     """Let the layers of `model` that mix angles learn what its rotary embeddings are given. May be called again."""
     ropes = [module.rope for module in model.modules() if isinstance(module, MixesAngles)]
-    attach_rotary_hooks(model, ropes, mixes_angles)
+    attach_rotary_hooks(model, ropes, mixes_angles, has_ropes_by_position)
 
 
 @functools.cache
