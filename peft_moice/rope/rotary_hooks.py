@@ -57,27 +57,29 @@ def _rope_types(rotary: nn.Module) -> dict[str, Any]:
 
 
 def _hold_short_factors(held: WeakModule, has_ropes: Ask, rotary: nn.Module, args: tuple[Any, ...]) -> None:
-    """Let a rotary embedding of type longrope rotate by its short factors at any length: those of its queries that
-    need others are turned further, as are the keys for them, so that all keys in a cache carry the same.
+    """Let a rotary embedding of type longrope rotate by its short factors at any length: queries that need others are
+    turned further, as are the keys for them, so that all keys in a cache carry the same.
 
-    Transformers looks for the long ones in an attribute, and makes them where there is none.
+    It does so as long as it takes itself for one whose angles never change.
     """
     model = held()
     if model is None or not has_ropes(model):
         return _let_go(rotary)
-    for prefix, kind in _rope_types(rotary).items():
-        if kind == "longrope":
-            # Detached, as modules take a buffer of theirs under another name for one more.
-            setattr(rotary, f"{prefix}long_inv_freq", getattr(rotary, f"{prefix}original_inv_freq").detach())
-    setattr(rotary, _HELD, True)
+    if not hasattr(rotary, _HELD):
+        own: Any = rotary.rope_type
+        setattr(rotary, _HELD, own)
+        for prefix, kind in _rope_types(rotary).items():
+            if kind == "longrope":
+                setattr(rotary, f"{prefix}inv_freq", getattr(rotary, f"{prefix}original_inv_freq").clone())
+        types = own if isinstance(own, dict) else {"": own}
+        fixed: Any = {key: "default" if kind == "longrope" else kind for key, kind in types.items()}
+        rotary.rope_type = fixed if isinstance(own, dict) else fixed[""]
 
 
 def _let_go(rotary: nn.Module) -> None:
-    """Undo [`_hold_short_factors`]."""
-    if getattr(rotary, _HELD, False):
-        for prefix, kind in _rope_types(rotary).items():
-            if kind == "longrope":
-                delattr(rotary, f"{prefix}long_inv_freq")
+    """Undo [`_hold_short_factors`]. The next pass chooses factors anew."""
+    if hasattr(rotary, _HELD):
+        rotary.rope_type = getattr(rotary, _HELD)
         delattr(rotary, _HELD)
 
 
