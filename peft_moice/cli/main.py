@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from .. import __version__
-from . import angles, extend, info, measure, merge, train
+from . import angles, extend, harness, info, measure, merge, train
 from .parsing import UsageError
 
 COMMANDS: dict[str, ModuleType] = {
@@ -24,6 +24,8 @@ COMMANDS: dict[str, ModuleType] = {
     "info": info,
 }
 """Modules with a `SUMMARY`, `parse(argv)` and `run(arguments)`."""
+HARNESS = "lm_eval"
+"""A command that has its own help, and prints its own results."""
 
 _OVERVIEW = f"""peft-moice {__version__}: longer windows for language models, and routers against what they lose within
 
@@ -48,19 +50,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         width = max(map(len, COMMANDS))
-        lines = (f"  {name:<{width}}  {module.SUMMARY}" for name, module in COMMANDS.items())
+        summaries = {**{name: module.SUMMARY for name, module in COMMANDS.items()}, HARNESS: harness.SUMMARY}
+        lines = (f"  {name:<{width}}  {summary}" for name, summary in summaries.items())
         print(_OVERVIEW.format(commands="\n".join(lines)), end="")
         return 0
     if arguments[0] == "--version":
         print(__version__)
         return 0
     name, *rest = arguments
-    if name not in COMMANDS:
-        return _fail("peft-moice", f"there is no command {name!r}. Choose one of {', '.join(COMMANDS)}.")
+    if name not in (*COMMANDS, HARNESS):
+        return _fail("peft-moice", f"there is no command {name!r}. Choose one of {', '.join((*COMMANDS, HARNESS))}.")
     as_json = _take(rest, "--json")
     with_traceback = _take(rest, "--traceback")
     prog = f"peft-moice {name}"
     try:
+        if name == HARNESS:
+            harness.run(rest)
+            return 0
         parsed = COMMANDS[name].parse(rest)
         # What libraries print on the way is no part of the result.
         with _logged(), redirect_stdout(sys.stderr):
