@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from .. import __version__
-from . import angles, extend, harness, info, measure, merge, train
+from . import angles, extend, info, measure, merge, run, train
 from .parsing import UsageError
 
 COMMANDS: dict[str, ModuleType] = {
@@ -22,10 +22,9 @@ COMMANDS: dict[str, ModuleType] = {
     "angles": angles,
     "merge": merge,
     "info": info,
+    "run": run,
 }
 """Modules with a `SUMMARY`, `parse(argv)` and `run(arguments)`."""
-HARNESS = "lm_eval"
-"""A command that has its own help, and prints its own results."""
 
 _OVERVIEW = f"""peft-moice {__version__}: longer windows for language models, and routers against what they lose within
 
@@ -36,7 +35,7 @@ _OVERVIEW = f"""peft-moice {__version__}: longer windows for language models, an
   peft-moice train --preset chats --model ... --train_files chats.jsonl   train routers, nothing else
   peft-moice measure --adapter outputs/routers                            did it help?
 
-peft-moice COMMAND --help explains a command. Every command takes --json, to print its result as one JSON object, and
+peft-moice COMMAND --help explains a command. All but `run` take --json, to print the result as one JSON object, and
 --traceback, to show where an error comes from. Exit codes: 0 done, 2 an error that says what to change, 130
 interrupted.
 """
@@ -50,23 +49,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         width = max(map(len, COMMANDS))
-        summaries = {**{name: module.SUMMARY for name, module in COMMANDS.items()}, HARNESS: harness.SUMMARY}
-        lines = (f"  {name:<{width}}  {summary}" for name, summary in summaries.items())
+        lines = (f"  {name:<{width}}  {module.SUMMARY}" for name, module in COMMANDS.items())
         print(_OVERVIEW.format(commands="\n".join(lines)), end="")
         return 0
     if arguments[0] == "--version":
         print(__version__)
         return 0
     name, *rest = arguments
-    if name not in (*COMMANDS, HARNESS):
-        return _fail("peft-moice", f"there is no command {name!r}. Choose one of {', '.join((*COMMANDS, HARNESS))}.")
+    if name not in COMMANDS:
+        return _fail("peft-moice", f"there is no command {name!r}. Choose one of {', '.join(COMMANDS)}.")
+    if name == "run":
+        try:
+            parsed = run.parse(rest)
+        except UsageError as error:
+            return _fail("peft-moice run", str(error))
+        # Output, flags and errors are from here on those of another program.
+        run.run(parsed)
+        return 0
     as_json = _take(rest, "--json")
     with_traceback = _take(rest, "--traceback")
     prog = f"peft-moice {name}"
     try:
-        if name == HARNESS:
-            harness.run(rest)
-            return 0
         parsed = COMMANDS[name].parse(rest)
         # What libraries print on the way is no part of the result.
         with _logged(), redirect_stdout(sys.stderr):
