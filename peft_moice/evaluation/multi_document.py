@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .deck import Deck
-from .files import read_json_lines
+from .files import Deck, read_json_lines
 from .task import Example, Scoring, place
 
 _INSTRUCTION = (
