@@ -15,6 +15,7 @@ from ..rope.longrope import rope_of_pass
 from ..rope.positions import Positions, positions_of_pass
 from ..rope.rotary_hooks import attach_rotary_hooks
 from ..rope.rules import RopeExpert, active, longest
+from ..rope.turned_keys import TurnedKeys
 from .router import MoICERouter
 from .spec import RouterSpec
 
@@ -221,7 +222,8 @@ class LayerMixture:
         rows += [rows_of[expert] for expert in others]
         known = tuple(found for found in rows if found is not None)
         known_rows = known if len(known) == rotations.num_experts else None
-        return MixtureCall(gate, rotations, positions, top_k, self.implementation(), known_rows)
+        turned = None if inner or torch.compiler.is_compiling() else TurnedKeys.before_pass(positions)
+        return MixtureCall(gate, rotations, positions, top_k, self.implementation(), known_rows, turned)
 
     def _call_of_routers(self, rope: LayerRope, positions: Positions) -> MixtureCall:
         rope_bases = self.rope_bases()
