@@ -44,14 +44,15 @@ def operator_of(call: AttentionCall) -> Operator | None:
 
 
 def attend(parts: Sequence[Part], operator: Operator, scaling: float) -> torch.Tensor:
-    """One softmax over the keys of all parts, whose queries are the same: `[B, S, H, D]`. Some part is not "after"."""
-    results = [_attend(part, operator, scaling) for part in parts]
-    outputs, sums = [output for output, _ in results], [sums for _, sums in results]
-    if len(parts) == 1:
-        return outputs[0].transpose(1, 2)
-    weights = torch.stack(sums).softmax(dim=0)[..., None]
-    joined = torch.stack([weight * output for weight, output in zip(weights, outputs, strict=True)]).sum(dim=0)
-    return joined.transpose(1, 2).to(outputs[0].dtype)
+    """One softmax over the keys of all parts, whose queries are the same: `[B, S, H, D]`. The first is not "after"."""
+    joined, sums = _attend(parts[0], operator, scaling)
+    for number, part in enumerate(parts[1:], start=2):
+        output, further = _attend(part, operator, scaling)
+        weight = (further - sums).sigmoid()[..., None]
+        joined = torch.lerp(joined.to(weight.dtype), output.to(weight.dtype), weight)
+        if number < len(parts):
+            sums = torch.logaddexp(sums, further)
+    return joined.transpose(1, 2).to(parts[0].query.dtype)
 
 
 def _attend(part: Part, operator: Operator, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -55,8 +55,8 @@ def cos_sin(call: AttentionCall, turn: int, start: int = 0) -> tuple[_Table, _Ta
     all_cos, all_sin = call.rotations.cos_sin(call.key.shape[-2], device)
     cos, sin = all_cos[turn], all_sin[turn]
     index: slice | torch.Tensor
-    if isinstance(call.query_start, int) and start == 0:
-        index = slice(call.query_start, call.query_start + num_queries)
+    if isinstance(call.query_start, int) and call.query_start >= start:
+        index = slice(call.query_start - start, call.query_start - start + num_queries)
     else:
         index = (call.query_start - start + torch.arange(num_queries, device=device)).clamp(min=0)
     return (cos[index], sin[index]), (cos, sin)

@@ -10,6 +10,8 @@ from .positions import Positions
 from .rotation import RotationTable, rotate
 
 _ATTRIBUTE = "_moice_turned_keys"
+_AHEAD = 64
+"""So many keys more are turned than were asked for, so that single tokens seldom turn any."""
 
 
 class TurnedKeys:
@@ -53,15 +55,17 @@ class TurnedKeys:
         if self._delta is None or not torch.equal(self._delta, delta):
             self._count, self._delta = 0, delta
         turned, start = self._turned, min(self._count, end)
-        if turned is None or turned.shape[2] < end:
-            grown = key.new_empty(*key.shape[:2], end + end // 8, key.shape[3])
-            if turned is not None:
-                grown[:, :, :start] = turned[:, :, :start]
-            self._turned = turned = grown
-        if start < end:
-            cos, sin = (x[turn, start:end] for x in rotations.cos_sin(end, key.device))
-            turned[:, :, start:end] = rotate(key[:, :, start:end].detach(), cos, sin, rotations.layout)
-        self._count, self._source = max(self._count, end), (key.untyped_storage(), _mark(key))
+        if start < end or turned is None:
+            ahead = min(end + _AHEAD, key.shape[2])
+            if turned is None or turned.shape[2] < ahead:
+                grown = key.new_empty(*key.shape[:2], ahead + ahead // 8, key.shape[3])
+                if turned is not None:
+                    grown[:, :, :start] = turned[:, :, :start]
+                self._turned = turned = grown
+            cos, sin = (x[turn, start:ahead] for x in rotations.cos_sin(ahead, key.device))
+            turned[:, :, start:ahead] = rotate(key[:, :, start:ahead].detach(), cos, sin, rotations.layout)
+            self._count = ahead
+        self._source = key.untyped_storage(), _mark(key)
         return turned[:, :, :end]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TurnedKeys":

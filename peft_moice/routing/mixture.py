@@ -199,6 +199,8 @@ class LayerMixture:
         others = tuple(expert for expert in chosen if not (inner and expert.is_own))
 
         def gate(query: torch.Tensor) -> Gating:
+            if len(chosen) == 1 and not inner:
+                return Gating(query.new_ones((), dtype=torch.float32).expand(*query.shape[:3], 1), None, [])
             ids = positions.of_queries(query)[..., None]  # [B or 1, S, 1]
             starts = torch.tensor([expert.first for expert in chosen], device=ids.device)
             last = ((ids >= starts).sum(dim=-1, keepdim=True) - 1).clamp(min=0)
