@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from .. import __version__
-from . import angles, extend, info, measure, merge, train
+from . import angles, extend, info, measure, merge, run, train
 from .parsing import UsageError
 
 COMMANDS: dict[str, ModuleType] = {
@@ -22,6 +22,7 @@ COMMANDS: dict[str, ModuleType] = {
     "angles": angles,
     "merge": merge,
     "info": info,
+    "run": run,
 }
 """Modules with a `SUMMARY`, `parse(argv)` and `run(arguments)`."""
 
@@ -34,7 +35,7 @@ _OVERVIEW = f"""peft-moice {__version__}: longer windows for language models, an
   peft-moice train --preset chats --model ... --train_files chats.jsonl   train routers, nothing else
   peft-moice measure --adapter outputs/routers                            did it help?
 
-peft-moice COMMAND --help explains a command. Every command takes --json, to print its result as one JSON object, and
+peft-moice COMMAND --help explains a command. All but `run` take --json, to print the result as one JSON object, and
 --traceback, to show where an error comes from. Exit codes: 0 done, 2 an error that says what to change, 130
 interrupted.
 """
@@ -57,6 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *rest = arguments
     if name not in COMMANDS:
         return _fail("peft-moice", f"there is no command {name!r}. Choose one of {', '.join(COMMANDS)}.")
+    if name == "run":
+        try:
+            parsed = run.parse(rest)
+        except UsageError as error:
+            return _fail("peft-moice run", str(error))
+        # Output, flags and errors are from here on those of another program.
+        run.run(parsed)
+        return 0
     as_json = _take(rest, "--json")
     with_traceback = _take(rest, "--traceback")
     prog = f"peft-moice {name}"
