@@ -11,11 +11,13 @@ from safetensors.torch import load_file
 from tiny_models import (
     FAMILIES,
     WIDE,
+    adapted_model,
     decide,
     load,
     logits_of,
     router_state,
     save_tiny_model,
+    token_ids,
     two_adapters,
     wide_config,
 )
@@ -133,6 +135,28 @@ def test_get_peft_model_keeps_routers_of_a_bfloat16_model_in_float32(llama):
     assert {weight.dtype for weight in router_state(model).values()} == {torch.float32}
     model = get_peft_model(load(llama, dtype=torch.bfloat16), wide_config(), autocast_adapter_dtype=False)
     assert {weight.dtype for weight in router_state(model).values()} == {torch.bfloat16}
+
+
+def test_training_resumes_from_a_loaded_adapter(llama, tmp_path):
+    def train_step(model, seed: int) -> None:
+        optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.5)
+        model.zero_grad()
+        model(token_ids(seed=seed), labels=token_ids(seed=seed)).loss.backward()
+        optimizer.step()
+
+    model = adapted_model(llama).train()
+    start = router_state(model)
+    train_step(model, seed=0)
+    model.save_pretrained(tmp_path)
+    train_step(model, seed=1)
+    assert all(not torch.equal(weight, start[name]) for name, weight in router_state(model).items())
+
+    resumed = PeftModel.from_pretrained(load(llama), tmp_path, is_trainable=True).train()
+    assert {name for name, p in resumed.named_parameters() if p.requires_grad} == set(router_state(resumed))
+    assert not resumed.peft_config["default"].inference_mode
+    train_step(resumed, seed=1)
+    for name, weight in router_state(model).items():
+        assert torch.equal(router_state(resumed)[name], weight)
 
 
 def test_part_of_the_layers(llama, tmp_path):

@@ -120,13 +120,6 @@ def test_reaches_the_loss_of_a_module_of_ones_own(llama, returned, loss_of):
         torch.testing.assert_close(outputs["aux_loss"], expected.aux_loss)
 
 
-def test_a_module_that_returns_logits_is_told_that_its_loss_lacks_the_balance_loss(llama):
-    model = get_peft_model(Wrapper(load(llama), lambda outputs: outputs.logits), wide_config(task_type=None))
-    decide(model)
-    with pytest.warns(UserWarning, match="the balance loss of MoICE has no part in it"):
-        model.train()(token_ids()).logsumexp(-1).mean().backward()
-
-
 def test_reaches_the_first_element_of_a_tuple(llama):
     model, ids = adapted(llama), token_ids()
     outputs = model(input_ids=ids, labels=ids)
@@ -530,19 +523,6 @@ def test_a_decoder_alone_counts_its_own_tokens(t5gemma):
 def test_collecting_needs_an_adapter(llama):
     with pytest.raises(ValueError, match="has no MoICE adapter"), collect_balance_loss(load(llama)):
         pass
-
-
-def test_grad_scaler_scales_the_balance_gradient_too(llama):
-    ids, results = token_ids(), []
-    for scale in (1.0, 1024.0):
-        model = adapted(llama)
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-        scaler.scale(model(input_ids=ids, labels=ids).loss).backward()
-        scaler.unscale_(optimizer)
-        results.append(gradients_of(model))
-    for actual, expected in zip(*results, strict=True):
-        torch.testing.assert_close(actual, expected)
 
 
 def test_autocast_computes_the_balance_loss_in_float32(llama):

@@ -7,10 +7,12 @@ from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Phi3Config,
     PhiConfig,
     PreTrainedModel,
@@ -45,6 +47,8 @@ OTHER_FAMILIES = {
     "phi": (PhiConfig, {}),  # rotates half of a head
     "gemma3": (Gemma3TextConfig, {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
     "phi3": (Phi3Config, {}),
+    "gemma2": (Gemma2Config, {"sliding_window": 6, "attn_implementation": "eager"}),
+    "mixtral": (MixtralConfig, {"num_local_experts": 4}),
     "gpt2": (GPT2Config, {}),  # no rotary embedding
 }
 WIDE = [1.0, 0.25, 0.5, 4.0]
