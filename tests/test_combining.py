@@ -35,11 +35,6 @@ class TestAddWeightedAdapter:
         assert len(bases) == 6
         torch.testing.assert_close(gates("mean", bases), 0.3 * gates("a", bases) + 0.7 * gates("other", bases))
 
-    def test_cat_in_equal_shares_is_having_both_active(self, model):
-        expected = logits_with(model, "a", "other")
-        model.add_weighted_adapter(["a", "other"], [0.5, 0.5], "mean", combination_type="cat")
-        torch.testing.assert_close(logits_with(model, "mean"), expected, rtol=0, atol=1e-6)
-
     def test_cat_is_an_ordinary_adapter(self, model, llama, tmp_path):
         """Saved, loaded, combined again, merged, trained."""
         model.add_weighted_adapter(["a", "other"], [0.25, 0.75], "mean")

@@ -8,6 +8,7 @@ import torch
 from peft import get_peft_model
 from tiny_models import (
     FAMILIES,
+    adapted_model,
     decide,
     layers_of,
     load,
@@ -22,8 +23,7 @@ from tiny_models import (
 @pytest.mark.parametrize("family", FAMILIES)
 def test_disable_adapter_is_bitwise_the_base_model(bases, family):
     base = load(bases[family])
-    model = get_peft_model(load(bases[family]), wide_config()).eval()
-    decide(model)
+    model = adapted_model(bases[family])
     adapted = logits_of(model)
     with model.disable_adapter():
         assert torch.equal(logits_of(model), logits_of(base))
@@ -36,8 +36,7 @@ def test_disable_adapter_is_bitwise_the_base_model(bases, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_disable_adapter_in_the_middle_of_a_generation(bases, family):
     base = load(bases[family])
-    model = get_peft_model(load(bases[family]), wide_config(layers_to_transform=[2])).eval()
-    decide(model)
+    model = adapted_model(bases[family], layers_to_transform=[2])
     ids, rest = token_ids().split([8, 6], dim=1)
     with torch.no_grad():
         own = model(ids, use_cache=True)

@@ -29,8 +29,7 @@ from peft_moice import MoICEConfig, MoICELayer
 @pytest.mark.parametrize("family", slow_but(["llama"], FAMILIES))
 @pytest.mark.parametrize("overrides", [{}, {"router_scope": "head", "init_weights": "identity", "router_dim": 3}])
 def test_a_saved_adapter_loads_into_an_equal_model(bases, tmp_path, family, overrides):
-    model = get_peft_model(load(bases[family]), wide_config(**overrides)).eval()
-    decide(model)
+    model = adapted_model(bases[family], **overrides)
     expected = logits_of(model)
     assert not torch.allclose(expected, logits_of(load(bases[family])), atol=1e-3)
     model.save_pretrained(tmp_path)
@@ -160,8 +159,7 @@ def test_training_resumes_from_a_loaded_adapter(llama, tmp_path):
 
 
 def test_part_of_the_layers(llama, tmp_path):
-    model = get_peft_model(load(llama), wide_config(layers_to_transform=[0, 2])).eval()
-    decide(model)
+    model = adapted_model(llama, layers_to_transform=[0, 2])
     adapted = [name for name, module in model.named_modules() if isinstance(module, MoICELayer)]
     assert [name.split(".")[4] for name in adapted] == ["0", "2"]
     model.save_pretrained(tmp_path)

@@ -152,8 +152,7 @@ def test_tied_weights(tmp_path):
 @pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
 def test_embeddings_that_training_has_untied(tmp_path, module):
     folder = save_tiny_model(tmp_path / "base", tie_word_embeddings=True)
-    model = get_peft_model(load(folder), wide_config(modules_to_save=[module])).eval()
-    decide(model)
+    model = adapted_model(folder, modules_to_save=[module])
     for name, parameter in model.named_parameters():
         if f"{module}.modules_to_save.default" in name:
             parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1

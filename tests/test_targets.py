@@ -95,9 +95,6 @@ def test_parts_of_attention_as_targets_are_told_the_attention_modules():
         get_peft_model(tiny_model("gpt_neox"), config(target_modules=["mlp"]))
 
 
-# --- keys of other tokens, and no cache ---
-
-
 def moonshine(theta_factor: float = 1.0) -> MoonshineForConditionalGeneration:
     sizes = {f"{part}_num_{what}": 2 for part in ("encoder", "decoder") for what in ("hidden_layers",)}
     sizes |= {f"{part}_num_{w}": 4 for part in ("encoder", "decoder") for w in ("attention_heads", "key_value_heads")}

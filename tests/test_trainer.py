@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from tiny_models import (
+    TRAINING,
     decide,
     layers_of,
     load,
@@ -61,18 +62,7 @@ def adapted(llama: str, **overrides) -> torch.nn.Module:
 
 
 def arguments_of(folder: Path, **overrides) -> TrainingArguments:
-    defaults = {
-        "use_cpu": True,
-        "report_to": "none",
-        "max_steps": 2,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 0.05,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "seed": 0,
-    }
+    defaults = {**TRAINING, "max_steps": 2, "per_device_train_batch_size": 8, "learning_rate": 0.05, "seed": 0}
     return TrainingArguments(output_dir=str(folder), **{**defaults, **overrides})
 
 
@@ -260,9 +250,6 @@ def test_bf16(llama, tmp_path):
         assert all(value.dtype == torch.float32 for value in router_state(model).values())
         moves.append(torch.cat([(value - start[name]).flatten() for name, value in router_state(model).items()]))
     assert torch.nn.functional.cosine_similarity(*moves, dim=0) > 0.99
-
-
-# --- the callback ---
 
 
 def test_callback_says_once_what_trains(llama, tmp_path, caplog):

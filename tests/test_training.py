@@ -14,16 +14,14 @@ from typing import NamedTuple
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import SHAPE, WIDE, decide, layers_of, load, token_ids, wide_config
+from tiny_models import SHAPE, WIDE, decide, layers_of, load, tiny_encoder_decoder, token_ids, wide_config
 from torch.utils import _pytree as pytree
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     MixtralConfig,
-    T5GemmaConfig,
     T5GemmaForConditionalGeneration,
-    T5GemmaModuleConfig,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from versions import needs_adapter_verbs_of_transformers
@@ -434,10 +432,7 @@ def test_labels_of_tokens_are_not_shifted(llama):
 
 @pytest.fixture(scope="module")
 def t5gemma() -> T5GemmaForConditionalGeneration:
-    part = {**SHAPE, "num_hidden_layers": 2, "sliding_window": 16, "query_pre_attn_scalar": 16}
-    parts = {side: T5GemmaModuleConfig(**part) for side in ("encoder", "decoder")}
-    torch.manual_seed(0)
-    return T5GemmaForConditionalGeneration(T5GemmaConfig(**parts, **SHAPE, dropout_rate=0.0)).eval()
+    return tiny_encoder_decoder(sliding_window=16)
 
 
 @pytest.mark.parametrize("source_length", [5, 9])

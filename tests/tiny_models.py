@@ -19,6 +19,9 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    T5GemmaConfig,
+    T5GemmaForConditionalGeneration,
+    T5GemmaModuleConfig,
 )
 
 from peft_moice import MoICEConfig, MoICELayer
@@ -51,6 +54,16 @@ OTHER_FAMILIES = {
     "mixtral": (MixtralConfig, {"num_local_experts": 4}),
     "gpt2": (GPT2Config, {}),  # no rotary embedding
 }
+TRAINING = {
+    "use_cpu": True,
+    "report_to": "none",
+    "max_steps": 1,
+    "lr_scheduler_type": "constant",
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
+"""Arguments of a Trainer that takes a step on the CPU and leaves nothing but its log."""
 WIDE = [1.0, 0.25, 0.5, 4.0]
 """Multiples that change the output of a short sequence visibly."""
 OTHER = {"base_multipliers": [1.0, 3.0, 0.3], "top_k": 1, "router_scope": "head"}
@@ -72,6 +85,14 @@ def save_tiny_model(folder: Path, family: str = "llama", **overrides) -> str:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>").save_pretrained(folder)
     return str(folder)
+
+
+def tiny_encoder_decoder(**overrides) -> T5GemmaForConditionalGeneration:
+    """A random T5Gemma with two layers on either side; `overrides` are fields of both sides."""
+    side = {**SHAPE, "num_hidden_layers": 2, "query_pre_attn_scalar": 16, **overrides}
+    sides = {name: T5GemmaModuleConfig(**side) for name in ("encoder", "decoder")}
+    torch.manual_seed(0)
+    return T5GemmaForConditionalGeneration(T5GemmaConfig(**sides, **SHAPE, dropout_rate=0.0)).eval()
 
 
 def load(folder: str, **kwargs) -> PreTrainedModel:
