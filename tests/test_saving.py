@@ -129,13 +129,6 @@ def test_loading_puts_routers_where_they_belong(llama, adapter, dtype, autocast,
     assert logits_of(model).dtype == dtype
 
 
-def test_get_peft_model_keeps_routers_of_a_bfloat16_model_in_float32(llama):
-    model = get_peft_model(load(llama, dtype=torch.bfloat16), wide_config())
-    assert {weight.dtype for weight in router_state(model).values()} == {torch.float32}
-    model = get_peft_model(load(llama, dtype=torch.bfloat16), wide_config(), autocast_adapter_dtype=False)
-    assert {weight.dtype for weight in router_state(model).values()} == {torch.bfloat16}
-
-
 def test_training_resumes_from_a_loaded_adapter(llama, tmp_path):
     def train_step(model, seed: int) -> None:
         optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.5)
