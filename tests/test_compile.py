@@ -102,6 +102,7 @@ class TestKernels:
             for compiled, eager in zip(*results, strict=True):
                 assert torch.equal(compiled, eager)
 
+    @pytest.mark.slow
     def test_they_compute_only_the_gradients_that_are_wanted(self):
         query, key, value, gates = inputs()
         results = []

@@ -12,6 +12,8 @@ from peft_moice import check, explain
 from peft_moice.evaluation.angles import attention_waveform
 from peft_moice.evaluation.losses import losses_by_position
 
+pytestmark = pytest.mark.slow
+
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "rope_theta": 10_000.0}
 LONGROPE["original_max_position_embeddings"] = 64
 

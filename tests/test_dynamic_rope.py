@@ -6,6 +6,7 @@ import pytest
 import torch
 from families import tiny_model, tokens
 from position_models import assert_close, mixture, one_angle, rotated
+from representatives import slow_but
 from transformers import AutoModelForCausalLM, DynamicCache
 
 ORIGINAL_LENGTH = 32
@@ -24,7 +25,7 @@ def cached_logits(model, ids: torch.Tensor, prompt_length: int, cache=None) -> t
     return torch.cat([model(piece, past_key_values=cache).logits for piece in pieces], dim=1)
 
 
-@pytest.mark.parametrize("length", [20, ORIGINAL_LENGTH])
+@pytest.mark.parametrize("length", slow_but([20], [20, ORIGINAL_LENGTH]))
 @torch.no_grad()
 def test_exact_up_to_the_original_length(length, tmp_path):
     ids = tokens(length=length)

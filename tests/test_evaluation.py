@@ -144,6 +144,7 @@ def knows_some():
 
 
 class TestFactsByPosition:
+    @pytest.mark.slow
     def test_counts_what_greedy_decoding_answers(self, knows_some):
         model, tokenizer, facts = knows_some
         result = evaluate(model, tokenizer, Facts(), lengths=[5], num_groups=1, seed=7)

@@ -47,7 +47,7 @@ def unaware_cache(model) -> DynamicCache:
 
 @pytest.mark.parametrize("make_cache", [dynamic_cache, unaware_cache, static_cache])
 @pytest.mark.parametrize("family", slow_but(["gemma3_text"], FAMILIES))
-@pytest.mark.parametrize("pieces", [(17, 1, 1, 1), (5, 6, 7, 2), (1,) * 20])
+@pytest.mark.parametrize("pieces", [(17, 1, 1, 1), (5, 6, 7, 2), pytest.param((1,) * 20, marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_a_prompt_in_pieces_gives_the_logits_of_the_whole(family, make_cache, pieces):
     model, ids = mixture(family), tokens()

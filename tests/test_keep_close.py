@@ -87,6 +87,7 @@ def test_the_value_is_that_computed_by_hand(llama, tuner):
     assert all(parameter.grad.abs().max() > 0 for parameter in model.parameters() if parameter.requires_grad)
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_sum_of_its_parts(llama, tmp_path):
     model = decided(llama, coef=0.5)
     ids = token_ids(8, 14)

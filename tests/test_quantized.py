@@ -10,6 +10,8 @@ from tiny_models import decide, layers_of, load, logits_of, router_state, save_t
 from torch import nn
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
+pytestmark = pytest.mark.slow
+
 
 def torchao_int8() -> TorchAoConfig:
     quantization = pytest.importorskip("torchao.quantization")

@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from peft import get_peft_model
+from representatives import slow_but
 from tiny_models import (
     FAMILIES,
     adapted_model,
@@ -20,7 +21,7 @@ from tiny_models import (
 )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_but(["llama"], FAMILIES))
 def test_disable_adapter_is_bitwise_the_base_model(bases, family):
     base = load(bases[family])
     model = adapted_model(bases[family])
@@ -33,7 +34,7 @@ def test_disable_adapter_is_bitwise_the_base_model(bases, family):
     assert torch.equal(logits_of(model), adapted)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_but(["llama"], FAMILIES))
 def test_disable_adapter_in_the_middle_of_a_generation(bases, family):
     base = load(bases[family])
     model = adapted_model(bases[family], layers_to_transform=[2])

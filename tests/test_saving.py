@@ -53,6 +53,7 @@ def test_the_file_holds_the_routers_and_nothing_else(adapter):
     }
 
 
+@pytest.mark.slow
 def test_an_adapter_of_a_7b_model_is_under_300_kilobytes(tmp_path):
     # Llama-2-7B has 32 layers and D = 128; the other sizes do not reach a shared router.
     base = save_tiny_model(tmp_path / "base", num_hidden_layers=32, head_dim=128)
@@ -109,7 +110,7 @@ def test_adapter_names_that_look_like_parts_of_keys(llama, tmp_path):
         assert torch.equal(logits_of(loaded), logits_of(model)), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", slow_but([torch.bfloat16], [torch.float32, torch.bfloat16]))
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
 def test_loading_puts_routers_where_they_belong(llama, adapter, dtype, autocast, low_cpu_mem_usage):

@@ -133,6 +133,7 @@ def test_a_second_adapter_beside_another_rotary_embedding():
         model(input_ids=token_ids(length=30), decoder_input_ids=token_ids(length=4))
 
 
+@pytest.mark.slow
 def test_new_routers_do_not_replace_trained_ones(llama, adapter):
     base = load(llama)
     model = PeftModel.from_pretrained(base, adapter).eval()

@@ -114,6 +114,7 @@ def test_moice_over_moice_is_refused(llama):
         get_peft_model(get_peft_model(load(llama), wide_config()), wide_config())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config_class", [PrefixTuningConfig, PromptTuningConfig])
 def test_prompt_learning_over_moice(llama, config_class):
     """Virtual tokens, or the keys of prefix tuning, count as tokens in front.

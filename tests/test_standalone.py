@@ -8,6 +8,7 @@ import pytest
 import torch
 from families import tiny_model
 from peft import AutoPeftModel, LoraConfig, get_peft_model
+from representatives import slow_but
 from tiny_models import (
     FAMILIES,
     SHAPE,
@@ -53,7 +54,7 @@ def merged(folder: str, **overrides) -> tuple[PreTrainedModel, torch.Tensor]:
     return model.merge_and_unload(), expected
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "gemma2", "gemma3", "phi3", "mixtral"])
+@pytest.mark.parametrize("family", slow_but(["llama", "gemma3"], [*FAMILIES, "gemma2", "gemma3", "phi3", "mixtral"]))
 def test_round_trip(family, tmp_path):
     folder = save_tiny_model(tmp_path / "base", family)
     model, expected = merged(folder, router_scope="head" if family == "qwen2" else "layer")
@@ -175,7 +176,7 @@ def test_embeddings_that_training_has_untied(tmp_path, module):
         (AutoModelForTokenClassification, "logits"),
     ],
 )
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", slow_but(["llama"], ["llama", "qwen3"]))
 def test_every_auto_class(family, auto_class, output, tmp_path):
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **SHAPE)
@@ -220,6 +221,7 @@ def test_merging_twice_is_merging_once(llama):
     assert torch.equal(logits_of(twice), expected)
 
 
+@pytest.mark.slow
 def test_compiled(llama):
     model, expected = merged(llama)
     compiled = torch.compile(model, backend="eager", fullgraph=True)

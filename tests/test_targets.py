@@ -5,6 +5,8 @@ import torch
 import transformers
 from families import tiny_model, tokens
 from peft import PeftModel, get_peft_model
+from representatives import slow_but
+from tiny_models import widen
 from torch import nn
 from transformers import AutoModel, MoonshineConfig, MoonshineForConditionalGeneration
 
@@ -34,7 +36,7 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", slow_but(["llama", "no head"], LAYERS))
 @pytest.mark.parametrize("in_full", [False, True])
 def test_layers_to_transform(kind, in_full, tmp_path):
     make, name = LAYERS[kind]
@@ -111,9 +113,7 @@ def moonshine(theta_factor: float = 1.0) -> MoonshineForConditionalGeneration:
     )
     torch.manual_seed(0)
     model = MoonshineForConditionalGeneration(tiny)
-    for name, parameter in model.named_parameters():
-        if "_proj" in name:
-            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    widen(model)
     rotary = model.model.decoder.rotary_emb
     other = type(tiny)(**tiny.to_dict())
     other.rope_parameters["rope_theta"] *= theta_factor
@@ -146,9 +146,7 @@ def nomic_bert(theta_factor: float = 1.0) -> nn.Module:
     tiny.rope_parameters["rope_theta"] *= theta_factor
     torch.manual_seed(0)
     model = transformers.NomicBertModel(tiny)
-    for name, parameter in model.named_parameters():
-        if "_proj" in name and parameter.dim() > 1:
-            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    widen(model)
     return model.eval()
 
 

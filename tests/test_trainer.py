@@ -26,6 +26,8 @@ from peft_moice.routing.router import balance_loss
 from peft_moice.training.callback import MoICECallback
 from peft_moice.training.hooks import hooks_of
 
+pytestmark = pytest.mark.slow
+
 SGD = {"optim": "sgd", "learning_rate": 10.0, "max_grad_norm": 0.0}
 """Without normalization, so that a gradient of the wrong size shows."""
 DRIFT = "moice/drift"
@@ -219,7 +221,6 @@ def test_the_best_model_is_loaded_at_the_end(llama, tmp_path):
         assert torch.equal(value, router_state(model)[name])
 
 
-@pytest.mark.slow
 def test_torch_compile(tmp_path):
     """One graph, the same step, and the same logs from the callback."""
     folder, weights, logs = save_tiny_model(tmp_path / "model", num_hidden_layers=1), [], []

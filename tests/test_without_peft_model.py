@@ -2,6 +2,7 @@
 
 import gc
 
+import pytest
 import torch
 from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file
@@ -61,6 +62,7 @@ def test_verbs_of_transformers(llama, adapter, adapted, tmp_path):
     assert torch.equal(logits_of(model), logits_of(adapted))
 
 
+@pytest.mark.slow
 def test_pipeline_from_the_folder_of_an_adapter(adapter, adapted):
     generator = pipeline("text-generation", model=adapter)
     assert layers_of(generator.model)
