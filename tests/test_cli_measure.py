@@ -19,6 +19,8 @@ from peft_moice.cli.main import main
 from peft_moice.cli.tables import difference, score_table, verdict
 from peft_moice.evaluation import Result, Score, bootstrap_interval
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
@@ -54,7 +56,6 @@ def error(capsys, *argv: str) -> str:
     return line
 
 
-@pytest.mark.slow
 def test_table_scores_and_pictures_of_an_adapter_beside_its_base(model, adapter, document, options, tmp_path, capsys):
     argv = ["measure", "--adapter", adapter, "--documents", document, "--tasks", "needles", "key_values", *options]
     assert main(argv) == 0

@@ -31,6 +31,8 @@ import make_facts  # noqa: E402
 import train_from_scratch  # noqa: E402
 import train_router  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
@@ -126,7 +128,6 @@ def test_train_router_trains_and_leaves_an_adapter_with_a_card(model, tmp_path, 
     assert scales and all(scale.abs().min() > 0 for scale in scales)
 
 
-@pytest.mark.slow
 def test_evaluate_measures_both_models_and_draws(model, tmp_path, capsys):
     adapted = add_adapter(model, tmp_path / "adapter")
     document = tmp_path / "notes.txt"

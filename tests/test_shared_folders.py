@@ -14,6 +14,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from peft_moice.standalone import saving
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 SAVED = Path(__file__).parent / "saved"
 
@@ -48,7 +50,6 @@ def folder(merged, tmp_path) -> Path:
     return tmp_path / "merged"
 
 
-@pytest.mark.slow
 def test_a_fresh_process_reads_it_with_trust_or_with_the_import(merged, folder, tmp_path):
     torch.save({"ids": token_ids(), "logits": logits_of(merged)}, tmp_path / "expected.pt")
     check = f"""
