@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from ..attention import MixtureCall, intercept
+from ..attention.interface import KEYWORD
 from ..rope import LayerRope
 from ..routing.mixture import LayerMixture, MixesAngles, RopesByPosition, RouterShare
 from ..routing.router import MoICERouter
@@ -76,10 +77,10 @@ class BuiltInRouters(MixesAngles, nn.ModuleList):
 
     def _add_mixture(self, attention: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         call = self.mixture().call_of_pass(_index(attention), args, kwargs)
-        return args, kwargs if call is None else {**kwargs, **call.as_keyword()}
+        return args, kwargs if call is None else {**kwargs, KEYWORD: call}
 
     def _finish(self, attention: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        call = MixtureCall.among(kwargs)
+        call: MixtureCall | None = kwargs.get(KEYWORD)
         if call is not None:
             self.finish(call, _index(attention))
 
