@@ -55,9 +55,7 @@ class BuiltInRouters(MixesAngles, nn.ModuleList):
         return self.ropes_by_position
 
     def shares(self) -> list[RouterShare]:
-        routers: Any = self  # a ModuleList's type does not say what it holds
-        pairs = zip(routers, self.router_specs, strict=True)
-        return [RouterShare(str(index), router, spec, spec.weight) for index, (router, spec) in enumerate(pairs)]
+        return shares_of(self, self.router_specs)
 
     def install(self, attention: nn.Module) -> None:
         """Make `attention` apply the routers. Undone by [`remove`][BuiltInRouters.remove]."""
@@ -83,6 +81,13 @@ class BuiltInRouters(MixesAngles, nn.ModuleList):
         call: MixtureCall | None = kwargs.get(KEYWORD)
         if call is not None:
             self.finish(call, _index(attention))
+
+
+def shares_of(routers: nn.ModuleList, specs: list[RouterSpec]) -> list[RouterShare]:
+    """The shares of built-in `routers`, which `specs` describe."""
+    found: Any = routers  # a ModuleList's type does not say what it holds
+    pairs = zip(found, specs, strict=True)
+    return [RouterShare(str(index), router, spec, spec.weight) for index, (router, spec) in enumerate(pairs)]
 
 
 def _index(attention: nn.Module) -> int | None:

@@ -16,8 +16,8 @@ from vllm.model_executor.models.transformers import vllm_attention_forward
 from vllm.model_executor.utils import set_weight_attrs
 
 from ...rope.rotation import rotate
-from ...routing.mixture import LayerMixture, RouterShare
-from ..built_in import ROUTERS_NAME
+from ...routing.mixture import LayerMixture
+from ..built_in import ROUTERS_NAME, shares_of
 from ..installing import DescribedLayer
 
 ATTENTION_NAME = "moice_vllm"
@@ -50,7 +50,7 @@ class ServedRouters(nn.ModuleList):
         self.name = layer.name
         self.specs = layer.specs
         self.rope = layer.rope
-        self.rope_bases = LayerMixture(self._shares(), layer.rope).rope_bases()
+        self.rope_bases = LayerMixture(shares_of(self, self.specs), layer.rope).rope_bases()
         table = layer.rope.table(self.rope_bases)
         self.layout, self.is_identity = table.layout, table.is_identity
         cos, sin = table.cos_sin(max_length, device)  # [N, T, P]
@@ -71,11 +71,6 @@ class ServedRouters(nn.ModuleList):
             for expert, unchanged in enumerate(self.is_identity)
         ]
         return torch.cat(rotated, dim=1)
-
-    def _shares(self) -> list[RouterShare]:
-        routers: Any = self  # a ModuleList's type does not say what it holds
-        pairs = zip(routers, self.specs, strict=True)
-        return [RouterShare(str(index), router, spec, spec.weight) for index, (router, spec) in enumerate(pairs)]
 
     def mix(
         self, attend: Callable[..., Any], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any
@@ -98,7 +93,7 @@ class ServedRouters(nn.ModuleList):
                 f"The attention module {self.name!r} does not tell where its tokens stand (`position_ids` of one "
                 "dimension), so MoICE cannot rotate them. This model is not served by vLLM; use transformers."
             )
-        gates = LayerMixture(self._shares(), self.rope).gate(query, self.rope_bases).gates[0]  # [H, T, N]
+        gates = LayerMixture(shares_of(self, self.specs), self.rope).gate(query, self.rope_bases).gates[0]  # [H, T, N]
         queries, keys = self._rotated(query, ids[0]), self._rotated(key, ids[0])
         output, _ = attend(queries, keys, value.repeat(1, self.num_experts, 1, 1), None, **options)
         output = output.view(gates.shape[1], self.num_experts, gates.shape[0], -1)  # [T, N, H, D]
