@@ -73,8 +73,8 @@ class Arguments(ModelArguments):
     question_file: str | None = option("nq-open-oracle.jsonl.gz, --passages each.", None)
     passages: list[int] = option("Passages in a prompt of questions.", [10])
     chunk_length: int | None = option(
-        "Tokens of a chunk of the documents, for loss and perplexity. Default: 1024; beside an adapter that extends the "
-        "window, the longest of --lengths.",
+        "Tokens of a chunk of the documents, for loss and perplexity. Default: 1024; beside an adapter that extends "
+        "the window, the longest of --lengths.",
         None,
     )
     seed: int = option("Of the questions; equal seeds ask the same.", 0)

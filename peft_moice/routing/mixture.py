@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..attention import MixtureCall, bypassed, known_implementation
+from ..attention.interface import KEYWORD
 from ..rope import LayerRope, RotationTable
 from ..rope.layer_rope import Experts
 from ..rope.longrope import rope_of_pass
@@ -309,7 +310,7 @@ class MixesAngles(nn.Module):
         call = mixture.call_of_pass(layer_idx, args, kwargs)
         if call is None:
             return attention(*args, **kwargs)
-        output = attention(*args, **call.as_keyword(), **kwargs)
+        output = attention(*args, **{KEYWORD: call}, **kwargs)
         self.finish(call, layer_idx)
         return output
 
