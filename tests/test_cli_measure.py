@@ -13,10 +13,13 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny_data import words
 from tiny_models import decide, load, save_tiny_model, wide_config
 
+from peft_moice import extend
 from peft_moice.cli import measure
 from peft_moice.cli.main import main
 from peft_moice.cli.tables import difference, score_table, verdict
 from peft_moice.evaluation import Result, Score, bootstrap_interval
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +56,6 @@ def error(capsys, *argv: str) -> str:
     return line
 
 
-@pytest.mark.slow
 def test_table_scores_and_pictures_of_an_adapter_beside_its_base(model, adapter, document, options, tmp_path, capsys):
     argv = ["measure", "--adapter", adapter, "--documents", document, "--tasks", "needles", "key_values", *options]
     assert main(argv) == 0
@@ -69,6 +71,19 @@ def test_table_scores_and_pictures_of_an_adapter_beside_its_base(model, adapter,
     base, adapted = (Result.load(out / f"needles__single_{i}.json") for i in (0, 1))
     assert base.lengths == [60, 120] and base.positions == [0.0, 1.0] and len(base.scores) == 8
     assert base.mean("loss") != adapted.mean("loss")
+
+
+def test_an_extension_is_measured_on_both_sides_of_the_window(tmp_path, document, options, capsys):
+    base = save_tiny_model(tmp_path / "short", max_position_embeddings=64)
+    extend(load(base)).save_pretrained(tmp_path / "longer")
+    argv = ["--adapter", str(tmp_path / "longer"), "--documents", document, "--tasks", "needles", *options[:-4]]
+    assert main(["measure", *argv, *options[-2:]]) == 0
+    within, beyond = zip(*re.findall(r"([\d.]+) within, ([\d.]+) beyond", capsys.readouterr().out), strict=True)
+    assert within[0] == within[1] and beyond[0] != beyond[1]
+    own, longer = json.loads((tmp_path / "out" / "losses.json").read_text()).values()
+    assert own["edges"] == [2, 4, 8, 16, 32, 64, 120]
+    assert own["losses"][:6] == pytest.approx(longer["losses"][:6], abs=1e-6)
+    assert float(beyond[1]) == pytest.approx(longer["losses"][6], abs=1e-3)
 
 
 def test_without_documents_facts_are_asked(model, options, tmp_path, capsys):

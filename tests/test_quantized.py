@@ -13,6 +13,8 @@ from transformers import BitsAndBytesConfig, TorchAoConfig
 from peft_moice.cli.main import main
 from peft_moice.evaluation import Result
 
+pytestmark = pytest.mark.slow
+
 
 def torchao_int8() -> TorchAoConfig:
     quantization = pytest.importorskip("torchao.quantization")

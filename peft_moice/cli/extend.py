@@ -6,6 +6,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from ..files.atomic import staged
+from ..rope.rules import longest
 from ..tuner.extending import extension_config, window_of
 from .parsing import Outcome, Parser, output_folder
 
@@ -31,7 +32,7 @@ def parser() -> Parser:
     )
     parser.add_argument("model", metavar="MODEL", help="Folder or Hub id of the model; its weights are not loaded.")
     parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="Folder to write the adapter to.")
-    parser.add_argument("--factor", type=float, default=4.0, help="The new length, in windows of the model.")
+    parser.add_argument("--factor", type=float, help="The new length, in windows. Default: 4; longrope has its own.")
     parser.add_argument(
         "--near", type=int, help="Distance in tokens up to which angles stay. Default: three quarters of the window."
     )
@@ -48,12 +49,13 @@ def run(args: argparse.Namespace) -> Outcome:
     with staged(folder) as staging:
         save_file({}, staging / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)
-    rules = [expert.in_words() for expert in config.ropes_by_position()]
-    window = window_of(base)
+    experts, window = config.ropes_by_position(), window_of(base)
+    length = longest(experts)
+    reach = "on" if length is None else f"{length:,} tokens"
     text = "\n".join(
         [
-            f"{folder} extends {args.model} from {window:,} to {int(args.factor * window):,} tokens:",
-            *(f"  {rule}" for rule in rules),
+            f"{folder} extends {args.model} from {window:,} to {reach}:",
+            *(f"  {expert.in_words()}" for expert in experts),
             "Load it with `import peft_moice` and AutoPeftModelForCausalLM.from_pretrained.",
         ]
     )

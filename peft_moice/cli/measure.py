@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 
 from ..evaluation import (
     POSITIONS,
@@ -27,6 +27,7 @@ from ..evaluation.grid import try_task
 from ..evaluation.needles import Kind
 from ..evaluation.plotting import plot_losses
 from ..training.data import read_text
+from ..tuner.config import MoICEConfig
 from .models import ModelArguments, base_name, load_model, load_tokenizer
 from .pace import in_words
 from .parsing import Outcome, Parser, UsageError, option, output_folder
@@ -71,7 +72,11 @@ class Arguments(ModelArguments):
     key_value_file: str | None = option("kv-retrieval-*.jsonl.gz, --items pairs each.", None)
     question_file: str | None = option("nq-open-oracle.jsonl.gz, --passages each.", None)
     passages: list[int] = option("Passages in a prompt of questions.", [10])
-    chunk_length: int = option("Tokens of a chunk of the documents, for loss and perplexity.", 1024)
+    chunk_length: int | None = option(
+        "Tokens of a chunk of the documents, for loss and perplexity. Default: 1024; beside an adapter that extends "
+        "the window, the longest of --lengths.",
+        None,
+    )
     seed: int = option("Of the questions; equal seeds ask the same.", 0)
     output_dir: str = option("Folder for scores and pictures.", "outputs/measure")
 
@@ -90,6 +95,18 @@ class Measured:
     results: dict[str, Result] = field(default_factory=dict)
     losses: PositionLosses | None = None
 
+    def on_both_sides(self, window: int) -> str:
+        """The mean losses within a window and beyond it, where a bucket of positions ends there."""
+        assert self.losses is not None
+        edges, values = self.losses.edges, self.losses.losses
+        sizes = [end - start for start, end in zip((1, *edges), edges, strict=False)]
+        cut = edges.index(window) + 1
+        within, beyond = (
+            sum(loss * size for loss, size in zip(values[part], sizes[part], strict=True)) / sum(sizes[part])
+            for part in (slice(cut), slice(cut, None))
+        )
+        return f"{self.name}: {within:.3f} within, {beyond:.3f} beyond"
+
 
 def run(args: Arguments) -> Outcome:
     """Check, load, measure, report."""
@@ -97,6 +114,11 @@ def run(args: Arguments) -> Outcome:
     base, tokenizer = common_base(args.model, args.adapter)
     names = chosen_tasks(args, text)
     output_dir = output_folder(args.output_dir)
+    window = extended_window(args.adapter)
+    if args.chunk_length is None:
+        args.chunk_length = 1024 if window is None else max(args.lengths)
+    if window is not None and window >= args.chunk_length:
+        window = None
     quantization = args.quantization()
     tasks = make_tasks(names, args, text, tokenizer)
     # What cannot be asked shows before a model is loaded.
@@ -132,7 +154,7 @@ def run(args: Arguments) -> Outcome:
                 model = PeftModel.from_pretrained(model, adapter)
             measured.append(Measured(name))
             running = text if num_tokens >= args.chunk_length else ""
-            for _ in measure(model, tokenizer, tasks, running, args, measured[-1]):
+            for _ in measure(model, tokenizer, tasks, running, args, measured[-1], window):
                 write(measured, output_dir)
     except KeyboardInterrupt:
         if not any(one.results for one in measured):
@@ -142,7 +164,17 @@ def run(args: Arguments) -> Outcome:
     if can_draw:
         draw(measured, output_dir)
     where = f"Scores{' and pictures' * can_draw} are in {output_dir}."
-    return Outcome(_as_text(measured, where, interrupted), _as_values(measured, output_dir), interrupted)
+    return Outcome(_as_text(measured, where, interrupted, window), _as_values(measured, output_dir), interrupted)
+
+
+def extended_window(adapters: Sequence[str]) -> int | None:
+    """The window that some adapter extends: where the first of its ropes by position ends."""
+    for adapter in adapters:
+        config = PeftConfig.from_pretrained(adapter)
+        experts = config.ropes_by_position() if isinstance(config, MoICEConfig) else ()
+        if experts and experts[0].end is not None:
+            return experts[0].end
+    return None
 
 
 def chosen_tasks(args: Arguments, text: str) -> list[str]:
@@ -225,8 +257,9 @@ def measure(
     text: str,
     args: Arguments,
     measured: Measured,
+    window: int | None = None,
 ) -> Iterator[None]:
-    """Fill `measured`, and stop by after every task and length."""
+    """Fill `measured`, and stop by after every task and length. Losses are cut at `window`."""
     for task, lengths in tasks:
         for length in sorted(lengths):
             result = evaluate(
@@ -246,8 +279,15 @@ def measure(
             )
             yield
     if text:
+        length = args.chunk_length or 1024
+        edges = None if window is None else sorted({window, length, *(2**power for power in range(1, 30))})
         measured.losses = losses_by_position(
-            model, tokenizer, text, chunk_length=args.chunk_length, max_chunks=_MAX_CHUNKS
+            model,
+            tokenizer,
+            text,
+            chunk_length=length,
+            max_chunks=_MAX_CHUNKS,
+            edges=edges and [edge for edge in edges if edge <= length],
         )
         yield
 
@@ -283,7 +323,7 @@ def _by_task(measured: list[Measured]) -> Iterator[tuple[Any, ...]]:
         yield task, *(one.results[task] for one in measured if task in one.results)
 
 
-def _as_text(measured: list[Measured], where: str, interrupted: bool) -> str:
+def _as_text(measured: list[Measured], where: str, interrupted: bool, window: int | None = None) -> str:
     parts = [score_table(list(results)) for _, *results in _by_task(measured)]
     parts += [
         f"perplexity of your documents ({one.losses.chunks * one.losses.edges[-1]:,} tokens), {one.name}: "
@@ -291,6 +331,10 @@ def _as_text(measured: list[Measured], where: str, interrupted: bool) -> str:
         for one in measured
         if one.losses is not None
     ]
+    if window is not None and (read := [one.on_both_sides(window) for one in measured if one.losses is not None]):
+        parts.append(
+            "\n".join([f"loss of your documents, window of {window:,} tokens", *(f"  {line}" for line in read)])
+        )
     base, *adapted = measured
     parts += [verdict(result) for result in base.results.values() if result.positions]
     parts += ["\n".join(lines) for one in adapted if (lines := _changes(one, base))]
