@@ -23,7 +23,8 @@ def why_not(call: AttentionCall) -> str | None:
 
 def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """See [`mixed_attention`]. Reads a four-dimensional mask, boolean (true: attend) or additive, or None (causal)."""
-    call = replace(call, turned=None)  # owes nothing to other passes
+    if call.turned is not None:
+        call = replace(call, turned=None)  # owes nothing to other passes
     options, dtype, heads = call.options, call.query.dtype, call.query.shape[1]
     full = torch.promote_types(dtype, torch.float32)
     groups, bias = heads // call.key.shape[1], _bias(call)
