@@ -6,7 +6,17 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from tiny_models import assert_logits, decide, layers_of, load, logits_of, router_state, token_ids, wide_config
+from tiny_models import (
+    adapted_model,
+    assert_logits,
+    decide,
+    layers_of,
+    load,
+    logits_of,
+    router_state,
+    token_ids,
+    wide_config,
+)
 
 from peft_moice import MoICEConfig, MoICELayer, load_official_checkpoint
 from peft_moice.tuner.rollback import restored_on_error
@@ -165,8 +175,7 @@ def test_a_refused_file_of_a_second_adapter(llama, misfit):
 
 
 def test_refused_weights_leave_a_trained_adapter_alone(llama, misfit):
-    model = get_peft_model(load(llama), wide_config()).eval()
-    decide(model)
+    model = adapted_model(llama)
     before = state_of(model)
     for _ in range(2):
         with pytest.raises(ValueError, match="lacks 3 of 9 router weights"):

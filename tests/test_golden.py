@@ -112,6 +112,7 @@ def test_router_logits_are_as_near_to_the_exact_ones_as_the_official(golden):
     assert our_error <= 2 * official_error
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_cached_decoding(golden, implementation):
     model = golden.model(implementation).eval()

@@ -14,9 +14,10 @@ from test_operator import LAYOUTS, attend, inputs, table
 from peft_moice.attention import mixed_attention
 from peft_moice.attention.native import library
 
-pytestmark = pytest.mark.skipif(
-    isinstance(library.load(), str), reason=f"the kernels cannot be had here: {library.load()}"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(isinstance(library.load(), str), reason=f"the kernels cannot be had here: {library.load()}"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +61,6 @@ def test_it_is_compiled_once(fresh):
     assert sorted(path.suffix for path in fresh.iterdir()) == [".sha256", ".so"]
 
 
-@pytest.mark.slow
 def test_other_flags_make_another_one(fresh, monkeypatch):
     made = compiled(fresh)
     monkeypatch.setenv(library.FLAGS, "-O1")
@@ -94,7 +94,6 @@ def exchange(path: Path) -> None:
     path.with_suffix(".sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("spoil", [truncate, fill_with_zeros, remove_checksum, let_others_write, exchange])
 def test_what_was_not_compiled_here_is_not_loaded(fresh, spoil):
     made = compiled(fresh)

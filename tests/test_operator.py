@@ -149,28 +149,6 @@ def test_the_own_angle_alone_is_bitwise_the_models_attention():
     assert torch.equal(probs, expected_probs)
 
 
-@pytest.mark.parametrize("kind", ["boolean", "additive"])
-def test_masks(implementation, kind):
-    layout = LAYOUTS["half"]
-    query, key, value, gates = inputs()
-    allowed = torch.ones(9, 9, dtype=torch.bool).tril().expand(2, 1, 9, 9).clone()
-    allowed[0, :, 3:, :3] = False
-    additive = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
-
-    def attend_additive(query, key, value, mask, **kwargs):
-        return attend(query, key, value, mask if mask.dtype == torch.bool else mask == 0)
-
-    options = {"rotations": table(layout), "query_start": 0, "attend": attend_additive}
-    mask = allowed if kind == "boolean" else additive
-    output, _ = mixed_attention(
-        query, key, value, gates, attention_mask=mask, implementation=implementation, **options
-    )
-    query, key, value, gates = query[:1, :, 3:], key[:1, :, 3:], value[:1, :, 3:], gates[:1, :, 3:]
-    options["attend"] = attend
-    alone, _ = mixed_attention(query, key, value, gates, implementation=implementation, **options)
-    torch.testing.assert_close(output[:1, 3:], alone, rtol=1e-4, atol=1e-5)
-
-
 def sdpa_of_rotated(query, key, value, gates, layout, **options) -> torch.Tensor:
     """The mixture of PyTorch's own attention over vectors rotated once, each expert by its own base angle."""
     output = 0.0
@@ -433,19 +411,6 @@ def test_any_problem_equals_the_reference(implementation, problem):
             results.append((output, *grads[:3], grads[3] * (gates != 0)))
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-5)
-
-
-def test_kernels_for_the_cpu_say_why_they_cannot_be_used():
-    query, key, value, gates = inputs()
-    options = {"rotations": table(LAYOUTS["half"]), "query_start": 0, "attend": attend}
-    for reason, extra in {
-        "masks of four dimensions": {"attention_mask": torch.ones(2, 9)},
-        "no dropout": {"dropout": 0.1},
-        "softcap": {"softcap": 30.0},
-        "probabilities": {"output_attentions": True},
-    }.items():
-        with pytest.raises(ValueError, match=f"{reason}.*implementation='auto'"):
-            mixed_attention(query, key, value, gates, implementation="native", **options, **extra)
 
 
 class TestRotationTable:

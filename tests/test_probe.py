@@ -59,6 +59,7 @@ def test_layouts(family, layout, direction):
         family("muse_glimmer", {}, None),
     ],
 )
+@pytest.mark.slow
 @torch.no_grad()
 def test_layers_without_rotary_embedding_are_left_out(family, overrides, rotary):
     found = [plan.rope is not None for plan in plans(family, **overrides)]

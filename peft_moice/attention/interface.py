@@ -19,60 +19,46 @@ from transformers import AttentionInterface, PreTrainedConfig
 
 from ..rope import RotationTable
 from ..rope.positions import Positions, caches_among, packed_query_start
+from ..rope.turned_keys import TurnedKeys
 from .call import Attend, AttentionCall
 from .operator import compute
 
 ATTENTION_NAME = "moice"
-_KEYWORD = "moice"
+KEYWORD = "moice"
+"""The keyword argument under which an attention module passes the mixture on."""
 _PACKED = "write_index"
 """An option of attention functions that continuous batching alone gives: where to write the cache."""
-_BACKEND_ATTRIBUTE = "_moice_backend"
 _CONFIG = "config"
 """Where an attention module has its config. By name, because to type checkers attributes of modules are tensors."""
-
-
-@dataclass
-class _Backend:
-    """What a wrapped attention module would have called without us."""
-
-    config: PreTrainedConfig
-    """The model's own config, read at call time, so that `set_attn_implementation` keeps working."""
-    interface: AttentionInterface
-    """The modeling file's interface, which may override functions locally."""
-    eager: Attend | None
-    """The modeling file's eager attention."""
-
-    def function(self, name: str | None) -> Attend:
-        # Without an eager function in the modeling file, transformers finds only what the interface itself holds.
-        function: Attend = self.interface.get_interface(name, self.eager)  # type: ignore[arg-type]
-        return function
 
 
 class _InterceptedConfig:
     """The config of an intercepted attention module: that of the model, but for the name of the attention function.
 
     Whatever else is read comes from the model's config as it is now, and whatever is assigned goes to it.
+
+    Attributes:
+        _moice_own: the model's own config, read at call time, so that `set_attn_implementation` keeps working.
+        _moice_interface: the modeling file's interface, which may override functions locally.
+        _moice_eager: the modeling file's eager attention.
     """
 
     _attn_implementation = ATTENTION_NAME
+    _moice_own: PreTrainedConfig
+    _moice_interface: AttentionInterface
+    _moice_eager: Attend | None
 
-    def __init__(self, backend: _Backend):
-        vars(self)[_BACKEND_ATTRIBUTE] = backend
+    def __init__(self, own: PreTrainedConfig, interface: AttentionInterface, eager: Attend | None):
+        vars(self).update(_moice_own=own, _moice_interface=interface, _moice_eager=eager)
 
     def __getattr__(self, name: str) -> Any:
-        # Copying and pickling ask for special methods before there is a backend.
-        if name == _BACKEND_ATTRIBUTE or name.startswith("__"):
+        # Copying and pickling ask for special methods before there is a config.
+        if name.startswith(("__", "_moice_")):
             raise AttributeError(name)
-        return getattr(_backend(self).config, name)
+        return getattr(self._moice_own, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(_backend(self).config, name, value)
-
-
-def _backend(config: object) -> _Backend:
-    """The backend behind the config of an intercepted attention module."""
-    backend: _Backend = getattr(config, _BACKEND_ATTRIBUTE)
-    return backend
+        setattr(self._moice_own, name, value)
 
 
 class _AttentionView:
@@ -98,6 +84,7 @@ class MixtureCall:
         top_k: the most experts that a row picks.
         implementation: name of the operator's implementation.
         rows: for each expert the queries that may pick it, where that is known.
+        turned: keys that earlier passes left turned in the cache, or None.
         records: those of `gate`; None until it was asked.
     """
 
@@ -107,16 +94,8 @@ class MixtureCall:
     top_k: int | None = None
     implementation: str = "auto"
     rows: tuple[slice, ...] | None = None
+    turned: TurnedKeys | None = None
     records: list[Any] | None = None
-
-    def as_keyword(self) -> dict[str, "MixtureCall"]:
-        """The keyword argument under which an attention module passes the mixture on."""
-        return {_KEYWORD: self}
-
-    @staticmethod
-    def among(kwargs: dict[str, Any]) -> "MixtureCall | None":
-        """The call among the keyword arguments of an attention module; None where its own attention is meant."""
-        return kwargs.get(_KEYWORD)
 
     def attend(
         self,
@@ -136,6 +115,9 @@ class MixtureCall:
             implementation = _implementation_for_packed(implementation)
         else:
             places = self.positions.among_keys(query.shape[-2], key.shape[-2])
+        turned = self.turned
+        if places[1] is not None or (turned is not None and not turned.are_of(self.positions, key)):
+            turned = None
         # Under autocast, rotated queries and keys may be in float32 and values in half precision.
         if not query.dtype == key.dtype == value.dtype:
             dtype = functools.reduce(torch.promote_types, (query.dtype, key.dtype, value.dtype))
@@ -143,7 +125,7 @@ class MixtureCall:
         gates, picked, self.records = self.gate(query)
         tensors = (query, key, value, gates, self.rotations)
         call = AttentionCall(
-            *tensors, *places, attend, attention_mask, picked, backend, self.top_k, options, self.rows
+            *tensors, *places, attend, attention_mask, picked, backend, self.top_k, options, self.rows, turned
         )
         return compute(call, implementation)
 
@@ -162,14 +144,19 @@ def moice_attention_forward(
     With a `moice` keyword (a [`MixtureCall`] or anything with its `attend` method) it computes that; without one it is
     the model's own attention.
     """
-    backend = _backend(module.config)
-    config = backend.config
+    intercepted: Any = module.config
+    config = intercepted._moice_own
     name = config._attn_implementation
 
     def attend(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, **options: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return backend.function(name)(_AttentionView(module, config), q, k, v, mask, **options)
+        # Without an eager function in the modeling file, transformers finds only what the interface itself holds.
+        function = intercepted._moice_interface.get_interface(name, intercepted._moice_eager)
+        found: tuple[torch.Tensor, torch.Tensor | None] = function(
+            _AttentionView(module, config), q, k, v, mask, **options
+        )
+        return found
 
     if moice is None:
         return attend(query, key, value, attention_mask, **kwargs)
@@ -242,21 +229,21 @@ def intercept(module: nn.Module) -> None:
     config = getattr(module, _CONFIG)
     if not isinstance(config, _InterceptedConfig):
         names = _own_forward(module).__globals__
-        backend = _Backend(config, names["ALL_ATTENTION_FUNCTIONS"], names.get("eager_attention_forward"))
-        setattr(module, _CONFIG, _InterceptedConfig(backend))
+        stand_in = _InterceptedConfig(config, names["ALL_ATTENTION_FUNCTIONS"], names.get("eager_attention_forward"))
+        setattr(module, _CONFIG, stand_in)
 
 
 def own_config(module: nn.Module) -> PreTrainedConfig:
     """The model's own config of an attention module, intercepted or not."""
     config = getattr(module, _CONFIG)
-    own: PreTrainedConfig = config if not isinstance(config, _InterceptedConfig) else _backend(config).config
+    own: PreTrainedConfig = config._moice_own if isinstance(config, _InterceptedConfig) else config
     return own
 
 
 def exchange_config(module: nn.Module, config: PreTrainedConfig) -> None:
     """Give a module another config of its own, whether it is intercepted or not."""
     if isinstance(module.config, _InterceptedConfig):
-        _backend(module.config).config = config
+        vars(module.config)["_moice_own"] = config
     else:
         setattr(module, _CONFIG, config)
 

@@ -1,7 +1,6 @@
 """`peft-moice extend`: a longer window for a model, as an adapter without parameters."""
 
 import argparse
-from collections.abc import Sequence
 
 from safetensors.torch import save_file
 from transformers import AutoConfig
@@ -14,12 +13,12 @@ from .parsing import Outcome, Parser, output_folder
 SUMMARY = "let a model read longer texts than its window, without training, unchanged within it"
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments of the command."""
+def parser() -> Parser:
+    """Of the command's arguments."""
     parser = Parser(
         "extend",
         (),
-        usage="MODEL OUTPUT_DIR [--factor 4] [options]",
+        usage="MODEL OUTPUT_DIR [--factor 4] [options] [--json]",
         summary=SUMMARY,
         further=(
             ": an adapter of a few hundred bytes, made from the model's config "
@@ -37,8 +36,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--near", type=int, help="Distance in tokens up to which angles stay. Default: three quarters of the window."
     )
-    parsed: argparse.Namespace = parser.parse(argv)[0]
-    return parsed
+    return parser
 
 
 def run(args: argparse.Namespace) -> Outcome:

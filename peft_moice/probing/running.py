@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from ..attention.interface import intercept, restore
+from ..attention.interface import KEYWORD, intercept, restore
 from ..rope.own_rotary import OwnRotary
 
 _IMPLEMENTATION_NAMES = {"eager", "sdpa", "flex_attention", "flash_attention_2"}
@@ -137,7 +137,7 @@ def _call(
     # Most modules run without a mask; those that choose keys themselves need one; in others it is not a tensor.
     try:
         for attention_mask in (None, mask.masked_fill(future, torch.finfo(mask.dtype).min)):
-            keywords = {"moice": capture, "attention_mask": attention_mask, **arguments}
+            keywords = {KEYWORD: capture, "attention_mask": attention_mask, **arguments}
             try:
                 torch.func.functional_call(module, weights, (hidden_states,), keywords)
             except _Captured:

@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 from ..attention import MixtureCall, bypassed, known_implementation
+from ..attention.interface import KEYWORD
 from ..rope import LayerRope, RotationTable
 from ..rope.layer_rope import Experts
 from ..rope.longrope import rope_of_pass
 from ..rope.positions import Positions, positions_of_pass
 from ..rope.rotary_hooks import attach_rotary_hooks
 from ..rope.rules import RopeExpert, active, longest
+from ..rope.turned_keys import TurnedKeys
 from .router import MoICERouter
 from .spec import RouterSpec
 
@@ -198,6 +200,8 @@ class LayerMixture:
         inner, others = self._inner_and_others(chosen)
 
         def gate(query: torch.Tensor) -> Gating:
+            if len(chosen) == 1 and not inner:
+                return Gating(query.new_ones((), dtype=torch.float32).expand(*query.shape[:3], 1), None, [])
             return self.gate_by_position(query, positions.of_queries(query), chosen)
 
         top_k = self._top_k() if inner else 1
@@ -208,7 +212,8 @@ class LayerMixture:
         rows += [rows_of[expert] for expert in others]
         known = tuple(found for found in rows if found is not None)
         known_rows = known if len(known) == rotations.num_experts else None
-        return MixtureCall(gate, rotations, positions, top_k, self.implementation(), known_rows)
+        turned = None if inner or torch.compiler.is_compiling() else TurnedKeys.before_pass(positions)
+        return MixtureCall(gate, rotations, positions, top_k, self.implementation(), known_rows, turned)
 
     def _inner_and_others(self, chosen: tuple[RopeExpert, ...]) -> tuple[tuple[float, ...], tuple[RopeExpert, ...]]:
         """The base angles of the routers where some of `chosen` leave queries to these, and the rest of `chosen`."""
@@ -305,7 +310,7 @@ class MixesAngles(nn.Module):
         call = mixture.call_of_pass(layer_idx, args, kwargs)
         if call is None:
             return attention(*args, **kwargs)
-        output = attention(*args, **call.as_keyword(), **kwargs)
+        output = attention(*args, **{KEYWORD: call}, **kwargs)
         self.finish(call, layer_idx)
         return output
 

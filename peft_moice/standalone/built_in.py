@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from ..attention import MixtureCall, intercept
+from ..attention.interface import KEYWORD
 from ..rope import LayerRope
 from ..routing.mixture import LayerMixture, MixesAngles, RopesByPosition, RouterShare
 from ..routing.router import MoICERouter
@@ -54,9 +55,7 @@ class BuiltInRouters(MixesAngles, nn.ModuleList):
         return self.ropes_by_position
 
     def shares(self) -> list[RouterShare]:
-        routers: Any = self  # a ModuleList's type does not say what it holds
-        pairs = zip(routers, self.router_specs, strict=True)
-        return [RouterShare(str(index), router, spec, spec.weight) for index, (router, spec) in enumerate(pairs)]
+        return shares_of(self, self.router_specs)
 
     def install(self, attention: nn.Module) -> None:
         """Make `attention` apply the routers. Undone by [`remove`][BuiltInRouters.remove]."""
@@ -76,12 +75,19 @@ class BuiltInRouters(MixesAngles, nn.ModuleList):
 
     def _add_mixture(self, attention: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         call = self.mixture().call_of_pass(_index(attention), args, kwargs)
-        return args, kwargs if call is None else {**kwargs, **call.as_keyword()}
+        return args, kwargs if call is None else {**kwargs, KEYWORD: call}
 
     def _finish(self, attention: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        call = MixtureCall.among(kwargs)
+        call: MixtureCall | None = kwargs.get(KEYWORD)
         if call is not None:
             self.finish(call, _index(attention))
+
+
+def shares_of(routers: nn.ModuleList, specs: list[RouterSpec]) -> list[RouterShare]:
+    """The shares of built-in `routers`, which `specs` describe."""
+    found: Any = routers  # a ModuleList's type does not say what it holds
+    pairs = zip(found, specs, strict=True)
+    return [RouterShare(str(index), router, spec, spec.weight) for index, (router, spec) in enumerate(pairs)]
 
 
 def _index(attention: nn.Module) -> int | None:

@@ -36,11 +36,7 @@ class LossPartsMixin:
         return_outputs: bool,
     ) -> Any:
         """What `compute_loss` returns, `result`, with `added` in its loss, counted as the part `loss/<name>`."""
-        self.note_part(name, added, num_items_in_batch)
-        return (result[0] + added, result[1]) if return_outputs else result + added
-
-    def note_part(self, name: str, added: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> None:
-        """Count `added`, a scalar that `compute_loss` adds to the loss of a micro-batch, as the part `loss/<name>`."""
+        result = (result[0] + added, result[1]) if return_outputs else result + added
         if getattr(self, "_noted_in", None) is not self.state:
             # Every training has a state of its own. One that ended between two logs leaves parts behind.
             self._noted_in = self.state
@@ -51,6 +47,7 @@ class LossPartsMixin:
         added = added.detach().float()
         self._parts[name] = self._parts[name] + added if name in self._parts else added
         self._part_steps.add(self.state.global_step)
+        return result
 
     def loss_is_a_sum(self, num_items_in_batch: torch.Tensor | int | None) -> bool:
         """Whether Trainer adds the losses of micro-batches up as they are; else it takes their mean."""

@@ -100,7 +100,7 @@ class MoICEModel(BaseTuner):
             )
         self._kept_out: list[tuple[nn.Module, str, nn.Module]] = []
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        del self._plans
+        del self._plan_of
         for parent, child_name, layer in self._kept_out:
             setattr(parent, child_name, layer)
         del self._kept_out
@@ -143,7 +143,7 @@ class MoICEModel(BaseTuner):
         return config
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
-        self._plans = plan_layers(as_moice_config(peft_config), model)
+        self._plan_of = plan_layers(as_moice_config(peft_config), model)
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> bool | re.Match[str] | None:
@@ -160,7 +160,7 @@ class MoICEModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         config = as_moice_config(peft_config)
-        plan = self._plans.of(current_key)
+        plan = self._plan_of(current_key)
         if plan.rope is None:
             return
         if isinstance(target, MoICELayer):

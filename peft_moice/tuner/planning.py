@@ -1,7 +1,9 @@
 """What an adapter will do to a model, found out and checked before anything is replaced."""
 
 import copy
+import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -18,47 +20,34 @@ from .targets import is_target
 logger = logging.getLogger(__name__)
 
 
-class LayerPlans:
-    """How the attention modules of `model` are adapted, each looked at when it is asked for first.
-
-    Args:
-        model: the model, with or without wrapped attention modules.
-    """
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-        self._probe = LayerProbe(model)
-        self._plans: dict[str, LayerPlan] = {}
-
-    def of(self, name: str) -> LayerPlan:
-        """The plan for the module called `name`; that of the wrapper where an earlier adapter has wrapped it.
-
-        Raises:
-            ValueError: the layer cannot be adapted, see [`LayerProbe.plan`].
-        """
-        if name not in self._plans:
-            target = self.model.get_submodule(name)
-            if isinstance(target, MoICELayer):
-                target.rope.check_config()
-                self._plans[name] = LayerPlan(target.rope, target.num_heads, target.head_dim)
-            else:
-                self._plans[name] = self._probe.plan(name)
-        return self._plans[name]
+PlanOf = Callable[[str], LayerPlan]
+"""How the attention module of a name is adapted, looked at when it is asked for first."""
 
 
-def plan_layers(config: MoICEConfig, model: nn.Module) -> LayerPlans:
+def plan_layers(config: MoICEConfig, model: nn.Module) -> PlanOf:
     """Probe the layers that `config` targets and resolve in `config` what it leaves open.
+
+    A module that an earlier adapter has wrapped has the plan of its wrapper.
 
     Raises:
         ValueError: no module matches, or one that cannot be adapted does, or angles that do not fit the model.
     """
     _check_heads_are_here(config, model)
-    plans = LayerPlans(model)
-    names = _choose_targets(config, plans) if config.target_modules is None else _targeted(config, model)
+    probe = LayerProbe(model)
+
+    @functools.cache
+    def plan_of(name: str) -> LayerPlan:
+        target = model.get_submodule(name)
+        if not isinstance(target, MoICELayer):
+            return probe.plan(name)
+        target.rope.check_config()
+        return LayerPlan(target.rope, target.num_heads, target.head_dim)
+
+    names = _targeted(config, model) if config.target_modules is not None else _choose_targets(config, model, plan_of)
     _check_layers_to_transform(config, names)
     for name in names:
         _check_not_on_disk(model, name)
-    without_rope = [name for name in names if plans.of(name).rope is None]
+    without_rope = [name for name in names if plan_of(name).rope is None]
     if without_rope:
         logger.info("MoICE leaves out %d attention modules without a rotary embedding.", len(without_rope))
     if names and len(without_rope) == len(names):
@@ -68,7 +57,7 @@ def plan_layers(config: MoICEConfig, model: nn.Module) -> LayerPlans:
         )
     thetas: dict[str | None, float] = {}
     for name in names:
-        rope = plans.of(name).rope
+        rope = plan_of(name).rope
         if rope is not None and thetas.setdefault(rope.layer_type, rope.rope_theta) != rope.rope_theta:
             raise ValueError(
                 f"{name} has rope_theta {rope.rope_theta}, other targeted layers have "
@@ -77,20 +66,20 @@ def plan_layers(config: MoICEConfig, model: nn.Module) -> LayerPlans:
     if thetas:
         config.resolve_bases(thetas)
     if config.ropes is not None:
-        _check_ropes(config, [plans.of(name).rope for name in names])
-        _check_longrope_is_whole(names, plans)
+        _check_ropes(config, [plan_of(name).rope for name in names])
+        _check_longrope_is_whole(names, model, plan_of)
     check_beside_routers(config, model, names)
-    return plans
+    return plan_of
 
 
-def _choose_targets(config: MoICEConfig, plans: LayerPlans) -> list[str]:
+def _choose_targets(config: MoICEConfig, model: nn.Module, plan_of: PlanOf) -> list[str]:
     """Target every attention module of the decoder that has a rotary embedding, as far as the config lets it.
 
     Returns the names of the modules that are targeted then.
     """
     everywhere = copy.copy(config)
     # An attention module that an earlier adapter has wrapped goes by its wrapper's name.
-    every = [name.removesuffix(".base_layer") for name in attention_module_names(plans.model)]
+    every = [name.removesuffix(".base_layer") for name in attention_module_names(model)]
     everywhere.target_modules = set(every)
     names = [name for name in every if is_target(everywhere, name)]
     if every and not names:
@@ -102,7 +91,7 @@ def _choose_targets(config: MoICEConfig, plans: LayerPlans) -> list[str]:
         )
     if config.ropes is not None:
         length = longest(config.ropes_by_position())
-        sliding = {name for name in names if _slides(plans.model.get_submodule(name), length)}
+        sliding = {name for name in names if _slides(model.get_submodule(name), length)}
         if names and len(sliding) == len(names):
             raise ValueError(
                 "Every attention module of the model sees a sliding window of keys, which longer texts do not make "
@@ -110,16 +99,16 @@ def _choose_targets(config: MoICEConfig, plans: LayerPlans) -> list[str]:
                 "`target_modules`."
             )
         names = [name for name in names if name not in sliding]
-    lacks = {plans.of(name).lacks for name in names}
-    names = [name for name in names if plans.of(name).rope is not None]
+    lacks = {plan_of(name).lacks for name in names}
+    names = [name for name in names if plan_of(name).rope is not None]
     if not names:
-        raise ValueError(explain_no_targets(plans.model, lacks))
+        raise ValueError(explain_no_targets(model, lacks))
     everywhere.target_modules = {name.rpartition(".")[2] for name in names}
-    if _targeted(everywhere, plans.model) == names:
+    if _targeted(everywhere, model) == names:
         config.target_modules = everywhere.target_modules
         return names
     config.target_modules = set(names)
-    return _targeted(config, plans.model)
+    return _targeted(config, model)
 
 
 def _slides(attention: nn.Module, length: int | None) -> bool:
@@ -176,11 +165,11 @@ def _check_over_longrope(config: MoICEConfig, length: int) -> None:
             )
 
 
-def _check_longrope_is_whole(names: list[str], plans: LayerPlans) -> None:
+def _check_longrope_is_whole(names: list[str], model: nn.Module, plan_of: PlanOf) -> None:
     """Raise a ValueError if layers without `ropes` would be left with the short factors of longrope."""
-    if any((rope := plans.of(name).rope) and rope.original_length is not None for name in names):
-        for name in attention_module_names(plans.model):
-            rope = plans.of(name.removesuffix(".base_layer")).rope
+    if any((rope := plan_of(name).rope) and rope.original_length is not None for name in names):
+        for name in attention_module_names(model):
+            rope = plan_of(name.removesuffix(".base_layer")).rope
             if name.removesuffix(".base_layer") not in names and rope and rope.original_length is not None:
                 raise ValueError(
                     f"`ropes` leave out {name}, but keep the rotary embedding that it shares at the short factors of "

@@ -16,8 +16,8 @@ from vllm.model_executor.models.transformers import vllm_attention_forward
 from vllm.model_executor.utils import set_weight_attrs
 
 from ...rope.rotation import rotate
-from ...routing.mixture import LayerMixture, RouterShare
-from ..built_in import ROUTERS_NAME
+from ...routing.mixture import LayerMixture
+from ..built_in import ROUTERS_NAME, shares_of
 from ..installing import DescribedLayer
 
 ATTENTION_NAME = "moice_vllm"
@@ -79,7 +79,7 @@ class ServedRouters(nn.ModuleList):
         return torch.cat(rotated, dim=1)
 
     def _mixture(self) -> LayerMixture:
-        return LayerMixture(self._shares(), self.rope, by_position=self.by_position)
+        return LayerMixture(shares_of(self, self.specs), self.rope, by_position=self.by_position)
 
     def _gates(self, query: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """`[H, S, N]` for queries `[1, H, S, D]` at `ids` `[1, S]`."""
@@ -87,11 +87,6 @@ class ServedRouters(nn.ModuleList):
         if self.by_position is None:
             return mixture.gate(query, mixture.rope_bases()).gates[0]
         return mixture.gate_by_position(query, ids, self.by_position.experts).gates[0]
-
-    def _shares(self) -> list[RouterShare]:
-        routers: Any = self  # a ModuleList's type does not say what it holds
-        pairs = zip(routers, self.specs, strict=True)
-        return [RouterShare(str(index), router, spec, spec.weight) for index, (router, spec) in enumerate(pairs)]
 
     def mix(
         self, attend: Callable[..., Any], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any
