@@ -7,11 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import adapted_model, load, logits_of, save_tiny_model, wide_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -70,7 +72,7 @@ class TestHelp:
         with pytest.raises(SystemExit):
             main(["measure", "--help"])
         printed = capsys.readouterr().out
-        for option, default in (("--seed", "0"), ("--batch_size", "1"), ("--questions", "16")):
+        for option, default in (("--seed", "0"), ("--batch_size", "1"), ("--questions", "8")):
             assert re.search(rf"  {option} N .* \[{default}\]\n", printed)
 
     def test_version(self, capsys):
@@ -128,6 +130,30 @@ class TestErrors:
         path = Path(adapter, file)
         path.write_bytes(path.read_bytes()[:40])
         assert re.search(rf"{file} is (not JSON|damaged)", error(capsys, "info", adapter))
+
+    def test_bitsandbytes_is_asked_for_before_anything_is_loaded(self, capsys, llama, monkeypatch):
+        both = ["measure", "--model", llama, "--load_in_4bit", "--load_in_8bit"]
+        assert "--load_in_4bit and --load_in_8bit exclude each other" in error(capsys, *both)
+        monkeypatch.setattr("peft_moice.cli.models.is_bitsandbytes_available", lambda: False)
+        assert "need bitsandbytes: pip install bitsandbytes" in error(capsys, *both[:-1])
+        train = ["train", "--model", llama, "--train_files", "gone", "--use_cpu", "--load_in_8bit"]
+        assert "need bitsandbytes" in error(capsys, *train)
+
+    def test_notices_for_those_who_call_libraries_are_left_out_meanwhile(self, capsys, llama, adapter, monkeypatch):
+        def run(args):
+            warnings.warn("`old` is deprecated. Use `new`.", FutureWarning, stacklevel=1)
+            logging.getLogger("transformers.utils.generic").warning("`old` is deprecated")
+            load(llama)
+            return describe(args)
+
+        describe = COMMANDS["info"].run
+        monkeypatch.setattr(COMMANDS["info"], "run", run)
+        before = logging.getLogger("transformers.utils.generic").level, warnings.filters[:]
+        capsys.readouterr()
+        assert main(["info", adapter]) == 0
+        assert capsys.readouterr().err == ""
+        assert (logging.getLogger("transformers.utils.generic").level, warnings.filters) == before
+        assert transformers.utils.logging.is_progress_bar_enabled()
 
     def test_the_log_is_as_it_was_afterwards(self, capsys, tmp_path):
         logger = logging.getLogger("peft_moice")
@@ -255,6 +281,47 @@ class TestAngles:
         assert "rotary" in error(capsys, "angles", "--model", folder, *options)
         assert "`num_experts` is 99" in error(capsys, "angles", "--num_experts", "99")
         assert "`num_facts` is 99" in error(capsys, "angles", "--facts", "99")
+
+
+class TestRun:
+    @pytest.mark.slow
+    def test_a_program_that_knows_peft_alone_finds_the_adapter(self, llama, adapter, tmp_path):
+        program = "import json, sys\nfrom peft import PeftConfig\n"
+        program += (
+            "print(json.dumps([sys.argv[1:], PeftConfig.from_pretrained(sys.argv[1]).peft_type]))\nsys.exit(3)\n"
+        )
+        (tmp_path / "program.py").write_text(program)
+        command = [sys.executable, "-m", "peft_moice", "run", "program", adapter, "--json", "--help"]
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+        assert done.returncode == 3
+        assert json.loads(done.stdout) == [[adapter, "--json", "--help"], "MOICE"]
+
+    def test_missing_modules(self, capsys):
+        assert "no module 'nothing_of_this_name'" in error(capsys, "run", "nothing_of_this_name", "--tasks", "x")
+
+    @pytest.mark.slow
+    def test_lm_eval(self, llama, adapter, tmp_path):
+        rows = [{"text": "w5 w6 w7", "choices": ["w8", "w9"], "label": label} for label in (0, 1)]
+        (tmp_path / "rows.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        task = {"task": "tiny", "dataset_path": "json", "output_type": "multiple_choice", "test_split": "train"}
+        task |= {"dataset_kwargs": {"data_files": str(tmp_path / "rows.json")}, "doc_to_text": "{{text}}"}
+        task |= {"doc_to_choice": "{{choices}}", "doc_to_target": "{{label}}", "metric_list": [{"metric": "acc"}]}
+        (tmp_path / "tiny.yaml").write_text(json.dumps(task))
+        options = ["--include_path", str(tmp_path), "--tasks", "tiny", "--device", "cpu", "--batch_size", "2"]
+        options += ["--output_path", str(tmp_path / "results.json"), "--log_samples"]
+        model = ["--model", "hf", "--model_args", f"pretrained={llama},peft={adapter},dtype=float32"]
+        environment = {**os.environ, "HF_HOME": str(tmp_path / "cache")}
+        command = [sys.executable, "-m", "peft_moice", "run", "lm_eval", *model, *options]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        (file,) = tmp_path.rglob("samples_tiny*.jsonl")
+        sample = json.loads(file.read_text().splitlines()[0])
+        tokenizer, model = AutoTokenizer.from_pretrained(llama), PeftModel.from_pretrained(load(llama), adapter)
+        for choice, (found, _) in zip(("w8", "w9"), sample["filtered_resps"], strict=True):
+            ids = tokenizer(f"w5 w6 w7 {choice}", return_tensors="pt").input_ids
+            expected = logits_of(model, ids)[0, -2].log_softmax(-1)[ids[0, -1]].item()
+            assert float(found) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.slow

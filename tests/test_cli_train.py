@@ -154,7 +154,7 @@ def test_a_folder_that_takes_no_files_shows_before_the_model_is_loaded(model, tm
 class TestPresets:
     def test_paper(self, model, tmp_path):
         file = write_data(tmp_path, "messages")
-        parsed = train.parse(
+        parsed = train.parser().parse(
             ["--preset", "paper", "--model", model, "--train_files", file, "--output_dir", str(tmp_path), "--use_cpu"]
         )
         ours, data, training = parsed.ours, parsed.data, parsed.trainer
@@ -184,7 +184,8 @@ class TestPresets:
         assert scales and all(scale.abs().min() > 0 for scale in scales)
         said = capsys.readouterr().err
         assert "No --preset" not in said
-        assert "loss/divergence" in said
+        assert all(figure in said for figure in ("loss/divergence", "moice/drift", "moice/entropy"))
+        assert not any(figure in said for figure in ("moice/max_load", "moice/balance_loss"))  # constants
         (line,) = re.findall(r"training [\d,]+ of .*", said)
         assert line.endswith("routers in 3 layers: rope_theta 10000 times 1, 1.5, 2, 3, 4, K = 5 of 5")
 
@@ -201,17 +202,17 @@ class TestPresets:
         argv = arguments(
             model, tmp_path, "file", preset="paper", max_steps=3, bf16=False, loss_on="answers", dtype="auto"
         )
-        parsed = train.parse(argv)
+        parsed = train.parser().parse(argv)
         assert (parsed.trainer.max_steps, parsed.trainer.bf16) == (3, False)
         assert (parsed.data.loss_on, parsed.ours.dtype) == ("answers", "auto")
 
     def test_epochs_override_the_steps_of_a_preset(self, model, tmp_path):
         for preset, steps in (("retrieval", 40), ("paper", 7)):
-            parsed = train.parse(arguments(model, tmp_path, "file", preset=preset, max_steps=None))
+            parsed = train.parser().parse(arguments(model, tmp_path, "file", preset=preset, max_steps=None))
             assert parsed.trainer.max_steps == steps
             for option in ("--num_train_epochs", "--num-train-epochs"):
                 argv = [*arguments(model, tmp_path, "file", preset=preset, max_steps=None), option, "2"]
-                parsed = train.parse(argv)
+                parsed = train.parser().parse(argv)
                 assert (parsed.trainer.max_steps, parsed.trainer.num_train_epochs) == (-1, 2)
 
     @pytest.mark.parametrize("option", [{"gradient_accumulation_steps": 4}, {"per_device_train_batch_size": 3}])

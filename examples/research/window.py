@@ -60,11 +60,16 @@ OURS = "near 0.75, linear, 4"
 def print_table(file: Path) -> None:
     """Tables in Markdown of what a log holds, methods in groups that have read the same texts to the same length."""
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    groups: dict = {}
-    for length, method in dict.fromkeys((row["length"], row["method"]) for row in rows):
-        found = [row for row in rows if (row["length"], row["method"]) == (length, method)]
-        found.sort(key=lambda row: row["text"])
-        groups.setdefault((length, tuple(row["text"] for row in found)), {})[method] = found
+    read: dict = {}
+    for row in rows:
+        read.setdefault((row["length"], row["method"]), {})[row["text"]] = row
+    groups = {}
+    for length, texts in dict.fromkeys((length, tuple(sorted(of_texts))) for (length, _), of_texts in read.items()):
+        groups[length, texts] = {
+            method: [of_texts[text] for text in texts]
+            for (other, method), of_texts in read.items()
+            if other == length and of_texts.keys() >= set(texts)
+        }
     for (length, texts), methods in groups.items():
         print(f"Texts {', '.join(map(str, texts))}, {length:g} windows:\n")
         print_means(methods)
