@@ -178,6 +178,7 @@ def on_disk(folder, offload, *names, **kwargs):
     return load(folder, device_map=device_map, offload_folder=offload, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "call",
     [

@@ -268,6 +268,7 @@ class TestAngles:
         assert main(["angles", "--output_dir", str(tmp_path)]) == 0
         assert "The official release has [10000.0, 17500.0, " in capsys.readouterr().out
 
+    @pytest.mark.slow
     def test_no_pictures_are_named_without_matplotlib(self, capsys, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
         assert main(["angles", "--output_dir", str(tmp_path)]) == 0

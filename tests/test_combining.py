@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from peft.utils import merge_utils
+from representatives import slow_but
 from tiny_models import (
     assert_logits,
     decide,
@@ -53,6 +54,7 @@ class TestAddWeightedAdapter:
         model.merge_adapter()
         assert_logits(model, flat)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("order", [("a", "one"), ("one", "a"), ("one", "two")])
     def test_cat_takes_adapters_in_any_order(self, model, llama, tmp_path, order):
         """An adapter with a single angle may have one that is not the model's own."""
@@ -122,7 +124,9 @@ class TestAddWeightedAdapter:
         with pytest.raises(ValueError, match="different implementations"):
             model.add_weighted_adapter(["forced", "forced otherwise"], [0.5, 0.5], "mean of both")
 
-    @pytest.mark.parametrize("kind", ["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"])
+    @pytest.mark.parametrize(
+        "kind", slow_but(["ties"], ["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"])
+    )
     def test_router_weights_are_combined_by_pefts_functions(self, model, kind):
         # PEFT prunes at random for the "dare" types; keeping all values makes them comparable.
         density = None if kind == "linear" else 1.0 if "dare" in kind else 0.5

@@ -128,6 +128,7 @@ class TestKernels:
         assert any("peft_moice" in name for name in operations)
         assert not any(name.endswith(("cos", "sin")) for name in operations)
 
+    @pytest.mark.slow
     def test_lengths_may_be_dynamic(self):
         compiled = torch.compile(mixed, fullgraph=True, backend="eager", dynamic=True)
         for length in (9, 12, 15):

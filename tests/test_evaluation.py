@@ -157,8 +157,8 @@ class TestFactsByPosition:
         assert result.table() == [expected] == [[1.0, 0.0, 1.0, 0.0, 1.0]]
         assert (result.gap(), result.gap(5)) == (1.0, 1.0)
 
-    def test_leaves_the_model_in_its_mode(self, knows_some):
-        model, tokenizer, _ = knows_some
+    def test_leaves_the_model_in_its_mode(self):
+        model, tokenizer = tiny_llama(), byte_tokenizer(CHAT_TEMPLATE)
         for mode in (True, False):
             model.train(mode)
             evaluate(model, tokenizer, Facts(), lengths=[2], num_groups=1)
@@ -336,6 +336,7 @@ def test_an_end_that_the_tokenizer_puts_behind_the_text_is_no_answer():
 
 
 class TestEvaluate:
+    @pytest.mark.slow
     def test_agrees_with_what_the_model_writes(self, knows_some):
         model, tokenizer, facts = knows_some
 
@@ -363,6 +364,7 @@ class TestEvaluate:
             losses = [result.mean("loss", position=position) for position in positions]
             assert max(losses[::2]) < min(losses[1::2])
 
+    @pytest.mark.slow
     def test_batches_ask_the_same(self, knows_some):
         model, tokenizer, _ = knows_some
         results = [evaluate(model, tokenizer, Facts(), lengths=[5], num_groups=2, batch_size=size) for size in (1, 4)]

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_operator import LAYOUTS, attend, inputs, table
+from test_operator import inputs, mix
 
-from peft_moice.attention import mixed_attention
 from peft_moice.attention.native import library
 
 pytestmark = [
@@ -31,9 +30,7 @@ def fresh(monkeypatch, tmp_path) -> Path:
 
 
 def mixed(implementation: str = "native") -> torch.Tensor:
-    query, key, value, gates = inputs()
-    options = {"rotations": table(LAYOUTS["half"]), "attend": attend, "backend": "sdpa"}
-    return mixed_attention(query, key, value, gates, implementation=implementation, **options)[0]
+    return mix(implementation, *inputs(), backend="sdpa")[0]
 
 
 def assert_works() -> None:

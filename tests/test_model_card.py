@@ -68,6 +68,7 @@ def test_literals_are_what_they_quote(text):
     assert "`" not in python_string(text) and "\n" not in python_string(text)
 
 
+@pytest.mark.slow
 @given(st.text() | st.sampled_from(NASTY))
 def test_text_on_one_line_that_markdown_shows_as_it_is(text):
     line = plain(text)

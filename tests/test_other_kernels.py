@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from peft import PeftModel
+from representatives import slow_but
 from tiny_models import adapted_model, load, logits_of, save_tiny_model, token_ids
 from transformers.models.llama import modeling_llama
 from transformers.utils.import_utils import is_kernels_available
@@ -88,7 +89,7 @@ def test_offloaded_caches(folder, cache):
 
 
 @pytest.mark.parametrize("implementation", ["auto", "delegated"])
-@pytest.mark.parametrize("identity", [False, True])
+@pytest.mark.parametrize("identity", slow_but([True], [False, True]))
 def test_training_under_autocast(folder, implementation, identity):
     """Gradients in bfloat16 stay close to those in float32, whichever implementation computes them."""
     options = {"implementation": implementation, "init_weights": "identity" if identity else True}

@@ -56,7 +56,7 @@ def fill(model, cache, places: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([run(model, cache, part, place) for part, place in zip(parts, places, strict=True)], dim=1)
 
 
-@pytest.mark.parametrize("make_cache", [dynamic_cache, static_cache])
+@pytest.mark.parametrize("make_cache", slow_but([dynamic_cache], [dynamic_cache, static_cache]))
 @pytest.mark.parametrize("family", slow_but(["llama"], ["llama", "mistral", "gemma3_text", "gpt_neox", "persimmon"]))
 @pytest.mark.parametrize("name", PIECES)
 @torch.no_grad()
@@ -65,7 +65,7 @@ def test_one_angle_equals_a_model_with_that_rope_theta(name, family, make_cache)
     assert_close(fill(model, make_cache(model), PIECES[name]), fill(own, make_cache(own), PIECES[name]))
 
 
-@pytest.mark.parametrize("name", PIECES)
+@pytest.mark.parametrize("name", slow_but(["a prompt that jumps", "rows apart"], PIECES))
 @torch.no_grad()
 def test_mixtures_equal_the_reference_without_a_cache(name):
     model, reference = mixture(), mixture(implementation="reference")
@@ -246,7 +246,7 @@ def test_rows_that_are_repeated_selected_or_permuted():
 
 
 @pytest.mark.parametrize("rows", [[2, 1], [2, 0, 1], [1, 1, 2, 0]])
-@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("family", slow_but(["mistral"], ["llama", "mistral"]))
 @torch.no_grad()
 def test_padded_rows_that_are_selected_count_on(family, rows):
     model, mask = mixture(family, implementation="native"), (torch.arange(14) >= torch.tensor([[0], [3], [1]])).long()
@@ -452,6 +452,7 @@ def test_static_caches_whose_layer_cannot_be_told_are_refused():
         run(model, StaticCache(config=model.config, max_cache_len=16), tokens(length=4))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_layers_that_come_more_than_once_in_a_pass():
     model, own = one_angle("hrm_text"), rotated("hrm_text")

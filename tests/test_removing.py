@@ -58,7 +58,7 @@ def test_disable_adapter_in_the_middle_of_a_generation(bases, family):
     torch.testing.assert_close(resumed.logits, full, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("remove", ["unload", "delete_and_unload"])
+@pytest.mark.parametrize("remove", slow_but(["delete_and_unload"], ["unload", "delete_and_unload"]))
 def test_unload_gives_the_original_objects_back(llama, remove):
     model = load(llama)
     expected = logits_of(model)

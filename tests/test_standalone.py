@@ -285,6 +285,7 @@ def test_without_and_with_another_head(llama, tmp_path):
     assert torch.equal(classifier.model(token_ids()).last_hidden_state, hidden)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", ["peft_moice.standalone", "peft_moice.standalone.models"])
 def test_an_adapter_of_another_kind_names_the_class_of_its_base(llama, tmp_path, library):
     """Without a task type PEFT imports the class by its name."""

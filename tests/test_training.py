@@ -525,6 +525,7 @@ def test_autocast_computes_the_balance_loss_in_float32(llama):
     assert all(g.dtype == torch.float32 and g.abs().max() > 0 for g in gradients_of(model))
 
 
+@pytest.mark.slow
 def test_passes_are_freed_without_the_garbage_collector(llama):
     model, ids = adapted(llama), token_ids()
     use_checkpointing(model, "non-reentrant")
@@ -590,7 +591,7 @@ def test_replicas_have_passes_of_their_own(llama):
     assert len(losses) == 2 and all(torch.equal(loss, expected) for loss in losses)
 
 
-@pytest.mark.parametrize("start", [0.0, 0.6])
+@pytest.mark.parametrize("start", slow_but([0.6], [0.0, 0.6]))
 @pytest.mark.parametrize("implementation", sorted(set(IMPLEMENTATIONS) - {"triton"}))
 def test_the_gradient_of_the_identity_scale_is_that_of_finite_differences(llama, implementation, start):
     """The output of a layer is linear in its scales, so that a difference over a step of 1 is exact."""
