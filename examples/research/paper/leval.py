@@ -1,6 +1,6 @@
-"""L-Eval (An et al., ACL 2024): its closed tasks by its own prompts and rules, open ones by F1 and ROUGE.
+"""L-Eval (An et al., ACL 2024): its closed tasks by its own rules, open ones by F1 and ROUGE.
 
-Prompts and rules are those of `Baselines/llama2-chat-test.py`, `Baselines/LEval_config.py` and `Evaluation/` of
+The order of prompts and the rules are those of `Baselines/llama2-chat-test.py`, `Baselines/LEval_config.py` and `Evaluation/` of
 https://github.com/OpenLMLab/LEval, quirks included. What models write is kept in its format, so that its scripts and
 its judges (README.md) read it, too.
 """
@@ -31,25 +31,22 @@ OPEN = (
     "natural_question", "news_summ", "paper_assistant", "patent_summ", "review_summ", "scientific_qa", "tv_show_summ",
 )  # fmt: skip
 
-_LONG = "Now you are given a very long document. Please follow the instruction "
+# L-Eval's prompts ask for the same in words of its own, which are under GPL-3.
+_READ = "You will read a long document, and then a task about it. "
 _SYSTEM = {
-    "coursera": _LONG
-    + "based on this document. For multi-choice questions, there could be a sinlge correct option or "
-    "multiple correct options. Please only provide the letter corresponding to the answer (like A or AB) when "
-    "answering. ",
-    "gsm100": "Given several question answer pairs, you need to follow a similar format to answer the last question. "
-    "Make sure the response is end with The answer is _ . ",
-    "codeU": "Now you are given a code base consisting of a large amount of functions and the corresponding comments. "
-    "In the end, I will call some functions defined in the code base. Please carefully read these codes and comments "
-    "and answer the question.",
-    "sci_fi": "Now you are given a scientific fiction. I will ask you some questions and the answer should be "
-    '"True" or "False". Notice that you should answer the question based on the evidence in the document instead of '
-    "your background knowledge.",
-    "closed": _LONG + "based on this document. For multi-choice questions, there is only a sinlge correct option. "
-    "Please only provide the letter corresponding to the answer (like A or B) when answering. For other questions, "
-    "please directly give the concise and accurate answer. ",
-    "open": _LONG + "after this document. These instructions may include summarizing a document, answering questions "
-    "based on the document, or writing a required paragraph. ",
+    "coursera": _READ
+    + "Questions offer options, of which one or more are right. Answer by their letters alone, such as "
+    "A or BD.",
+    "gsm100": "You will read solved questions. Solve the last one in the same way, and end with: The answer is, and "
+    "the number.",
+    "codeU": "You will read many functions of a program with their comments, and then calls of some of them. Work out "
+    "from the code what the calls give.",
+    "sci_fi": "You will read a science fiction story, and then a statement. Say True or False, by what the story "
+    "says and not by what you know.",
+    "closed": _READ
+    + "Where a question offers options, one is right: answer by its letter alone, such as A. Answer other "
+    "questions shortly and exactly.",
+    "open": _READ + "It may ask for a summary, an answer or a paragraph.",
 }
 _OF_THE_DOCUMENT = "based on the world described in the document."
 _OF_THE_WORLD = "based on the real-world knowledge and facts up until your last training"
@@ -71,11 +68,10 @@ def prompt(tokenizer: Any, task: str, document: str, question: str, answer: str,
     if task in ("gsm100", "codeU"):
         message, end = f"{document}\n\n{question}", ""
     elif task in CLOSED:
-        message, opening = f"Document is as follows. {document} \nQuestion: {question}. ", "\nAnswer:"
-        message += " Please directly give answer without any additonal output or explanation "
+        message, opening = f"Document: {document}\nQuestion: {question}", "\nAnswer:"
+        message += "\nGive the answer and nothing else."
     else:
-        message = f"Document is as follows. {document} Instruction: {question} "
-        message += f"\nAnswer this question with {len(answer.split())} words."
+        message = f"Document: {document}\nTask: {question}\nWrite about {len(answer.split())} words."
     if official:
         return _ids(tokenizer, f"[INST]<<SYS>>\n{system}\n<</SYS>>\n\n{message}{end}{opening}", True)
     text = render_chat(tokenizer, [{"role": "user", "content": f"{system}\n{message}"}], add_generation_prompt=True)
