@@ -1,6 +1,7 @@
 """What MkDocs does for this site besides its plugins (`hooks` in mkdocs.yml).
 
-- Pages that lie outside of docs/ (changelog, contributing, ...) become pages of the site, and so does the notebook.
+- Pages that lie outside of docs/ (changelog, contributing, ...) become pages of the site, and so do the notebook and
+  what the parsers of the commands know.
 - Links that lead out of docs/ become links to these pages, or plain text where the site has nothing to show.
 - Fences of the language `math` become MathML, which browsers draw without any script.
 - Names that docstrings write as [`Name`] become links to the reference.
@@ -9,6 +10,7 @@
 import json
 import posixpath
 import re
+import sys
 from pathlib import Path
 
 from latex2mathml.converter import convert
@@ -17,6 +19,10 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(Path(__file__).parent))
+
+from commands_page import commands_page  # noqa: E402
+
 OUTSIDE = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
@@ -24,8 +30,9 @@ OUTSIDE = {
     "CODE_OF_CONDUCT.md": "code_of_conduct.md",
     "SECURITY.md": "security.md",
     "examples/measure_train_picture.ipynb": "guide/notebook.md",
+    "peft_moice/cli": "commands.md",
 }
-"""Files of the repository, and the pages that they are on the site."""
+"""What the repository holds, and the pages that it is on the site."""
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#:]+)(#[^)\s]*)?\)")
 INLINE_MATH = re.compile(r"(?<![`$\w])\$([^$\n]+)\$(?![`$\w])")
 ENTRY = re.compile(r"^::: (\S+)$", re.MULTILINE)
@@ -40,9 +47,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     for source, page in OUTSIDE.items():
         if page not in files.src_uris:
-            text = (ROOT / source).read_text(encoding="utf-8")
-            content = _notebook_page(text) if source.endswith(".ipynb") else text.replace("](docs/", "](")
-            files.append(File.generated(config, page, content=content))
+            files.append(File.generated(config, page, content=_page_of(ROOT / source)))
     return files
 
 
@@ -80,6 +85,13 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 
 def _math(source: str, *args: object, **kwargs: object) -> str:
     return convert(source, display="block")
+
+
+def _page_of(source: Path) -> str:
+    if source.is_dir():
+        return commands_page()
+    text = source.read_text(encoding="utf-8")
+    return _notebook_page(text) if source.suffix == ".ipynb" else text.replace("](docs/", "](")
 
 
 def _notebook_page(notebook: str) -> str:

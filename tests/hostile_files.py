@@ -76,8 +76,6 @@ class Case:
         return f"{self.folder}/{self.file}: {self.label}"
 
 
-# --- what is done to files ---
-
 NUMBERS = [0, -1, 1, 2, 3, 7, 2**20, 10**9, 2**63, 10**400, 0.5, -0.0, 1e-300, 1e308, float("nan"), float("inf")]
 TEXTS = ["", "x" * 10_000, "../../etc/passwd", "/etc/passwd", "\x00", "\ud800", "__class__", "head", "gelu", "moice"]
 leaves = st.none() | st.booleans() | st.sampled_from(NUMBERS) | st.sampled_from(TEXTS)
@@ -229,9 +227,6 @@ def cases(draw: Any) -> Case:
     )
     content, label = draw(change((SAVED / folder / file).read_bytes()))
     return Case(folder, file, content, label)
-
-
-# --- what is made of it ---
 
 
 class Judge:

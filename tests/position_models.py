@@ -21,15 +21,12 @@ def one_angle(family: str = "llama", **overrides) -> PeftModel:
     return get_peft_model(base, MoICEConfig(base_multipliers=[FACTOR])).eval()
 
 
-def mixture(
-    family: str = "llama", implementation: str = "auto", router_aux_loss_coef: float = 0.3, **overrides
-) -> PeftModel:
-    """A model that mixes three angles, two of them per token."""
+def mixture(family: str = "llama", **options) -> PeftModel:
+    """A model that mixes three angles, two of them per token. Options are those of the adapter and of the model."""
     torch.manual_seed(1)
-    angles = {"base_multipliers": [1.0, 4.0, 0.25], "top_k": 2, "init_weights": False}
-    base = tiny_model(family, eos_token_id=None, **overrides)
-    angles["router_aux_loss_coef"] = router_aux_loss_coef
-    return get_peft_model(base, MoICEConfig(implementation=implementation, **angles)).eval()
+    own = {name: options.pop(name) for name in list(options) if hasattr(MoICEConfig, name)}
+    config = MoICEConfig(base_multipliers=[1.0, 4.0, 0.25], top_k=2, init_weights=False, **own)
+    return get_peft_model(tiny_model(family, eos_token_id=None, **options), config).eval()
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:

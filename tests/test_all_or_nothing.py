@@ -6,7 +6,18 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from tiny_models import assert_logits, decide, layers_of, load, logits_of, router_state, token_ids, wide_config
+from tiny_models import (
+    adapted_model,
+    assert_logits,
+    decide,
+    layers_of,
+    load,
+    logits_of,
+    router_state,
+    token_ids,
+    two_adapters,
+    wide_config,
+)
 
 from peft_moice import MoICEConfig, MoICELayer, load_official_checkpoint
 from peft_moice.tuner.rollback import restored_on_error
@@ -75,12 +86,9 @@ def test_a_refused_official_checkpoint(llama):
 
 @pytest.fixture
 def broken(llama) -> PeftModel:
-    """Adapters "a" and "b"; the last layer's router of "a" holds NaN."""
-    model = get_peft_model(load(llama), wide_config(), adapter_name="a").eval()
-    model.add_adapter("b", wide_config())
-    decide(model, "a")
-    decide(model, "b", seed=1)
-    layers_of(model)[2].moice_router["a"].down_proj.data[0, 0] = float("nan")
+    """Adapters "one" and "two"; the last layer's router of "one" holds NaN."""
+    model = two_adapters(llama)
+    layers_of(model)[2].moice_router["one"].down_proj.data[0, 0] = float("nan")
     return model
 
 
@@ -89,31 +97,30 @@ def broken(llama) -> PeftModel:
 @pytest.mark.filterwarnings("ignore:Already following adapters were merged")
 def test_a_merge_that_finds_nan_in_the_last_layer(broken, verb, merged_before):
     if merged_before:
-        broken.merge_adapter(["b"])
+        broken.merge_adapter(["two"])
     expected = logits_of(broken) if merged_before else None
     before = state_of(broken)
-    with pytest.raises(ValueError, match="The adapter a seems to be broken"):
-        getattr(broken, verb)(safe_merge=True, adapter_names=["a"])
+    with pytest.raises(ValueError, match="The adapter one seems to be broken"):
+        getattr(broken, verb)(safe_merge=True, adapter_names=["one"])
     after = state_of(broken)
-    nan_weight = "base_model.model.model.layers.2.self_attn.moice_router.a.down_proj value"
+    nan_weight = "base_model.model.model.layers.2.self_attn.moice_router.one.down_proj value"
     before.pop(nan_weight), after.pop(nan_weight)
     assert after == before
     if merged_before:
         assert torch.equal(logits_of(broken), expected)
     else:
-        broken.set_adapter("b")
+        broken.set_adapter("two")
         expected = logits_of(broken)
         broken.merge_adapter()
         assert_logits(broken, expected)
 
 
 def test_a_combination_that_fails_in_the_last_layer(llama):
-    model = get_peft_model(load(llama), wide_config(), adapter_name="a").eval()
-    model.add_adapter("b", wide_config())
-    layers_of(model)[2].moice_router["b"].up_proj.data = torch.zeros(1, 1)
+    model = two_adapters(llama)
+    layers_of(model)[2].moice_router["two"].up_proj.data = torch.zeros(1, 1)
     before = state_of(model)
     with pytest.raises(RuntimeError):
-        model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "mean")
+        model.add_weighted_adapter(["one", "two"], [0.5, 0.5], "mean")
     assert state_of(model) == before
 
 
@@ -165,8 +172,7 @@ def test_a_refused_file_of_a_second_adapter(llama, misfit):
 
 
 def test_refused_weights_leave_a_trained_adapter_alone(llama, misfit):
-    model = get_peft_model(load(llama), wide_config()).eval()
-    decide(model)
+    model = adapted_model(llama)
     before = state_of(model)
     for _ in range(2):
         with pytest.raises(ValueError, match="lacks 3 of 9 router weights"):

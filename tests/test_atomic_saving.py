@@ -21,6 +21,8 @@ from tiny_models import adapted_model, decide, load, logits_of
 from peft_moice.files import atomic
 from peft_moice.files.atomic import staged, write_text
 
+pytestmark = pytest.mark.slow
+
 
 @contextlib.contextmanager
 def no_file_over(size: int):
@@ -70,7 +72,6 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.slow
 def test_a_merged_model_is_whole_between_any_two_renames(llama, tmp_path, monkeypatch):
     old, new = (adapted_model(llama) for _ in range(2))
     decide(new, seed=1)
@@ -101,7 +102,6 @@ def test_a_merged_model_is_whole_between_any_two_renames(llama, tmp_path, monkey
     assert torch.equal(logits_of(load(tmp_path)), outcomes[1])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adapter", "merged"])
 def test_killed_at_many_moments(tmp_path, kind):
     states(tmp_path, kind)

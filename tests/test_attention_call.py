@@ -7,7 +7,7 @@ import torch
 from test_operator import LAYOUTS, attend, table
 from torch.testing import assert_close
 
-from peft_moice.attention import IMPLEMENTATIONS, mixed_attention
+from peft_moice.attention import mixed_attention
 from peft_moice.attention.call import AttentionCall
 from peft_moice.routing.router import select_experts
 
@@ -200,8 +200,3 @@ def test_the_models_own_attention_gets_its_options(name):
     arguments = {**tensors(), "rotations": table(LAYOUTS["half"]), "query_start": KEYS - QUERIES}
     mixed_attention(**arguments, attend=recording, implementation=name, dropout=0.0, sliding_window=7)
     assert seen == [{"dropout": 0.0, "sliding_window": 7}] * (1 if name == "folded" else 3)
-
-
-def test_every_implementation_offers_the_two_functions():
-    for name, implementation in IMPLEMENTATIONS.items():
-        assert callable(implementation.why_not) and callable(implementation.run), name

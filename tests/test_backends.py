@@ -4,6 +4,7 @@ import pytest
 import torch
 from families import tiny_model, tokens
 from peft import get_peft_model
+from representatives import slow_but
 
 from peft_moice import MoICEConfig
 
@@ -80,7 +81,7 @@ def test_scores_with_a_soft_cap_are_mixed_after_the_cap():
     assert (adapted("gemma2", attention="eager")(tokens()).logits - expected).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("implementation", ["auto", "delegated", "reference"])
+@pytest.mark.parametrize("implementation", slow_but(["auto"], ["auto", "delegated", "reference"]))
 @torch.no_grad()
 def test_attention_in_both_directions_stays_so(implementation):
     """PaliGemma's text tower says so in an attribute of its attention modules, and makes no mask."""

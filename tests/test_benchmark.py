@@ -92,24 +92,6 @@ def test_variants_share_the_weights_and_nothing_else(folder):
     assert not torch.equal(found["K = 2"].eval()(ids).logits, before)
 
 
-def test_the_identity_start_is_that_of_the_base_model(folder):
-    model = load(folder)
-    adapted = benchmark.adapted(model, 2, "auto", identity=True).eval()
-    ids = torch.arange(2, 30)[None]
-    torch.testing.assert_close(adapted(ids).logits, model(ids).logits)
-    assert any("identity_scale" in name for name, _ in adapted.named_parameters())
-
-
-def test_caches_to_decode_from_are_as_long_as_they_say(folder):
-    model = load(folder)
-    model = benchmark.adapted(model, 2, "auto", identity=False).eval()
-    cache = benchmark.random_cache(model, 37)
-    assert cache.get_seq_length() == 37
-    with torch.no_grad():
-        model(torch.tensor([[5]]), past_key_values=cache)
-    assert cache.get_seq_length() == 38
-
-
 @pytest.mark.filterwarnings("error:.*past_key_values")
 def test_decoding_passes_the_cache_by_the_name_that_the_model_has_for_it(folder):
     benchmark.make_job(load(folder), "decode step", 9)()

@@ -7,10 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import adapted_model, load, logits_of, save_tiny_model, wide_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -70,7 +72,7 @@ class TestHelp:
         with pytest.raises(SystemExit):
             main(["measure", "--help"])
         printed = capsys.readouterr().out
-        for option, default in (("--seed", "0"), ("--batch_size", "1"), ("--questions", "16")):
+        for option, default in (("--seed", "0"), ("--batch_size", "1"), ("--questions", "8")):
             assert re.search(rf"  {option} N .* \[{default}\]\n", printed)
 
     def test_version(self, capsys):
@@ -128,6 +130,30 @@ class TestErrors:
         path = Path(adapter, file)
         path.write_bytes(path.read_bytes()[:40])
         assert re.search(rf"{file} is (not JSON|damaged)", error(capsys, "info", adapter))
+
+    def test_bitsandbytes_is_asked_for_before_anything_is_loaded(self, capsys, llama, monkeypatch):
+        both = ["measure", "--model", llama, "--load_in_4bit", "--load_in_8bit"]
+        assert "--load_in_4bit and --load_in_8bit exclude each other" in error(capsys, *both)
+        monkeypatch.setattr("peft_moice.cli.models.is_bitsandbytes_available", lambda: False)
+        assert "need bitsandbytes: pip install bitsandbytes" in error(capsys, *both[:-1])
+        train = ["train", "--model", llama, "--train_files", "gone", "--use_cpu", "--load_in_8bit"]
+        assert "need bitsandbytes" in error(capsys, *train)
+
+    def test_notices_for_those_who_call_libraries_are_left_out_meanwhile(self, capsys, llama, adapter, monkeypatch):
+        def run(args):
+            warnings.warn("`old` is deprecated. Use `new`.", FutureWarning, stacklevel=1)
+            logging.getLogger("transformers.utils.generic").warning("`old` is deprecated")
+            load(llama)
+            return describe(args)
+
+        describe = COMMANDS["info"].run
+        monkeypatch.setattr(COMMANDS["info"], "run", run)
+        before = logging.getLogger("transformers.utils.generic").level, warnings.filters[:]
+        capsys.readouterr()
+        assert main(["info", adapter]) == 0
+        assert capsys.readouterr().err == ""
+        assert (logging.getLogger("transformers.utils.generic").level, warnings.filters) == before
+        assert transformers.utils.logging.is_progress_bar_enabled()
 
     def test_the_log_is_as_it_was_afterwards(self, capsys, tmp_path):
         logger = logging.getLogger("peft_moice")
@@ -242,6 +268,7 @@ class TestAngles:
         assert main(["angles", "--output_dir", str(tmp_path)]) == 0
         assert "The official release has [10000.0, 17500.0, " in capsys.readouterr().out
 
+    @pytest.mark.slow
     def test_no_pictures_are_named_without_matplotlib(self, capsys, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
         assert main(["angles", "--output_dir", str(tmp_path)]) == 0
@@ -256,8 +283,8 @@ class TestAngles:
         assert "`num_facts` is 99" in error(capsys, "angles", "--facts", "99")
 
 
-@pytest.mark.slow
 class TestRun:
+    @pytest.mark.slow
     def test_a_program_that_knows_peft_alone_finds_the_adapter(self, llama, adapter, tmp_path):
         program = "import json, sys\nfrom peft import PeftConfig\n"
         program += (
@@ -297,6 +324,7 @@ class TestRun:
             assert float(found) == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_as_a_process(adapter):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "peft_moice", "info"]

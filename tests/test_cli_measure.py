@@ -13,10 +13,13 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny_data import words
 from tiny_models import decide, load, save_tiny_model, wide_config
 
+from peft_moice import extend
 from peft_moice.cli import measure
 from peft_moice.cli.main import main
 from peft_moice.cli.tables import difference, score_table, verdict
 from peft_moice.evaluation import Result, Score, bootstrap_interval
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +56,6 @@ def error(capsys, *argv: str) -> str:
     return line
 
 
-@pytest.mark.slow
 def test_table_scores_and_pictures_of_an_adapter_beside_its_base(model, adapter, document, options, tmp_path, capsys):
     argv = ["measure", "--adapter", adapter, "--documents", document, "--tasks", "needles", "key_values", *options]
     assert main(argv) == 0
@@ -69,6 +71,19 @@ def test_table_scores_and_pictures_of_an_adapter_beside_its_base(model, adapter,
     base, adapted = (Result.load(out / f"needles__single_{i}.json") for i in (0, 1))
     assert base.lengths == [60, 120] and base.positions == [0.0, 1.0] and len(base.scores) == 8
     assert base.mean("loss") != adapted.mean("loss")
+
+
+def test_an_extension_is_measured_on_both_sides_of_the_window(tmp_path, document, options, capsys):
+    base = save_tiny_model(tmp_path / "short", max_position_embeddings=64)
+    extend(load(base)).save_pretrained(tmp_path / "longer")
+    argv = ["--adapter", str(tmp_path / "longer"), "--documents", document, "--tasks", "needles", *options[:-4]]
+    assert main(["measure", *argv, *options[-2:]]) == 0
+    within, beyond = zip(*re.findall(r"([\d.]+) within, ([\d.]+) beyond", capsys.readouterr().out), strict=True)
+    assert within[0] == within[1] and beyond[0] != beyond[1]
+    own, longer = json.loads((tmp_path / "out" / "losses.json").read_text()).values()
+    assert own["edges"] == [2, 4, 8, 16, 32, 64, 120]
+    assert own["losses"][:6] == pytest.approx(longer["losses"][:6], abs=1e-6)
+    assert float(beyond[1]) == pytest.approx(longer["losses"][6], abs=1e-3)
 
 
 def test_without_documents_facts_are_asked(model, options, tmp_path, capsys):
@@ -124,7 +139,8 @@ def test_adapters_of_any_type_side_by_side(model, adapter, document, options, tm
     assert main(["measure", "--adapter", *several, *argv]) == 0
     printed = capsys.readouterr()
     assert all(f"needles: single: {name}: " in printed.out for name in ("mine", "lora", "prompt"))
-    assert "4 questions, put to 4 models in turn." in printed.err
+    assert "4 questions about prompts of up to 122 tokens, put to 4 models in turn." in printed.err
+    assert re.search(r"The first 2 took ([\d.e-]+) seconds; all take about [\d.e-]+ seconds\.", printed.err)
     together = [Result.load(tmp_path / "out" / f"needles__single_{i}.json").mean("loss") for i in range(4)]
     assert len(set(together)) == 4
     for number, folder in enumerate(several, start=1):  # each as if the others were not there
@@ -152,9 +168,20 @@ def test_perplexity_says_over_how_much_it_is_or_why_it_is_missing(model, documen
     assert "not measured: the documents have 540 tokens, fewer than a chunk (--chunk_length 541)" in printed.err
 
 
-@pytest.mark.parametrize("calls", [0, 1, 3])
+def test_the_pace_of_the_first_draw_counts_for_all_by_their_tokens(model, caplog, monkeypatch):
+    """Of 30 tokens in a second: the draws of all tasks, lengths and models have 2 x 3 x (30 + 60 + 90) tokens."""
+    clock = iter([10.0, 11.0])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(measure, "evaluate", lambda *args, **kwargs: None)
+    args = measure.Arguments(adapter=["a"], questions=3)
+    with caplog.at_level("INFO", "peft_moice"):
+        measure.tell_pace(None, None, (None, [2, 1]), [{1: 30, 2: 60}, {5: 90}], args)
+    assert "The first 5 took 1 seconds; all take about 36 seconds." in caplog.text
+
+
+@pytest.mark.parametrize("calls", [1, 2, 4])
 def test_ctrl_c_keeps_what_is_finished(model, adapter, options, tmp_path, capsys, monkeypatch, calls):
-    """The third call is the first of the adapter."""
+    """The first call is for the pace, the fourth the first of the adapter."""
     evaluate, done = measure.evaluate, []
 
     def interrupted(*args, **kwargs):
@@ -167,12 +194,12 @@ def test_ctrl_c_keeps_what_is_finished(model, adapter, options, tmp_path, capsys
     argv = ["measure", "--adapter", adapter, *options, "--tasks", "facts", "--items", "3", "4"]
     assert main(argv) == 130
     printed, written = capsys.readouterr().out, sorted(path.name for path in (tmp_path / "out").glob("*.json"))
-    if calls == 0:
+    if calls == 1:
         assert printed == "" and written == []
         return
     assert "Interrupted: this is what was finished." in printed
-    assert written == (["facts_0.json"] if calls == 1 else ["facts_0.json", "facts_1.json"])
-    assert Result.load(tmp_path / "out" / "facts_0.json").lengths == ([3] if calls == 1 else [3, 4])
+    assert written == (["facts_0.json"] if calls == 2 else ["facts_0.json", "facts_1.json"])
+    assert Result.load(tmp_path / "out" / "facts_0.json").lengths == ([3] if calls == 2 else [3, 4])
     assert (tmp_path / "out" / "facts_0.png").is_file()
 
 

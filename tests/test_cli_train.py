@@ -24,6 +24,8 @@ from peft_moice.cli.main import main
 from peft_moice.cli.pace import in_words
 from peft_moice.tuner.config import RELEASED_MULTIPLIERS
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 FORMATS = ("messages", "sharegpt", "prompt_answer", "alpaca", "text", "documents")
 
@@ -84,7 +86,6 @@ def test_every_format_trains_and_leaves_an_adapter_with_a_card(model, tmp_path, 
     assert all(weight.abs().max() > 0.1 for name, weight in trained.named_parameters() if "moice_router" in name)
 
 
-@pytest.mark.slow
 def test_the_chat_template_of_the_training_stays_with_the_adapter(model, tmp_path, capsys):
     template, folder, merged = tmp_path / "template.jinja", str(tmp_path / "out"), str(tmp_path / "merged")
     template.write_text(TEMPLATE)
@@ -153,7 +154,7 @@ def test_a_folder_that_takes_no_files_shows_before_the_model_is_loaded(model, tm
 class TestPresets:
     def test_paper(self, model, tmp_path):
         file = write_data(tmp_path, "messages")
-        parsed = train.parse(
+        parsed = train.parser().parse(
             ["--preset", "paper", "--model", model, "--train_files", file, "--output_dir", str(tmp_path), "--use_cpu"]
         )
         ours, data, training = parsed.ours, parsed.data, parsed.trainer
@@ -172,7 +173,6 @@ class TestPresets:
         assert (config.top_k, config.router_dim, config.router_aux_loss_coef) == (7, 7, 0.3)
         assert config.init_weights is True
 
-    @pytest.mark.slow
     @pytest.mark.parametrize(("preset", "data_format"), [("retrieval", "documents"), ("chats", "sharegpt")])
     def test_ours_reach_the_adapter(self, model, tmp_path, capsys, preset, data_format):
         file, folder = write_data(tmp_path, data_format), tmp_path / "out"
@@ -184,7 +184,8 @@ class TestPresets:
         assert scales and all(scale.abs().min() > 0 for scale in scales)
         said = capsys.readouterr().err
         assert "No --preset" not in said
-        assert "loss/divergence" in said
+        assert all(figure in said for figure in ("loss/divergence", "moice/drift", "moice/entropy"))
+        assert not any(figure in said for figure in ("moice/max_load", "moice/balance_loss"))  # constants
         (line,) = re.findall(r"training [\d,]+ of .*", said)
         assert line.endswith("routers in 3 layers: rope_theta 10000 times 1, 1.5, 2, 3, 4, K = 5 of 5")
 
@@ -201,17 +202,17 @@ class TestPresets:
         argv = arguments(
             model, tmp_path, "file", preset="paper", max_steps=3, bf16=False, loss_on="answers", dtype="auto"
         )
-        parsed = train.parse(argv)
+        parsed = train.parser().parse(argv)
         assert (parsed.trainer.max_steps, parsed.trainer.bf16) == (3, False)
         assert (parsed.data.loss_on, parsed.ours.dtype) == ("answers", "auto")
 
     def test_epochs_override_the_steps_of_a_preset(self, model, tmp_path):
         for preset, steps in (("retrieval", 40), ("paper", 7)):
-            parsed = train.parse(arguments(model, tmp_path, "file", preset=preset, max_steps=None))
+            parsed = train.parser().parse(arguments(model, tmp_path, "file", preset=preset, max_steps=None))
             assert parsed.trainer.max_steps == steps
             for option in ("--num_train_epochs", "--num-train-epochs"):
                 argv = [*arguments(model, tmp_path, "file", preset=preset, max_steps=None), option, "2"]
-                parsed = train.parse(argv)
+                parsed = train.parser().parse(argv)
                 assert (parsed.trainer.max_steps, parsed.trainer.num_train_epochs) == (-1, 2)
 
     @pytest.mark.parametrize("option", [{"gradient_accumulation_steps": 4}, {"per_device_train_batch_size": 3}])
@@ -220,7 +221,6 @@ class TestPresets:
         assert "--sequences_per_step 128 has to be a multiple" in error(capsys, argv)
 
 
-@pytest.mark.slow
 def test_resuming_ends_where_the_straight_run_does(model, tmp_path):
     file = write_data(tmp_path, "documents")
     options = {"preset": "retrieval", "keep_tokens": 32, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
@@ -300,7 +300,6 @@ def test_durations_in_the_units_that_people_say(seconds, words):
     assert in_words(seconds) == words
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "option"), [("rope_bases", {"angles": [1, 0.25, 0.5, 2, 8]}), ("init_weights", {"init": "normal"})]
 )
@@ -340,7 +339,6 @@ class TestCtrlC:
 
         monkeypatch.setattr(train.RouterTrainer, "training_step", interrupted)
 
-    @pytest.mark.slow
     def test_one_finishes_the_step_and_resuming_ends_where_the_straight_run_does(
         self, model, tmp_path, capsys, monkeypatch
     ):
@@ -377,7 +375,6 @@ class TestCtrlC:
         assert "interrupted before there was anything to keep" in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
 
-    @pytest.mark.slow
     def test_in_a_process_of_its_own(self, model, tmp_path):
         file, folder = write_data(tmp_path, "documents"), tmp_path / "out"
         argv = arguments(model, folder, file, **{**SHORT, "max_steps": 100_000}, logging_steps=1)
@@ -402,7 +399,6 @@ class TestCtrlC:
         assert AutoPeftModelForCausalLM.from_pretrained(folder).peft_config["default"].top_k == 5
 
 
-@pytest.mark.slow
 def test_two_processes_end_where_one_does(model, tmp_path):
     file = write_data(tmp_path, "messages")
     options = {"sequences_per_step": 4, "per_device_train_batch_size": 1, "learning_rate": 1e-2, "max_steps": 3}

@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from peft.utils import merge_utils
+from representatives import slow_but
 from tiny_models import (
     assert_logits,
     decide,
@@ -35,11 +36,6 @@ class TestAddWeightedAdapter:
         assert len(bases) == 6
         torch.testing.assert_close(gates("mean", bases), 0.3 * gates("a", bases) + 0.7 * gates("other", bases))
 
-    def test_cat_in_equal_shares_is_having_both_active(self, model):
-        expected = logits_with(model, "a", "other")
-        model.add_weighted_adapter(["a", "other"], [0.5, 0.5], "mean", combination_type="cat")
-        torch.testing.assert_close(logits_with(model, "mean"), expected, rtol=0, atol=1e-6)
-
     def test_cat_is_an_ordinary_adapter(self, model, llama, tmp_path):
         """Saved, loaded, combined again, merged, trained."""
         model.add_weighted_adapter(["a", "other"], [0.25, 0.75], "mean")
@@ -58,6 +54,7 @@ class TestAddWeightedAdapter:
         model.merge_adapter()
         assert_logits(model, flat)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("order", [("a", "one"), ("one", "a"), ("one", "two")])
     def test_cat_takes_adapters_in_any_order(self, model, llama, tmp_path, order):
         """An adapter with a single angle may have one that is not the model's own."""
@@ -127,7 +124,9 @@ class TestAddWeightedAdapter:
         with pytest.raises(ValueError, match="different implementations"):
             model.add_weighted_adapter(["forced", "forced otherwise"], [0.5, 0.5], "mean of both")
 
-    @pytest.mark.parametrize("kind", ["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"])
+    @pytest.mark.parametrize(
+        "kind", slow_but(["ties"], ["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"])
+    )
     def test_router_weights_are_combined_by_pefts_functions(self, model, kind):
         # PEFT prunes at random for the "dare" types; keeping all values makes them comparable.
         density = None if kind == "linear" else 1.0 if "dare" in kind else 0.5
@@ -149,9 +148,8 @@ class TestAddWeightedAdapter:
         for name, state in before.items():
             assert all(torch.equal(value, router_state(model, name)[key]) for key, value in state.items())
 
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
+    def test_bad_input(self, model):
+        for arguments, message in (
             ((["a", "c"], [0.5, 0.5], "new"), "no adapter 'c'"),
             ((["a", "b"], [0.5, 0.5], "other"), "adapter called 'other' already"),
             ((["a", "b"], [1.0], "new"), "one weight per adapter"),
@@ -163,11 +161,9 @@ class TestAddWeightedAdapter:
             ((["a", "b"], [0.5, 0.5], "new", "ties"), "`density` is None"),
             ((["a", "b"], [0.5, 0.5], "new", "ties", 1.5), "`density` is 1.5"),
             ((["a", "other"], [0.5, 0.5], "new", "linear"), "'a' and 'other' differ.*combination_type='cat'"),
-        ],
-    )
-    def test_bad_input(self, model, arguments, message):
-        with pytest.raises(ValueError, match=message):
-            model.add_weighted_adapter(*arguments)
+        ):
+            with pytest.raises(ValueError, match=message):
+                model.add_weighted_adapter(*arguments)
         assert set(model.peft_config) == {"a", "b", "other"}
 
     def test_adapters_on_other_layers(self, model):

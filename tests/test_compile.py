@@ -3,23 +3,16 @@
 import pytest
 import torch
 from families import tiny_model, tokens
-from peft import get_peft_model
+from position_models import mixture
 from test_operator import LAYOUTS, attend, inputs, table
 from torch._dynamo.testing import CompileCounter
 from transformers import StaticCache
 
-from peft_moice import MoICEConfig
 from peft_moice.attention import mixed_attention
 from peft_moice.attention.native import library
 
 ROTATIONS = table(LAYOUTS["half"])
 FAMILIES = ["llama", *(pytest.param(family, marks=pytest.mark.slow) for family in ("mistral", "gemma3_text"))]
-
-
-def adapted(family: str = "llama"):
-    torch.manual_seed(1)
-    config = MoICEConfig(base_multipliers=[1.0, 4.0, 0.25], top_k=2, init_weights=False)
-    return get_peft_model(tiny_model(family), config).eval()
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +26,7 @@ def fresh_compiler():
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_a_prompt_is_one_graph(family):
-    model, graphs = adapted(family), CompileCounter()
+    model, graphs = mixture(family), CompileCounter()
     expected = model(tokens(), use_cache=False).logits
     compiled = torch.compile(model, fullgraph=True, backend=graphs)
     for seed in (0, 1):
@@ -47,7 +40,7 @@ def test_a_prompt_is_one_graph(family):
 @torch.no_grad()
 def test_decoding_with_a_static_cache_takes_no_more_graphs_than_the_base_model(family):
     """One graph, and in transformers 5.23 a second one where a sliding layer counts its keys in Python."""
-    model, ids = adapted(family), tokens(length=16)
+    model, ids = mixture(family), tokens(length=16)
     expected = model(ids, use_cache=False).logits
     logits, graphs = decode_compiled(model, ids, prompt_length=11)
     torch.testing.assert_close(logits, expected[:, 11:], rtol=0, atol=1e-5 * expected.abs().max().item())
@@ -73,7 +66,7 @@ def decode_compiled(model, ids: torch.Tensor, prompt_length: int) -> tuple[torch
 @pytest.mark.slow
 @torch.no_grad()
 def test_generation_compiles_by_itself_with_a_static_cache():
-    model, ids = adapted(), tokens(length=9)
+    model, ids = mixture(), tokens(length=9)
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
     expected = model.generate(input_ids=ids, **options)
     assert torch.equal(model.generate(input_ids=ids, cache_implementation="static", **options), expected)
@@ -83,9 +76,9 @@ def test_generation_compiles_by_itself_with_a_static_cache():
 @pytest.mark.parametrize("merged", [False, True])
 @torch.no_grad()
 def test_exported_programs_compute_the_same(merged):
-    expected = adapted()(tokens(), use_cache=False).logits
+    expected = mixture()(tokens(), use_cache=False).logits
     # One that has not run yet: the first pass is watched.
-    model = adapted().merge_and_unload() if merged else adapted().get_base_model()
+    model = mixture().merge_and_unload() if merged else mixture().get_base_model()
     program = torch.export.export(model, (), {"input_ids": tokens(), "use_cache": False}, strict=False)
     # Whoever runs it needs nothing but PyTorch.
     assert not any(node.op == "call_function" and "peft_moice" in str(node.target) for node in program.graph.nodes)
@@ -103,16 +96,17 @@ class TestKernels:
         for length, keys in ((9, 9), (2, 30)):
             leaves = [x.requires_grad_() for x in inputs(length, keys)]
             results = []
-            for function in (mixture, torch.compile(mixture, fullgraph=True, backend="aot_eager")):
+            for function in (mixed, torch.compile(mixed, fullgraph=True, backend="aot_eager")):
                 output = function(*leaves, query_start=keys - length)
                 results.append((output, *torch.autograd.grad(output.square().sum(), leaves)))
             for compiled, eager in zip(*results, strict=True):
                 assert torch.equal(compiled, eager)
 
+    @pytest.mark.slow
     def test_they_compute_only_the_gradients_that_are_wanted(self):
         query, key, value, gates = inputs()
         results = []
-        for function in (mixture, torch.compile(mixture, fullgraph=True, backend="aot_eager")):
+        for function in (mixed, torch.compile(mixed, fullgraph=True, backend="aot_eager")):
             leaf = gates.clone().requires_grad_()
             function(query, key, value, leaf).square().sum().backward()
             results.append(leaf.grad)
@@ -129,23 +123,24 @@ class TestKernels:
         query, key, value, gates = inputs(1, 40)
         start = torch.tensor(39)
         with torch.no_grad():
-            compiled = torch.compile(mixture, fullgraph=True, backend=note)(query, key, value, gates, start)
-            assert torch.equal(compiled, mixture(query, key, value, gates, start))
+            compiled = torch.compile(mixed, fullgraph=True, backend=note)(query, key, value, gates, start)
+            assert torch.equal(compiled, mixed(query, key, value, gates, start))
         assert any("peft_moice" in name for name in operations)
         assert not any(name.endswith(("cos", "sin")) for name in operations)
 
+    @pytest.mark.slow
     def test_lengths_may_be_dynamic(self):
-        compiled = torch.compile(mixture, fullgraph=True, backend="eager", dynamic=True)
+        compiled = torch.compile(mixed, fullgraph=True, backend="eager", dynamic=True)
         for length in (9, 12, 15):
             tensors = inputs(length, length)
-            assert torch.equal(compiled(*tensors), mixture(*tensors))
+            assert torch.equal(compiled(*tensors), mixed(*tensors))
 
     def test_a_position_on_the_device_has_to_fit(self):
-        compiled = torch.compile(mixture, fullgraph=True, backend="eager")
+        compiled = torch.compile(mixed, fullgraph=True, backend="eager")
         with pytest.raises(ValueError, match="9 queries starting at position 4 do not fit 9 keys"):
             compiled(*inputs(), query_start=torch.tensor(4))
 
 
-def mixture(query, key, value, gates, query_start=0) -> torch.Tensor:
+def mixed(query, key, value, gates, query_start=0) -> torch.Tensor:
     options = {"rotations": ROTATIONS, "query_start": query_start, "attend": attend, "backend": "sdpa"}
     return mixed_attention(query, key, value, gates, **options)[0]

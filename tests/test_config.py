@@ -7,7 +7,6 @@ from families import tiny_model
 from peft import PeftConfig, get_peft_model
 
 from peft_moice import MoICEConfig
-from peft_moice.tuner.config import RELEASED_MULTIPLIERS
 
 
 def test_defaults_are_the_official_release():
@@ -156,11 +155,6 @@ def test_angles_for_other_layer_types():
     config = MoICEConfig(rope_bases=[1e6, 2e6])
     with pytest.raises(ValueError, match=r"1000000\.0.*10000\.0 in layers.* in one list per layer type"):
         config.resolve_bases({"full_attention": 1e6, "sliding_attention": 1e4})
-
-
-def test_released_multipliers_start_at_the_models_own_angle():
-    assert RELEASED_MULTIPLIERS[0] == 1.0
-    assert len(set(RELEASED_MULTIPLIERS)) == len(RELEASED_MULTIPLIERS)
 
 
 def test_a_config_does_not_change_what_it_was_given():

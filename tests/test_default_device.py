@@ -6,11 +6,13 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from tiny_models import decide, load, logits_of, save_tiny_model, token_ids, wide_config
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from peft_moice import check, explain
 from peft_moice.evaluation.angles import attention_waveform
 from peft_moice.evaluation.losses import losses_by_position
+
+pytestmark = pytest.mark.slow
 
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "rope_theta": 10_000.0}
 LONGROPE["original_max_position_embeddings"] = 64
@@ -43,13 +45,6 @@ def test_the_life_of_an_adapter(tmp_path, family, overrides):
 
     for found, expected in zip(life(torch.device("meta")), life(nullcontext()), strict=True):
         assert torch.equal(found, expected)
-
-
-def test_everything_on_meta(llama):
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(llama))
-        model = get_peft_model(base, wide_config())
-    assert all(parameter.is_meta for parameter in model.parameters())
 
 
 def test_measuring(adapted, llama):

@@ -5,28 +5,18 @@ import copy
 import pytest
 import torch
 from families import tiny_model, tokens
-from peft import get_peft_model
+from position_models import assert_close, mixture, one_angle, rotated
+from representatives import slow_but
 from transformers import AutoModelForCausalLM, DynamicCache
-
-from peft_moice import MoICEConfig
 
 ORIGINAL_LENGTH = 32
 GROWN = r"'dynamic' have grown with a sequence beyond the model's original length of 32 tokens"
 
 
-def model_of(theta_factor: float = 1.0):
-    parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
-    return tiny_model("llama", theta_factor, rope_parameters=parameters, max_position_embeddings=ORIGINAL_LENGTH)
-
-
-def adapted(**options):
-    torch.manual_seed(1)
-    config = {"base_multipliers": [1.0, 4.0, 0.25], "top_k": 2, "init_weights": False, **options}
-    return get_peft_model(model_of(), MoICEConfig(**config)).eval()
-
-
-def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+def dynamic(make, **options):
+    """A model whose angles grow beyond its original length."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    return make(rope_parameters=rope, max_position_embeddings=ORIGINAL_LENGTH, **options)
 
 
 def cached_logits(model, ids: torch.Tensor, prompt_length: int, cache=None) -> torch.Tensor:
@@ -35,15 +25,15 @@ def cached_logits(model, ids: torch.Tensor, prompt_length: int, cache=None) -> t
     return torch.cat([model(piece, past_key_values=cache).logits for piece in pieces], dim=1)
 
 
-@pytest.mark.parametrize("length", [20, ORIGINAL_LENGTH])
+@pytest.mark.parametrize("length", slow_but([20], [20, ORIGINAL_LENGTH]))
 @torch.no_grad()
 def test_exact_up_to_the_original_length(length, tmp_path):
     ids = tokens(length=length)
-    turned, expected = adapted(base_multipliers=[3.0], top_k=1), model_of(theta_factor=3.0)(ids).logits
+    turned, expected = dynamic(one_angle), dynamic(rotated)(ids).logits
     assert_close(turned(ids).logits, expected)
     assert_close(cached_logits(turned, ids, length - 4), expected)
 
-    model, expected = adapted(), adapted(implementation="reference")(ids).logits
+    model, expected = dynamic(mixture), dynamic(mixture, implementation="reference")(ids).logits
     assert_close(model(ids).logits, expected)
     assert_close(cached_logits(model, ids, length - 4), expected)
     model.merge_and_unload().save_pretrained(tmp_path)
@@ -55,7 +45,7 @@ def test_exact_up_to_the_original_length(length, tmp_path):
 
 @torch.no_grad()
 def test_grown_angles_are_refused_until_a_short_sequence_sets_them_back():
-    model, ids = copy.deepcopy(adapted()), tokens(length=40)
+    model, ids = copy.deepcopy(dynamic(mixture)), tokens(length=40)
     expected = model(ids[:, :32]).logits
     cache = DynamicCache(config=model.config)
     with pytest.raises(ValueError, match=GROWN):
@@ -68,9 +58,10 @@ def test_grown_angles_are_refused_until_a_short_sequence_sets_them_back():
 
 @torch.no_grad()
 def test_the_base_model_may_grow_them():
-    model, ids, cache = adapted(), tokens(length=40), DynamicCache(config=model_of().config)
+    model, own, ids = dynamic(mixture), dynamic(tiny_model, model_type="llama"), tokens(length=40)
+    cache = DynamicCache(config=own.config)
     with model.disable_adapter():
-        assert torch.equal(cached_logits(model, ids[:, :38], 30, cache), cached_logits(model_of(), ids[:, :38], 30))
+        assert torch.equal(cached_logits(model, ids[:, :38], 30, cache), cached_logits(own, ids[:, :38], 30))
     with pytest.raises(ValueError, match=GROWN):
         model(ids[:, 38:39], past_key_values=cache)
     base = model.unload()

@@ -74,6 +74,20 @@ def test_passages_that_answer_are_no_distractors(tmp_path):
         task.draw(random.Random(0), 11, (0.0,))
 
 
+def test_passages_given_with_a_question_are_its_distractors_in_their_order(tmp_path):
+    shown = [{"title": f"t{i}", "text": f"text {i}", "isgold": i == 2} for i in range(5)]
+    file = write_lines(tmp_path / "nq.jsonl", [{"question": "which", "answers": ["text 2"], "ctxs": shown}])
+    task = MultiDocument(file)
+    titles = {
+        example.position: re.findall(r"Title: (.*?)\)", example.prompt)
+        for example in task.draw(random.Random(0), 4, (0.0, 1 / 3, 1.0))
+    }
+    assert titles[0.0] == ["t2", "t0", "t1", "t3"] and titles[1 / 3] == ["t0", "t2", "t1", "t3"]
+    assert titles[1.0] == ["t0", "t1", "t3", "t2"]
+    with pytest.raises(ValueError, match="`length` is 6, but only 4 passages"):
+        task.draw(random.Random(0), 6, (0.0,))
+
+
 def test_haystacks_have_their_length_even_without_sentences():
     text, tokenizer = " | ".join(f"cell {index}" for index in range(2000)), byte_tokenizer()
     (example,) = Needles(text, tokenizer).draw(random.Random(0), 2000, (0.5,))

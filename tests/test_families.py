@@ -35,7 +35,7 @@ ALL = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 IN_EVERY_FAMILY = ["one angle", "mixture", "both with a cache"]
 """What is tested on all of `EXACT` in every run; the other features on a few families."""
 SAMPLE = ["llama", "gemma3_text", "deepseek_v3", "gpt_neox"]
-"""Plain, with sliding layers and angles of their own, latent, and with keywords of its own: what is not slow."""
+"""Plain, with sliding layers and angles of their own (these two are not slow), latent, with keywords of its own."""
 NEEDS = {
     "cohere_compass_text": needs_transformers("5.21", "asks Cohere Compass for sections of mRoPE"),
     "gemma2": needs_transformers("5.21", "leaves Gemma 2's softcap out of sdpa, and `reference` does not"),
@@ -43,7 +43,7 @@ NEEDS = {
 
 
 def marks_of(name: str) -> tuple[pytest.MarkDecorator, ...]:
-    return (*([NEEDS[name]] if name in NEEDS else []), *([] if name in SAMPLE else [pytest.mark.slow]))
+    return (*([NEEDS[name]] if name in NEEDS else []), *([] if name in SAMPLE[:2] else [pytest.mark.slow]))
 
 
 def pytest_generate_tests(metafunc):

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import peft_moice
 
+pytestmark = pytest.mark.slow
+
 
 def fail(*_):
     raise ZeroDivisionError

@@ -5,6 +5,7 @@ import pytest
 import torch
 from families import tiny_model, tokens
 from peft import get_peft_model
+from position_models import assert_close, mixture
 from representatives import slow_but
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, QuantizedCache, StaticCache
 from versions import needs_transformers
@@ -18,12 +19,6 @@ FAMILIES = ["llama", "mistral", "gemma3_text", "gpt_oss", "deepseek_v3", "gpt_ne
 NO_END = {"eos_token_id": None}
 
 
-def adapted(family: str, **options):
-    torch.manual_seed(1)
-    config = MoICEConfig(base_multipliers=[1.0, 4.0, 0.25], top_k=2, init_weights=False, **options)
-    return get_peft_model(tiny_model(family, **NO_END), config).eval()
-
-
 def generated(model, ids: torch.Tensor, new_tokens: int = 12, **options) -> torch.Tensor:
     options = {"do_sample": False, "max_new_tokens": new_tokens, "pad_token_id": 0, **options}
     return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
@@ -35,10 +30,6 @@ def greedy(model, ids: torch.Tensor, new_tokens: int = 12) -> torch.Tensor:
         logits = model(ids, use_cache=False).logits[:, -1]
         ids = torch.cat((ids, logits.argmax(dim=-1, keepdim=True)), dim=1)
     return ids
-
-
-def assert_same_logits(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
 def static_cache(model) -> StaticCache:
@@ -56,17 +47,17 @@ def unaware_cache(model) -> DynamicCache:
 
 @pytest.mark.parametrize("make_cache", [dynamic_cache, unaware_cache, static_cache])
 @pytest.mark.parametrize("family", slow_but(["gemma3_text"], FAMILIES))
-@pytest.mark.parametrize("pieces", [(17, 1, 1, 1), (5, 6, 7, 2), (1,) * 20])
+@pytest.mark.parametrize("pieces", [(17, 1, 1, 1), (5, 6, 7, 2), pytest.param((1,) * 20, marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_a_prompt_in_pieces_gives_the_logits_of_the_whole(family, make_cache, pieces):
-    model, ids = adapted(family), tokens()
+    model, ids = mixture(family), tokens()
     cache, logits, start = make_cache(model), [], 0
     for piece in ids.split(pieces, dim=1):
         position_ids = torch.arange(start, start + piece.shape[1])[None].expand(piece.shape)
         output = model(piece, position_ids=position_ids, past_key_values=cache, use_cache=True)
         logits.append(output.logits)
         start += piece.shape[1]
-    assert_same_logits(torch.cat(logits, dim=1), model(ids, use_cache=False).logits)
+    assert_close(torch.cat(logits, dim=1), model(ids, use_cache=False).logits)
 
 
 @pytest.mark.parametrize(
@@ -79,11 +70,11 @@ def test_quantized_keys_are_turned_like_any_others(backend):
     options = {} if backend == "fp8" else {"q_group_size": 16, "residual_length": 4, "nbits": 4}
     ids, logits = tokens(), {}
     for implementation in ("auto", "reference"):
-        model = adapted("llama", implementation=implementation)
+        model = mixture("llama", implementation=implementation)
         cache = QuantizedCache(backend, model.config, **options)
         pieces = [model(piece, past_key_values=cache, use_cache=True).logits for piece in ids.split((16, 2, 1, 1), 1)]
         logits[implementation] = torch.cat(pieces, dim=1)
-    assert_same_logits(logits["auto"], logits["reference"])
+    assert_close(logits["auto"], logits["reference"])
     exact = model(ids, use_cache=False).logits
     error = (logits["auto"] - exact).abs().mean() / exact.abs().mean()
     assert 0 < error < 0.2
@@ -110,7 +101,7 @@ def test_one_angle_with_quantized_keys_is_close_to_a_model_with_that_rope_theta(
 @pytest.mark.parametrize("family", slow_but(["llama"], FAMILIES))
 @torch.no_grad()
 def test_generation_equals_search_without_a_cache(family, cache):
-    model, ids = adapted(family), tokens(length=11)
+    model, ids = mixture(family), tokens(length=11)
     options = {} if cache is None else {"cache_implementation": cache}
     if cache == "static":
         options["disable_compile"] = True
@@ -122,14 +113,14 @@ def test_generation_equals_search_without_a_cache(family, cache):
 @torch.no_grad()
 def test_generation_with_the_caches_of_hybrid_models(family):
     """Convolutions, linear attention and state spaces, whose states share the cache with keys."""
-    model, ids = adapted(family), tokens(length=11)
+    model, ids = mixture(family), tokens(length=11)
     assert torch.equal(generated(model, ids), greedy(model, ids))
 
 
 @pytest.mark.parametrize("family", slow_but(["llama"], FAMILIES))
 @torch.no_grad()
 def test_left_padded_rows_equal_single_rows(family):
-    model, ids = adapted(family), tokens(batch=3, length=11)
+    model, ids = mixture(family), tokens(batch=3, length=11)
     lengths = (11, 7, 4)
     mask = torch.stack([torch.arange(11) >= 11 - length for length in lengths]).long()
     padded = ids * mask
@@ -142,17 +133,17 @@ def test_left_padded_rows_equal_single_rows(family):
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
 @torch.no_grad()
 def test_packed_sequences_equal_separate_ones(family):
-    model, ids = adapted(family), tokens(batch=1, length=20)
+    model, ids = mixture(family), tokens(batch=1, length=20)
     lengths = (9, 4, 7)
     position_ids = torch.cat([torch.arange(length) for length in lengths])[None]
     packed = model(ids, position_ids=position_ids, use_cache=False).logits
     separate = [model(piece, use_cache=False).logits for piece in ids.split(lengths, dim=1)]
-    assert_same_logits(packed, torch.cat(separate, dim=1))
+    assert_close(packed, torch.cat(separate, dim=1))
 
 
 @torch.no_grad()
 def test_beam_search_does_not_depend_on_the_cache():
-    model, ids = adapted("llama"), tokens(length=9)
+    model, ids = mixture("llama"), tokens(length=9)
     with_cache, without = (
         generated(model, ids, num_beams=3, num_return_sequences=2, use_cache=use_cache) for use_cache in (True, False)
     )
@@ -161,7 +152,7 @@ def test_beam_search_does_not_depend_on_the_cache():
 
 @torch.no_grad()
 def test_prompt_lookup_and_assistants_do_not_change_greedy_text():
-    model, assistant = adapted("llama"), tiny_model("llama", num_hidden_layers=1, **NO_END)
+    model, assistant = mixture("llama"), tiny_model("llama", num_hidden_layers=1, **NO_END)
     ids = tokens(batch=1, length=6).repeat(1, 3)
     expected = generated(model, ids)
     assert torch.equal(generated(model, ids, prompt_lookup_num_tokens=3), expected)
@@ -170,7 +161,7 @@ def test_prompt_lookup_and_assistants_do_not_change_greedy_text():
 
 @torch.no_grad()
 def test_input_embeddings_give_the_text_of_their_tokens():
-    model, ids = adapted("llama"), tokens(length=9)
+    model, ids = mixture("llama"), tokens(length=9)
     embeddings = model.get_input_embeddings()(ids)
     output = model.generate(
         inputs_embeds=embeddings,
@@ -184,7 +175,7 @@ def test_input_embeddings_give_the_text_of_their_tokens():
 
 @torch.no_grad()
 def test_sampling_with_a_seed_does_not_depend_on_the_cache():
-    model, ids = adapted("llama"), tokens(length=9)
+    model, ids = mixture("llama"), tokens(length=9)
     texts = []
     for use_cache in (True, False):
         torch.manual_seed(0)
@@ -195,7 +186,7 @@ def test_sampling_with_a_seed_does_not_depend_on_the_cache():
 @torch.no_grad()
 def test_a_cache_filled_with_the_adapter_serves_the_base_model_and_back():
     """The cache holds the base model's keys, so each step depends on whether the adapter is on in that step only."""
-    model, ids = adapted("llama", layers_to_transform=[1]), tokens(length=12)
+    model, ids = mixture("llama", layers_to_transform=[1]), tokens(length=12)
     on = model(ids, use_cache=False).logits
     with model.disable_adapter():
         off = model(ids, use_cache=False).logits
@@ -203,15 +194,15 @@ def test_a_cache_filled_with_the_adapter_serves_the_base_model_and_back():
 
     # Only the last layer is adapted, so no later key depends on the adapter.
     cache = DynamicCache(config=model.config)
-    assert_same_logits(model(ids[:, :10], past_key_values=cache, use_cache=True).logits, on[:, :10])
+    assert_close(model(ids[:, :10], past_key_values=cache, use_cache=True).logits, on[:, :10])
     with model.disable_adapter():
-        assert_same_logits(model(ids[:, 10:11], past_key_values=cache, use_cache=True).logits, off[:, 10:11])
-    assert_same_logits(model(ids[:, 11:], past_key_values=cache, use_cache=True).logits, on[:, 11:])
+        assert_close(model(ids[:, 10:11], past_key_values=cache, use_cache=True).logits, off[:, 10:11])
+    assert_close(model(ids[:, 11:], past_key_values=cache, use_cache=True).logits, on[:, 11:])
 
 
 @torch.no_grad()
 def test_the_cache_holds_what_the_base_model_would_keep():
-    model, ids = adapted("llama", layers_to_transform=[1]), tokens(length=12)
+    model, ids = mixture("llama", layers_to_transform=[1]), tokens(length=12)
     cache, own = DynamicCache(config=model.config), DynamicCache(config=model.config)
     model(ids, past_key_values=cache, use_cache=True)
     with model.disable_adapter():
@@ -226,7 +217,7 @@ def test_the_cache_holds_what_the_base_model_would_keep():
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 @torch.no_grad()
 def test_continuous_batching_gives_the_text_of_single_prompts(family, attention):
-    model = adapted(family)
+    model = mixture(family)
     prompts = [tokens(batch=1, length=length, seed=length) for length in (11, 5, 3)]
     expected = [generated(model, prompt, new_tokens=8)[0, prompt.shape[1] :].tolist() for prompt in prompts]
     base = model.get_base_model()

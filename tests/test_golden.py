@@ -97,6 +97,7 @@ def test_forward_loss_and_gradients(golden, implementation):
         assert (parameter.grad - expected).norm() <= 1e-4 * expected.norm()
 
 
+@pytest.mark.slow
 def test_router_logits_are_as_near_to_the_exact_ones_as_the_official(golden):
     """In float64 the two agree better than the official float32 numbers do with either."""
     ours = golden.model("delegated").eval()
@@ -112,6 +113,7 @@ def test_router_logits_are_as_near_to_the_exact_ones_as_the_official(golden):
     assert our_error <= 2 * official_error
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_cached_decoding(golden, implementation):
     model = golden.model(implementation).eval()

@@ -251,11 +251,6 @@ def test_routers_that_no_file_should_describe(fields, error):
         MoICEConfig(rope_bases=[1e4, 2e4], top_k=1, members=[fields])
 
 
-def test_routers_that_files_describe():
-    spec = RouterSpec.from_saved(FIELDS, "here")
-    assert spec == RouterSpec(**FIELDS)
-
-
 def test_errors_quote_huge_values_in_part():
     with pytest.raises(ValueError, match="hidden_act") as error:
         MoICEConfig(hidden_act="x" * 10**6)

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import VOCABULARY, decide, load, token_ids, wide_config
+from tiny_models import TRAINING, VOCABULARY, decide, load, token_ids, wide_config
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from peft_moice import BalanceLossMixin, KeepCloseMixin
@@ -26,6 +26,9 @@ class CloseBalancedTrainer(KeepCloseMixin, BalanceLossMixin, Trainer):
 
 class BalancedCloseTrainer(BalanceLossMixin, KeepCloseMixin, Trainer):
     pass
+
+
+PARTS = ("loss/task", "loss/balance", "loss/divergence")
 
 
 def decided(llama: str, coef: float = 0.0, **config) -> torch.nn.Module:
@@ -53,24 +56,19 @@ def trainer_of(trainer_class, model, folder, rows: int = 8, **arguments):
     keep = {name: arguments.pop(name) for name in list(arguments) if name.startswith("keep_")}
     keep = {"keep_text": text(), "keep_weight": WEIGHT, "keep_tokens": TOKENS, **keep}
     ids = token_ids(rows, 14)
-    defaults = {
-        "use_cpu": True,
-        "max_steps": 1,
-        "per_device_train_batch_size": rows,
-        "optim": "sgd",
-        "learning_rate": 0.1,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
+    defaults = {**TRAINING, "per_device_train_batch_size": rows, "optim": "sgd", "learning_rate": 0.1}
     return trainer_class(
         model=model,
         args=TrainingArguments(str(folder), **{**defaults, **arguments}),
         train_dataset=[{"input_ids": row, "labels": row} for row in ids],
         **keep,
     )
+
+
+def log_of(trainer) -> dict[str, float]:
+    """What Trainer logs first."""
+    trainer.train()
+    return trainer.state.log_history[0]
 
 
 @pytest.mark.parametrize("tuner", ["moice", "lora"])
@@ -89,6 +87,7 @@ def test_the_value_is_that_computed_by_hand(llama, tuner):
     assert all(parameter.grad.abs().max() > 0 for parameter in model.parameters() if parameter.requires_grad)
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_sum_of_its_parts(llama, tmp_path):
     model = decided(llama, coef=0.5)
     ids = token_ids(8, 14)
@@ -97,13 +96,11 @@ def test_the_loss_is_the_sum_of_its_parts(llama, tmp_path):
         outputs = model(ids, labels=ids, num_items_in_batch=ids[:, 1:].numel())
     balance = 0.5 * outputs.aux_loss.item()
     divergence = WEIGHT * by_hand(model.eval(), text()[None, :TOKENS])
-    trainer = trainer_of(CloseBalancedTrainer, model, tmp_path)
-    trainer.train()
-    logged = trainer.state.log_history[0]
+    logged = log_of(trainer_of(CloseBalancedTrainer, model, tmp_path))
     assert logged["loss/balance"] == pytest.approx(balance, rel=1e-4)
     assert logged["loss/divergence"] == pytest.approx(divergence, rel=1e-4)
     assert logged["loss/task"] == pytest.approx(outputs.loss.item() - balance, rel=1e-4)
-    assert logged["loss"] == pytest.approx(sum(logged[f"loss/{part}"] for part in ("task", "balance", "divergence")))
+    assert logged["loss"] == pytest.approx(sum(logged[part] for part in PARTS))
 
 
 @pytest.mark.slow
@@ -128,24 +125,10 @@ def test_the_order_of_mixins_and_passes_aside_change_nothing(llama, tmp_path, re
 @pytest.mark.slow
 def test_noise_in_the_embeddings_is_no_divergence(llama, tmp_path):
     """NEFTune draws it anew for every pass, unless both draw the same."""
-    values = []
-    for alpha in (None, 5.0):
-        trainer = trainer_of(CloseTrainer, decided(llama), tmp_path, neftune_noise_alpha=alpha)
-        trainer.train()
-        values.append(trainer.state.log_history[0]["loss/divergence"])
-    assert values[1] == pytest.approx(values[0], rel=0.5)
-
-
-@pytest.mark.slow
-def test_a_compiled_model(llama, tmp_path):
-    logs = []
-    for arguments in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
-        trainer = trainer_of(CloseBalancedTrainer, decided(llama, coef=0.5), tmp_path, **arguments)
-        trainer.train()
-        logs.append(trainer.state.log_history[0])
-    torch.compiler.reset()
-    for name in ("loss", "loss/task", "loss/balance", "loss/divergence", "grad_norm"):
-        assert logs[1][name] == pytest.approx(logs[0][name], rel=1e-4), name
+    plain, noisy = (
+        log_of(trainer_of(CloseTrainer, decided(llama), tmp_path, neftune_noise_alpha=alpha)) for alpha in (None, 5.0)
+    )
+    assert noisy["loss/divergence"] == pytest.approx(plain["loss/divergence"], rel=0.5)
 
 
 @pytest.mark.slow
@@ -155,9 +138,8 @@ def test_a_training_that_ended_between_two_logs_adds_nothing_to_the_next(llama, 
     logs = []
     for _ in range(2):
         random.seed(0)
-        trainer.train()
-        logs.append(trainer.state.log_history[0])
-    for name in ("loss", "loss/task", "loss/balance", "loss/divergence"):
+        logs.append(log_of(trainer))
+    for name in ("loss", *PARTS):
         assert logs[1][name] == pytest.approx(logs[0][name], rel=1e-5), name
 
 
@@ -165,22 +147,16 @@ def test_a_training_that_ended_between_two_logs_adds_nothing_to_the_next(llama, 
 @pytest.mark.parametrize("cut", [(2, 4), (1, 8)])
 def test_accumulation_changes_neither_steps_nor_logs(llama, tmp_path, cut):
     def run(batch: int, accumulation: int):
-        trainer = trainer_of(
-            CloseBalancedTrainer,
-            decided(llama, coef=0.5),
-            tmp_path,
-            per_device_train_batch_size=batch,
-            gradient_accumulation_steps=accumulation,
-            max_steps=2,
-            logging_steps=2,
-        )
-        trainer.train()
+        cut = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+        model = decided(llama, coef=0.5)
+        trainer = trainer_of(CloseBalancedTrainer, model, tmp_path, max_steps=2, logging_steps=2, **cut)
+        log = log_of(trainer)
         weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
-        return weights, trainer.state.log_history[0]
+        return weights, log
 
     (weights, log), (expected, expected_log) = run(*cut), run(8, 1)
     torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-6)
-    for name in ("loss", "loss/task", "loss/balance", "loss/divergence"):
+    for name in ("loss", *PARTS):
         assert log[name] == pytest.approx(expected_log[name], rel=1e-4), name
 
 
@@ -189,16 +165,10 @@ def test_a_loss_that_is_a_mean_over_micro_batches(llama, tmp_path):
     """Where the model takes no number of items, Trainer divides the loss by the accumulation, and the log agrees."""
 
     def run(batch: int, accumulation: int) -> dict[str, float]:
-        trainer = trainer_of(
-            CloseTrainer,
-            decided(llama),
-            tmp_path,
-            per_device_train_batch_size=batch,
-            gradient_accumulation_steps=accumulation,
-        )
+        cut = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+        trainer = trainer_of(CloseTrainer, decided(llama), tmp_path, **cut)
         trainer.model_accepts_loss_kwargs = False
-        trainer.train()
-        return trainer.state.log_history[0]
+        return log_of(trainer)
 
     whole, cut = run(8, 1), run(2, 4)
     for name in ("loss", "loss/divergence", "grad_norm"):
@@ -220,9 +190,8 @@ def test_it_keeps_the_model_close(llama, tmp_path):
 
 @pytest.mark.slow
 def test_nothing_is_added_or_logged_without_weight_or_in_evaluation(llama, tmp_path):
-    trainer = trainer_of(CloseTrainer, decided(llama), tmp_path, keep_weight=0.0, keep_text=None)
-    trainer.train()
-    assert not [name for name in trainer.state.log_history[0] if name.startswith("loss/")]
+    without = trainer_of(CloseTrainer, decided(llama), tmp_path, keep_weight=0.0, keep_text=None)
+    assert not [name for name in log_of(without) if name.startswith("loss/")]
     trainer = trainer_of(CloseTrainer, decided(llama).eval(), tmp_path)
     ids = token_ids()
     inputs = {"input_ids": ids, "labels": ids}
@@ -276,21 +245,10 @@ def test_with_trl(llama, tmp_path):
 
     def run(batch: int, accumulation: int) -> dict[str, float]:
         random.seed(0)
+        cut = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
         trainer = CloseSFTTrainer(
             model=load(llama),
-            args=trl.SFTConfig(
-                str(tmp_path),
-                use_cpu=True,
-                bf16=False,
-                report_to="none",
-                max_steps=1,
-                per_device_train_batch_size=batch,
-                gradient_accumulation_steps=accumulation,
-                gradient_checkpointing=False,
-                logging_steps=1,
-                save_strategy="no",
-                disable_tqdm=True,
-            ),
+            args=trl.SFTConfig(str(tmp_path), bf16=False, gradient_checkpointing=False, **{**TRAINING, **cut}),
             train_dataset=Dataset.from_list([{"input_ids": row, "labels": row} for row in token_ids(4, 14).tolist()]),
             processing_class=AutoTokenizer.from_pretrained(llama, eos_token="w4"),
             peft_config=wide_config(router_aux_loss_coef=0.5),
@@ -301,11 +259,10 @@ def test_with_trl(llama, tmp_path):
         decide(trainer.model)
         trainer.model.get_output_embeddings().weight.data *= 20
         expected = WEIGHT * by_hand(trainer.model.eval(), text()[None, :TOKENS])
-        trainer.train()
-        logged = trainer.state.log_history[0]
+        logged = log_of(trainer)
         assert logged["loss/divergence"] == pytest.approx(expected, rel=1e-4)
         return logged
 
     whole, cut = run(4, 1), run(1, 4)
-    for name in ("loss", "loss/task", "loss/balance", "loss/divergence", "grad_norm"):
+    for name in ("loss", *PARTS, "grad_norm"):
         assert cut[name] == pytest.approx(whole[name], rel=1e-3), name

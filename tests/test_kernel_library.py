@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_operator import LAYOUTS, attend, inputs, table
+from test_operator import inputs, mix
 
-from peft_moice.attention import mixed_attention
 from peft_moice.attention.native import library
 
-pytestmark = pytest.mark.skipif(
-    isinstance(library.load(), str), reason=f"the kernels cannot be had here: {library.load()}"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(isinstance(library.load(), str), reason=f"the kernels cannot be had here: {library.load()}"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -30,9 +30,7 @@ def fresh(monkeypatch, tmp_path) -> Path:
 
 
 def mixed(implementation: str = "native") -> torch.Tensor:
-    query, key, value, gates = inputs()
-    options = {"rotations": table(LAYOUTS["half"]), "attend": attend, "backend": "sdpa"}
-    return mixed_attention(query, key, value, gates, implementation=implementation, **options)[0]
+    return mix(implementation, *inputs(), backend="sdpa")[0]
 
 
 def assert_works() -> None:
@@ -60,7 +58,6 @@ def test_it_is_compiled_once(fresh):
     assert sorted(path.suffix for path in fresh.iterdir()) == [".sha256", ".so"]
 
 
-@pytest.mark.slow
 def test_other_flags_make_another_one(fresh, monkeypatch):
     made = compiled(fresh)
     monkeypatch.setenv(library.FLAGS, "-O1")
@@ -94,7 +91,6 @@ def exchange(path: Path) -> None:
     path.with_suffix(".sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("spoil", [truncate, fill_with_zeros, remove_checksum, let_others_write, exchange])
 def test_what_was_not_compiled_here_is_not_loaded(fresh, spoil):
     made = compiled(fresh)

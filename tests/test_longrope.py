@@ -6,13 +6,14 @@ import pickle
 import pytest
 import torch
 from families import tiny_model, tokens
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from position_models import Waits
+from test_window import close, in_chunks, oracle_by_position
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from versions import needs_transformers
 
-from peft_moice import MoICEConfig
+from peft_moice import MoICEConfig, extend
 from peft_moice.probing import LayerProbe, attention_module_names
 
 ORIGINAL_LENGTH = 32
@@ -324,3 +325,113 @@ def test_phimoe_keeps_its_angles():
     model = adapted(model_of("phimoe"), MoICEConfig(base_multipliers=[3.0]))
     with torch.no_grad():
         assert_close(cached_logits(model, ids, 30), cached_logits(turned, ids, 30))
+
+
+class TestRopesByPosition:
+    """Queries below the original length have the short factors, later ones the long ones, over one cache."""
+
+    @pytest.mark.parametrize(
+        ("family", "options"),
+        [
+            ("llama", {}),
+            ("phi3", {"sliding_window": 256}),
+            pytest.param("olmo3", {}, marks=needs_transformers("5.21", "cannot run longrope with layer types twice")),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    @torch.no_grad()
+    def test_equals_the_models_under_either_set_over_keys_rotated_anew(self, family, options):
+        ids, base, kind = (
+            tokens(length=LONG),
+            model_of(family, **options),
+            "full_attention" if family == "olmo3" else None,
+        )
+        own = base.config.rope_parameters[kind] if kind else base.config.rope_parameters
+        rules = [
+            {"query_positions": [0, ORIGINAL_LENGTH]},
+            {"query_positions": [ORIGINAL_LENGTH, None], "short_factor": own["long_factor"]},
+        ]
+        expected = oracle_by_position(base, ids, rules, kind)
+        short, long = base(ids[:, :EXACTLY]).logits, base(ids).logits
+        model = extend(base).eval()
+        close(model(ids).logits, expected)
+        assert (expected - long).abs().max() > 1e-2 * long.abs().max()  # which has the long factors for all
+        assert torch.equal(model(ids[:, :EXACTLY]).logits, short)
+        for sizes in ([10, 30], [*[1] * 2, 29, 1, 1, 1, 1]):
+            close(in_chunks(model, ids, sizes), expected)
+        static = StaticCache(config=model.config, max_cache_len=64)
+        close(in_chunks(model, ids, [28, *[1] * 9], cache=static), expected)
+        with model.disable_adapter():
+            assert torch.equal(model(ids).logits, long)
+        close(model(ids).logits, expected)
+        assert torch.equal(model.unload()(ids).logits, long)
+
+    @torch.no_grad()
+    def test_saved_merged_and_beside_routers(self, tmp_path):
+        ids, model = tokens(length=LONG), extend(model_of("phi3", sliding_window=256)).eval()
+        expected = model(ids).logits
+        model.save_pretrained(tmp_path / "adapter")
+        again = PeftModel.from_pretrained(model_of("phi3", sliding_window=256), tmp_path / "adapter").eval()
+        assert torch.equal(again(ids).logits, expected)
+        options = {"do_sample": False, "min_new_tokens": 16, "max_new_tokens": 16, "pad_token_id": 0}
+        llama = extend(model_of()).eval()  # Phi-3 throws its cache away on the way
+        generated = llama.generate(input_ids=ids[:1, :24], **options)
+        allowed = llama(generated[:, :-1]).logits[0, 23:]
+        allowed[:, 2] = -torch.inf  # the end of the text, ruled out by min_new_tokens
+        assert torch.equal(allowed.argmax(-1), generated[0, 24:])
+        model.merge_and_unload().save_pretrained(tmp_path / "merged")
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+        assert torch.equal(merged(ids).logits, expected)
+        # With routers, which decide below the original length alone.
+        both, routed = extend(adapted(model_of(num_hidden_layers=1))).eval(), adapted(model_of(num_hidden_layers=1))
+        beyond = extend(model_of(num_hidden_layers=1)).eval()(ids).logits
+        actual = in_chunks(both, ids, [30, 1, 1, 1, 1])
+        close(actual[:, :EXACTLY], routed(ids[:, :EXACTLY]).logits)
+        close(actual[:, EXACTLY:], beyond[:, EXACTLY:])
+
+    @torch.no_grad()
+    def test_caches_with_other_factors_are_refused(self):
+        model, ids = extend(model_of()).eval(), tokens(length=LONG)
+        for prompt in (40, 30):
+            cache = DynamicCache(config=model.config)
+            with model.disable_adapter():
+                in_chunks(model, ids[:, :44], [prompt, 1], cache)
+            with pytest.raises(ValueError, match=r"uses the short factors.*(the long ones|both kinds)"):
+                model(ids[:, 44:45], past_key_values=cache)
+        cache = DynamicCache(config=model.config)
+        model(ids[:, :40], past_key_values=cache)
+        with model.disable_adapter():
+            model(ids[:, 40:42], past_key_values=cache)
+        with pytest.raises(ValueError, match="both kinds"):
+            model(ids[:, 42:], past_key_values=cache)
+
+    def test_rules_that_go_on_with_the_short_factors_are_refused(self):
+        beyond = {"query_positions": [ORIGINAL_LENGTH, None]}
+        for rules in (
+            [{"query_positions": [0, 40]}, {"query_positions": [40, None], "rope_type": "longrope"}],
+            [{"query_positions": [0, 20]}, {"query_positions": [20, None], "rope_type": "longrope"}],
+            [{"query_positions": [0, ORIGINAL_LENGTH]}, beyond],
+        ):
+            with pytest.raises(ValueError, match=r"short factors hold for its first 32 tokens.*as `extend` does"):
+                get_peft_model(model_of(), MoICEConfig(ropes=rules))
+        rules = [{"query_positions": [0, ORIGINAL_LENGTH]}, {**beyond, "rope_type": "longrope"}]
+        with pytest.raises(ValueError, match=r"leave out model.layers.0.self_attn"):
+            get_peft_model(model_of(), MoICEConfig(ropes=rules, layers_to_transform=[1]))
+        with pytest.raises(ValueError, match=r"`factor` is 4\.0.*Leave both out"):
+            extend(model_of(), 4.0)
+
+    @pytest.mark.slow
+    @needs_transformers("5.21", "branches on the values of positions in longrope")
+    @torch.no_grad()
+    def test_compiled_decoding_across(self):
+        model, ids, graphs = extend(model_of(num_hidden_layers=1)).eval(), tokens(length=44), CompileCounter()
+        expected, cache = model(ids).logits, StaticCache(config=model.config, max_cache_len=64)
+        model(ids[:, :29], past_key_values=cache)
+        torch.compiler.reset()
+        compiled = torch.compile(model, fullgraph=True, backend=graphs)
+        logits = [
+            compiled(ids[:, i : i + 1], past_key_values=cache, position_ids=torch.tensor([[i]])).logits
+            for i in range(29, 44)
+        ]
+        close(torch.cat(logits, dim=1), expected[:, 29:])
+        assert graphs.frame_count == 1

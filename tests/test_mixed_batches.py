@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 from peft import get_peft_model
+from representatives import slow_but
 from tiny_models import decide, layers_of, load, logits_of, logits_with, token_ids, wide_config
 from transformers import GenerationConfig
 
@@ -30,7 +31,7 @@ class TestMixedBatches:
             logits = model(token_ids(), adapter_names=["__base__"] * 2).logits
         assert torch.equal(logits, logits_of(load(llama)))
 
-    @pytest.mark.parametrize("num_beams", [1, 2])
+    @pytest.mark.parametrize("num_beams", slow_but([1], [1, 2]))
     def test_generate(self, model, llama, num_beams):
         ids = token_ids(3)
         options = {"max_new_tokens": 6, "num_beams": num_beams, "do_sample": False}
@@ -41,7 +42,7 @@ class TestMixedBatches:
             expected.insert(0, model.generate(input_ids=ids[row : row + 1], **options))
         assert torch.equal(mixed, torch.cat(expected))
 
-    @pytest.mark.parametrize("in_config", [False, True])
+    @pytest.mark.parametrize("in_config", slow_but([True], [False, True]))
     def test_several_texts_of_a_prompt(self, model, in_config):
         """The single token that `top_k` leaves makes samples certain."""
         ids, options = token_ids(2), {"max_new_tokens": 6, "do_sample": True, "top_k": 1, "num_return_sequences": 2}

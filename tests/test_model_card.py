@@ -4,17 +4,16 @@ import ast
 import re
 
 import pytest
-import yaml
 from huggingface_hub import ModelCard
 from hypothesis import example, given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from tiny_models import adapted_model, load, save_tiny_model, two_adapters
+from representatives import slow_but
+from tiny_models import adapted_model, load, two_adapters
 from transformers import Trainer, TrainingArguments
 
-import peft_moice
 from peft_moice import MoICECallback, MoICEConfig
-from peft_moice.hub.card import adapter_part, merged_part, plain, put_card, python_string, table, values_table
+from peft_moice.hub.card import adapter_part, plain, put_card, python_string, table, values_table
 from peft_moice.hub.push import add_to_card
 from peft_moice.routing.spec import RouterSpec
 
@@ -62,12 +61,14 @@ def test_names_stay_names(base_model, source):
         assert [call.args[-1].value for call in calls if base_model] == ([source, base_model] if base_model else [])
 
 
+@pytest.mark.slow
 @given(st.text() | st.sampled_from(NASTY))
 def test_literals_are_what_they_quote(text):
     assert ast.literal_eval(python_string(text)) == text
     assert "`" not in python_string(text) and "\n" not in python_string(text)
 
 
+@pytest.mark.slow
 @given(st.text() | st.sampled_from(NASTY))
 def test_text_on_one_line_that_markdown_shows_as_it_is(text):
     line = plain(text)
@@ -78,15 +79,6 @@ def test_text_on_one_line_that_markdown_shows_as_it_is(text):
 def test_tables_escape_what_they_hold():
     assert values_table({"a|b": "<b>\nx"}) == "|  | value |\n| --- | --- |\n| a\\|b | \\<b\\> x |"
     assert table([{"x": 0.1234567, "y_": 3}]) == "| x | y\\_ |\n| --- | --- |\n| 0.123457 | 3 |"
-
-
-def test_layer_types_of_a_config_from_elsewhere():
-    spec = RouterSpec({"<img src=x>": [1e4]}, 1, 1, "layer", "silu")
-    text = merged_part([spec], base_model=None, auto_class="AutoModel").text
-    assert "\\<img src=x\\>: 10000" in text
-
-
-# --- into the cards of others ---
 
 
 def part(base_model="me/model"):
@@ -129,9 +121,6 @@ def test_a_card_that_cannot_be_read_stays(tmp_path, caplog):
     assert "stays as it is" in caplog.text
 
 
-# --- what lands on disk ---
-
-
 def assert_says_how(card: str, angles: str = "10000, 2500, 5000, 40000 (1, 0.25, 0.5, 4 times the first)") -> None:
     assert card.count("import peft_moice") == 1
     assert f"| {angles} |" in card and "| 2 of 4 per head and token |" in card
@@ -157,15 +146,6 @@ def test_each_of_several_adapters_has_its_card(llama, tmp_path):
     assert_says_how(
         (tmp_path / "two" / "README.md").read_text(), "10000, 20000, 30000, 40000 (1, 2, 3, 4 times the first)"
     )
-
-
-def test_the_base_model_is_named_if_others_can_have_it(llama, tmp_path):
-    model = adapted_model(llama)
-    model.peft_config["default"].base_model_name_or_path = "me/base"
-    model.save_pretrained(tmp_path)
-    card = ModelCard.load(tmp_path / "README.md")
-    assert card.data.base_model == "me/base"
-    assert 'AutoTokenizer.from_pretrained("me/base")' in card.text
 
 
 def test_a_config_whose_angles_are_open_writes_no_card(tmp_path):
@@ -198,19 +178,7 @@ def test_trainer(llama, tmp_path):
     assert_says_how((tmp_path / "README.md").read_text())
 
 
-def test_metadata_is_yaml_that_any_parser_reads(tmp_path):
-    save_tiny_model(tmp_path / "base")
-    adapted_model(str(tmp_path / "base")).merge_and_unload().save_pretrained(tmp_path / "merged")
-    head = (tmp_path / "merged" / "README.md").read_text().split("---\n")[1]
-    assert yaml.safe_load(head) == {
-        "peft_moice_version": peft_moice.__version__,
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["moice", "long-context"],
-    }
-
-
-@pytest.mark.parametrize("name", NASTY)
+@pytest.mark.parametrize("name", slow_but(NASTY[:1], NASTY))
 def test_a_base_model_with_a_nasty_name_survives_saving(llama, tmp_path, name):
     model = adapted_model(llama)
     model.peft_config["default"].base_model_name_or_path = name

@@ -70,6 +70,12 @@ def inputs(queries: int = 9, keys: int = 9, seed: int = 0):
     return query, key, value, gates
 
 
+def mix(implementation: str, *tensors: torch.Tensor, layout: RotaryLayout = LAYOUTS["half"], **options):
+    """Output and probabilities of queries, keys and values that were rotated by the first base angle, and gates."""
+    options = {"rotations": table(layout), "attend": attend, "implementation": implementation, **options}
+    return mixed_attention(*tensors, **options)
+
+
 def test_equals_attention_of_vectors_rotated_once(implementation, layout):
     """Re-rotation from the cache is the definition: each expert rotates the unrotated vectors by its own angle."""
     query, key, value, gates = inputs()
@@ -78,35 +84,18 @@ def test_equals_attention_of_vectors_rotated_once(implementation, layout):
         * attend(turn(query, base, layout), turn(key, base, layout), value, None)[0]
         for j, base in enumerate(BASES)
     )
-    output, _ = mixed_attention(
-        turn(query, BASES[0], layout),
-        turn(key, BASES[0], layout),
-        value,
-        gates,
-        rotations=table(layout),
-        query_start=0,
-        attend=attend,
-        implementation=implementation,
-    )
+    turned = turn(query, BASES[0], layout), turn(key, BASES[0], layout), value, gates
+    output, _ = mix(implementation, *turned, layout=layout, query_start=0)
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_only_differences_of_positions_matter(implementation, layout):
     """A sequence whose keys carry shifted positions (left padding, a sliding cache) gives the same output."""
     query, key, value, gates = inputs()
-    outputs = [
-        mixed_attention(
-            turn(query, BASES[0], layout, shift),
-            turn(key, BASES[0], layout, shift),
-            value,
-            gates,
-            rotations=table(layout),
-            query_start=0,
-            attend=attend,
-            implementation=implementation,
-        )[0]
-        for shift in (0, 1000)
-    ]
+    outputs = []
+    for shift in (0, 1000):
+        turned = turn(query, BASES[0], layout, shift), turn(key, BASES[0], layout, shift), value, gates
+        outputs.append(mix(implementation, *turned, layout=layout, query_start=0)[0])
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
 
 
@@ -114,28 +103,18 @@ def test_segments_equal_the_whole(implementation):
     layout = LAYOUTS["half"]
     query, key, value, gates = inputs(12, 12)
     query, key = turn(query, BASES[0], layout), turn(key, BASES[0], layout)
-    options = {"rotations": table(layout), "attend": attend, "implementation": implementation}
-    whole, probs = mixed_attention(query, key, value, gates, query_start=0, **options)
+    whole, probs = mix(implementation, query, key, value, gates, query_start=0)
     for start, end in ((0, 5), (5, 11), (11, 12)):
-        part, part_probs = mixed_attention(
-            query[..., start:end, :],
-            key[..., :end, :],
-            value[..., :end, :],
-            gates[..., start:end, :],
-            query_start=start,
-            **options,
-        )
+        tensors = query[..., start:end, :], key[..., :end, :], value[..., :end, :], gates[..., start:end, :]
+        part, part_probs = mix(implementation, *tensors, query_start=start)
         torch.testing.assert_close(part, whole[:, start:end], rtol=1e-5, atol=1e-6)
         if probs is not None:
             torch.testing.assert_close(part_probs, probs[..., start:end, :end], rtol=1e-5, atol=1e-6)
 
 
 def test_query_start_as_a_tensor(implementation):
-    layout = LAYOUTS["half"]
-    query, key, value, gates = inputs(3, 9)
-    options = {"rotations": table(layout), "attend": attend, "implementation": implementation}
-    expected, _ = mixed_attention(query, key, value, gates, query_start=6, **options)
-    actual, _ = mixed_attention(query, key, value, gates, query_start=torch.tensor(6), **options)
+    expected, _ = mix(implementation, *inputs(3, 9), query_start=6)
+    actual, _ = mix(implementation, *inputs(3, 9), query_start=torch.tensor(6))
     assert torch.equal(actual, expected)
 
 
@@ -147,28 +126,6 @@ def test_the_own_angle_alone_is_bitwise_the_models_attention():
     expected, expected_probs = attend(query, key, value, None)
     assert torch.equal(output, expected)
     assert torch.equal(probs, expected_probs)
-
-
-@pytest.mark.parametrize("kind", ["boolean", "additive"])
-def test_masks(implementation, kind):
-    layout = LAYOUTS["half"]
-    query, key, value, gates = inputs()
-    allowed = torch.ones(9, 9, dtype=torch.bool).tril().expand(2, 1, 9, 9).clone()
-    allowed[0, :, 3:, :3] = False
-    additive = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
-
-    def attend_additive(query, key, value, mask, **kwargs):
-        return attend(query, key, value, mask if mask.dtype == torch.bool else mask == 0)
-
-    options = {"rotations": table(layout), "query_start": 0, "attend": attend_additive}
-    mask = allowed if kind == "boolean" else additive
-    output, _ = mixed_attention(
-        query, key, value, gates, attention_mask=mask, implementation=implementation, **options
-    )
-    query, key, value, gates = query[:1, :, 3:], key[:1, :, 3:], value[:1, :, 3:], gates[:1, :, 3:]
-    options["attend"] = attend
-    alone, _ = mixed_attention(query, key, value, gates, implementation=implementation, **options)
-    torch.testing.assert_close(output[:1, 3:], alone, rtol=1e-4, atol=1e-5)
 
 
 def sdpa_of_rotated(query, key, value, gates, layout, **options) -> torch.Tensor:
@@ -222,18 +179,10 @@ def test_masks_that_are_not_causal(implementation, kind, queries):
     for of_ours in (True, False):
         leaves = [x.clone().requires_grad_() for x in (query, key, value, gates)]
         if of_ours:
-            leaves_rotated = (
-                turn(leaves[0], BASES[0], layout, 20 - queries), turn(leaves[1], BASES[0], layout), *leaves[2:]
-            )  # fmt: skip
-            output, _ = mixed_attention(
-                *leaves_rotated,
-                rotations=table(layout),
-                query_start=20 - queries,
-                attention_mask=mask,
-                is_causal=False,
-                attend=attend_by_sdpa,
-                implementation=implementation,
-            )
+            start = 20 - queries
+            turned = turn(leaves[0], BASES[0], layout, start), turn(leaves[1], BASES[0], layout), *leaves[2:]
+            options = {"attention_mask": mask, "is_causal": False, "attend": attend_by_sdpa}
+            output, _ = mix(implementation, *turned, query_start=start, **options)
         else:
             output = sdpa_of_rotated(*leaves, layout, attn_mask=mask)
         weight = torch.linspace(-1, 1, output.numel()).reshape(output.shape)
@@ -253,9 +202,8 @@ def test_what_is_not_a_number_is_not_hidden(implementation, tensor, bad, queries
     query, key, value, gates = inputs(queries, 9)
     gates = gates.abs().clamp(min=0.1)
     {"query": query, "key": key, "value": value}[tensor][0, 1, -2, 3] = bad
-    options = {"rotations": table(LAYOUTS["half"]), "query_start": 9 - queries, "attend": attend}
     leaves = [x.requires_grad_() for x in (query, key, value, gates)]
-    output, _ = mixed_attention(*leaves, implementation=implementation, **options)
+    output, _ = mix(implementation, *leaves, query_start=9 - queries)
     mask = torch.ones(queries, 9, dtype=torch.bool).tril(9 - queries)
     expected = sdpa_of_rotated(query, key, value, gates, LAYOUTS["half"], attn_mask=mask)
     # Rows that do not see the number may have one or not (zero times infinity), as the blocks fall.
@@ -271,11 +219,10 @@ def test_the_identity_start_learns_from_experts_whose_gates_are_closed(implement
     query, key, value, gates = inputs()
     own = torch.tensor([1.0, 0.0, 0.0])
     picked = (gates != 0) | (own != 0)
-    options = {"rotations": table(LAYOUTS["half"]), "attend": attend, "implementation": implementation}
     weight = torch.linspace(-1, 1, 2 * 9 * 4 * 6).reshape(2, 9, 4, 6)
 
     def loss(scale: torch.Tensor) -> torch.Tensor:
-        output, _ = mixed_attention(query, key, value, own + scale * (gates - own), picked=picked, **options)
+        output, _ = mix(implementation, query, key, value, own + scale * (gates - own), picked=picked)
         return (output * weight).sum()
 
     scale = torch.zeros((), requires_grad=True)
@@ -287,13 +234,10 @@ def test_the_identity_start_learns_from_experts_whose_gates_are_closed(implement
 @pytest.mark.parametrize("all_picked", [False, True])
 def test_gradients_equal_the_reference(implementation, all_picked):
     """Those of gates only where the expert was picked: a gate that is zero and stays zero needs none."""
-    layout = LAYOUTS["half"]
 
     def gradients(name: str) -> list[torch.Tensor]:
         tensors = [tensor.requires_grad_() for tensor in inputs()]
-        output, _ = mixed_attention(
-            *tensors, rotations=table(layout), query_start=0, attend=attend, implementation=name, picked=picked
-        )
+        output, _ = mix(name, *tensors, query_start=0, picked=picked)
         (output * torch.linspace(-1, 1, output.numel()).reshape(output.shape)).sum().backward()
         return [tensor.grad for tensor in tensors]
 
@@ -308,39 +252,25 @@ def test_gradients_equal_the_reference(implementation, all_picked):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_within_rounding_of_the_reference(implementation, dtype):
-    layout = LAYOUTS["half"]
     query, key, value, gates = inputs()
-    options = {"rotations": table(layout), "query_start": 0, "attend": attend}
-    expected, _ = mixed_attention(query, key, value, gates, implementation="reference", **options)
+    expected, _ = mix("reference", query, key, value, gates, query_start=0)
     low = [tensor.to(dtype) for tensor in (query, key, value)]
-    output, _ = mixed_attention(*low, gates, implementation=implementation, **options)
+    output, _ = mix(implementation, *low, gates, query_start=0)
     assert output.dtype == dtype
     torch.testing.assert_close(output.float(), expected, rtol=0, atol=16 * torch.finfo(dtype).eps)
 
 
 def test_the_name_of_an_implementation_that_there_was_reads_as_auto():
     """Configs of earlier versions may hold it."""
-    options = {"rotations": table(LAYOUTS["half"]), "attend": attend, "backend": "sdpa"}
-    expected, _ = mixed_attention(*inputs(), **options)
+    expected, _ = mix("auto", *inputs(), backend="sdpa")
     with pytest.warns(FutureWarning, match="no implementation 'grouped' any more.* read as 'auto'"):
-        output, _ = mixed_attention(*inputs(), implementation="grouped", **options)
+        output, _ = mix("grouped", *inputs(), backend="sdpa")
     assert torch.equal(output, expected)
 
 
-def test_errors_name_the_way_out():
-    query, key, value, gates = inputs()
-    options = {"rotations": table(LAYOUTS["half"]), "attend": attend}
-    with pytest.raises(ValueError, match="'fast'; choose 'auto' or one of"):
-        mixed_attention(query, key, value, gates, query_start=0, implementation="fast", **options)
-    with pytest.raises(ValueError, match=r"need \(2, 4, 9, 3\)"):
-        mixed_attention(query, key, value, gates[..., :2], query_start=0, **options)
-    with pytest.raises(ValueError, match="9 queries starting at position 4 do not fit 9 keys"):
-        mixed_attention(query, key, value, gates, query_start=4, **options)
+def test_a_mask_of_two_dimensions_is_for_eager_attention():
     with pytest.raises(ValueError, match="attn_implementation='eager'"):
-        mask = torch.ones(2, 9)
-        mixed_attention(
-            query, key, value, gates, query_start=0, attention_mask=mask, implementation="reference", **options
-        )
+        mix("reference", *inputs(), query_start=0, attention_mask=torch.ones(2, 9))
 
 
 @st.composite
@@ -433,19 +363,6 @@ def test_any_problem_equals_the_reference(implementation, problem):
             results.append((output, *grads[:3], grads[3] * (gates != 0)))
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-5)
-
-
-def test_kernels_for_the_cpu_say_why_they_cannot_be_used():
-    query, key, value, gates = inputs()
-    options = {"rotations": table(LAYOUTS["half"]), "query_start": 0, "attend": attend}
-    for reason, extra in {
-        "masks of four dimensions": {"attention_mask": torch.ones(2, 9)},
-        "no dropout": {"dropout": 0.1},
-        "softcap": {"softcap": 30.0},
-        "probabilities": {"output_attentions": True},
-    }.items():
-        with pytest.raises(ValueError, match=f"{reason}.*implementation='auto'"):
-            mixed_attention(query, key, value, gates, implementation="native", **options, **extra)
 
 
 class TestRotationTable:

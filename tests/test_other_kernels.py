@@ -4,8 +4,9 @@ import os
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
-from tiny_models import decide, load, logits_of, save_tiny_model, token_ids, wide_config
+from peft import PeftModel
+from representatives import slow_but
+from tiny_models import adapted_model, load, logits_of, save_tiny_model, token_ids
 from transformers.models.llama import modeling_llama
 from transformers.utils.import_utils import is_kernels_available
 
@@ -13,12 +14,6 @@ from transformers.utils.import_utils import is_kernels_available
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
     return save_tiny_model(tmp_path_factory.mktemp("base"))
-
-
-def adapted(folder: str, **overrides) -> PeftModel:
-    model = get_peft_model(load(folder), wide_config(**overrides)).eval()
-    decide(model)
-    return model
 
 
 def router_gradients(model: PeftModel) -> torch.Tensor:
@@ -51,7 +46,7 @@ interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reas
 @pytest.mark.parametrize("rotary", [complex_rotary, pytest.param(liger_rotary, marks=[interpreted, pytest.mark.slow])])
 def test_a_rotary_embedding_exchanged_in_the_modeling_file(folder, rotary, monkeypatch):
     """Liger exchanges `modeling_llama.apply_rotary_pos_emb`, before or after the adapter is injected."""
-    before = adapted(folder)
+    before = adapted_model(folder)
     expected, expected_gradients = logits_of(before), router_gradients(before)
     calls = []
 
@@ -60,7 +55,7 @@ def test_a_rotary_embedding_exchanged_in_the_modeling_file(folder, rotary, monke
         return rotary(*args, **kwargs)
 
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", counted)
-    after = adapted(folder)
+    after = adapted_model(folder)
     # All layers in one run of the model, and each under two base angles.
     assert len(calls) == 3 + 2 * 3
     for model in (before, after):
@@ -74,7 +69,7 @@ def test_a_rotary_embedding_exchanged_in_the_modeling_file(folder, rotary, monke
 
 @pytest.mark.skipif(is_kernels_available(), reason="would download kernels from the hub")
 def test_use_kernels_is_refused_where_the_package_is_missing(folder):
-    model = adapted(folder)
+    model = adapted_model(folder)
     expected = logits_of(model)
     with pytest.raises(ValueError, match="Kernels are not available"):
         model.get_base_model().set_use_kernels(True)
@@ -86,7 +81,7 @@ def test_use_kernels_is_refused_where_the_package_is_missing(folder):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="transformers offloads caches from a GPU only")
 @pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
 def test_offloaded_caches(folder, cache):
-    model = adapted(folder).to("cuda")
+    model = adapted_model(folder).to("cuda")
     ids = token_ids().to("cuda")
     expected = model.generate(ids, max_new_tokens=6, do_sample=False)
     actual = model.generate(ids, max_new_tokens=6, do_sample=False, cache_implementation=cache)
@@ -94,11 +89,11 @@ def test_offloaded_caches(folder, cache):
 
 
 @pytest.mark.parametrize("implementation", ["auto", "delegated"])
-@pytest.mark.parametrize("identity", [False, True])
+@pytest.mark.parametrize("identity", slow_but([True], [False, True]))
 def test_training_under_autocast(folder, implementation, identity):
     """Gradients in bfloat16 stay close to those in float32, whichever implementation computes them."""
     options = {"implementation": implementation, "init_weights": "identity" if identity else True}
-    model = adapted(folder, **options).train()
+    model = adapted_model(folder, **options).train()
     expected = router_gradients(model)
     model.zero_grad()
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -69,11 +69,6 @@ def test_a_name_has_the_same_colour_in_every_panel():
     assert curves(short)["before"][0].get_color() != curves(short)["after"][0].get_color()
 
 
-def test_writes_a_png(tmp_path):
-    plot_positions({"30 facts": {"before": BEFORE}}, POSITIONS).savefig(tmp_path / "curve.png")
-    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
-
-
 @pytest.mark.parametrize("panels", [{}, {"30 facts": {}}])
 def test_refuses_to_draw_nothing(panels):
     with pytest.raises(ValueError, match="nothing to draw"):
@@ -162,19 +157,6 @@ def test_small_differences_of_losses_are_drawn_by_themselves():
     assert [list(line.get_ydata()) for line in lower.lines] == [[0.0, 0.0], [0.0, -0.125]]
     with pytest.raises(ValueError, match="other positions"):
         plot_losses({"base": base, "longer": PositionLosses((2, 4, 8), (5.0, 4.0, 3.0), 1)})
-
-
-def test_pictures_name_the_model():
-    figure = plot_positions({"30 facts": {"before": BEFORE}}, POSITIONS, title="model")
-    assert figure.get_suptitle() == "model"
-    assert plot_waveforms(16, [1e4], 50, title="model").axes[0].get_title() == "model"
-
-
-def test_losses_are_drawn_over_a_logarithmic_axis():
-    losses = PositionLosses((2, 4, 8), (5.0, 4.0, 3.0), 1)
-    (axis,) = plot_losses({"base": losses}).axes
-    assert axis.get_xscale() == "log"
-    assert tuple(axis.lines[0].get_xdata()) == (1.0, 2.5, 5.5) and tuple(axis.lines[0].get_ydata()) == (5.0, 4.0, 3.0)
 
 
 @pytest.mark.parametrize(

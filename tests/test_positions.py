@@ -305,15 +305,6 @@ def test_query_start_without_a_static_cache_is_left_to_the_keys():
 
 
 @torch.no_grad()
-def test_packed_rows_equal_rows_of_their_own_where_positions_say_so():
-    ids, lengths = tokens(batch=1, length=LENGTH), (5, 7)
-    positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    packed = mixture()(ids, position_ids=positions, use_cache=False).logits
-    separate = [mixture()(piece, use_cache=False).logits for piece in ids.split(lengths, dim=1)]
-    assert_close(packed, torch.cat(separate, dim=1))
-
-
-@torch.no_grad()
 def test_right_padding_changes_no_real_token():
     model, mask = mixture(), (torch.arange(9) < torch.tensor([[9], [6], [9]])).long()
     ids = tokens(batch=3, length=9) * mask

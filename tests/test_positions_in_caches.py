@@ -34,21 +34,20 @@ def run(model, cache, ids: torch.Tensor, place: torch.Tensor | None = None, mask
     return model(ids, position_ids=place, past_key_values=cache, attention_mask=mask).logits
 
 
-def pieces(name: str) -> list[torch.Tensor]:
-    """Positions of the passes that fill a cache one after the other."""
-    return {
-        "a prompt that jumps": [span(*range(6)), span(*range(50, 54)), span(54), span(55)],
-        "a prompt that steps back": [span(*range(6)), span(3, 4, 5, 6), span(7), span(8)],
-        "a token that jumps": [span(*range(6)), span(50), span(51), span(52, 53), span(54)],
-        "tokens at one place": [span(0), span(0), span(0), span(0, 0)],
-        "a prompt with a gap": [span(0, 1, 2, 9, 10), span(11), span(12), span(13, 14)],
-        "a late beginning": [span(*range(20, 26)), span(26), span(27), span(28, 29)],
-        "rows apart": [
-            torch.tensor([[0, 1, 2, 3], [0, 1, 2, 3]]),
-            torch.tensor([[4], [30]]),
-            torch.tensor([[5, 6], [31, 32]]),
-        ],
-    }[name]
+PIECES = {
+    "a prompt that jumps": [span(*range(6)), span(*range(50, 54)), span(54), span(55)],
+    "a prompt that steps back": [span(*range(6)), span(3, 4, 5, 6), span(7), span(8)],
+    "a token that jumps": [span(*range(6)), span(50), span(51), span(52, 53), span(54)],
+    "tokens at one place": [span(0), span(0), span(0), span(0, 0)],
+    "a prompt with a gap": [span(0, 1, 2, 9, 10), span(11), span(12), span(13, 14)],
+    "a late beginning": [span(*range(20, 26)), span(26), span(27), span(28, 29)],
+    "rows apart": [
+        torch.tensor([[0, 1, 2, 3], [0, 1, 2, 3]]),
+        torch.tensor([[4], [30]]),
+        torch.tensor([[5, 6], [31, 32]]),
+    ],
+}
+"""Positions of the passes that fill a cache one after the other."""
 
 
 def fill(model, cache, places: list[torch.Tensor]) -> torch.Tensor:
@@ -57,35 +56,24 @@ def fill(model, cache, places: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([run(model, cache, part, place) for part, place in zip(parts, places, strict=True)], dim=1)
 
 
-NAMES = [
-    "a prompt that jumps",
-    "a prompt that steps back",
-    "a token that jumps",
-    "tokens at one place",
-    "a prompt with a gap",
-    "a late beginning",
-    "rows apart",
-]
-
-
-@pytest.mark.parametrize("make_cache", [dynamic_cache, static_cache])
+@pytest.mark.parametrize("make_cache", slow_but([dynamic_cache], [dynamic_cache, static_cache]))
 @pytest.mark.parametrize("family", slow_but(["llama"], ["llama", "mistral", "gemma3_text", "gpt_neox", "persimmon"]))
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PIECES)
 @torch.no_grad()
 def test_one_angle_equals_a_model_with_that_rope_theta(name, family, make_cache):
     model, own = one_angle(family), rotated(family)
-    assert_close(fill(model, make_cache(model), pieces(name)), fill(own, make_cache(own), pieces(name)))
+    assert_close(fill(model, make_cache(model), PIECES[name]), fill(own, make_cache(own), PIECES[name]))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but(["a prompt that jumps", "rows apart"], PIECES))
 @torch.no_grad()
 def test_mixtures_equal_the_reference_without_a_cache(name):
     model, reference = mixture(), mixture(implementation="reference")
-    place = torch.cat([part.expand(2, -1) for part in pieces(name)], dim=1)
+    place = torch.cat([part.expand(2, -1) for part in PIECES[name]], dim=1)
     ids = tokens(length=place.shape[1])
     # The mask keeps transformers from taking a jump for the beginning of another sequence.
     expected = reference(ids, position_ids=place, attention_mask=torch.ones_like(ids), use_cache=False).logits
-    assert_close(fill(model, dynamic_cache(model), pieces(name)), expected)
+    assert_close(fill(model, dynamic_cache(model), PIECES[name]), expected)
 
 
 def seen_by(length: int, hidden: dict[int, list[int]]) -> torch.Tensor:
@@ -116,6 +104,7 @@ def test_a_tree_over_a_cache(noted_by):
     assert_close(logits(mixture()), mixture(implementation="reference")(ids, **options).logits[:, 6:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
 @torch.no_grad()
 def test_continuations_of_one_prefix(copied):
@@ -169,7 +158,7 @@ def test_one_buffer_for_the_positions_of_all_passes():
 
 
 class TestPaddedRows:
-    @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
+    @pytest.mark.parametrize("family", slow_but(["gemma3_text"], ["llama", "mistral", "gemma3_text"]))
     @pytest.mark.parametrize("parts", [(6, 6), (2, 2, 8), (1,) * 12, (4, 1, 1, 4, 2)])
     @torch.no_grad()
     def test_prompts_in_pieces_padded_on_the_left(self, family, parts):
@@ -177,7 +166,7 @@ class TestPaddedRows:
         ids, padding = tokens(batch=3, length=12), torch.tensor([[0], [3], [5]])
         mask = (torch.arange(12) >= padding).long()
         place = positions_of(mask)
-        model, cache, found, start = mixture(family, implementation="native"), None, [], 0
+        model, found, start = mixture(family, implementation="native"), [], 0
         cache = dynamic_cache(model)
         for length in parts:
             end = start + length
@@ -202,7 +191,7 @@ class TestPaddedRows:
 
         assert_close(logits(one_angle()), logits(rotated()))
 
-    @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "gpt_neox"])
+    @pytest.mark.parametrize("family", slow_but(["llama"], ["llama", "mistral", "gemma3_text", "gpt_neox"]))
     @pytest.mark.parametrize("cache", [None, "static"])
     @torch.no_grad()
     def test_prompts_padded_on_the_right_are_continued(self, family, cache):
@@ -257,7 +246,7 @@ def test_rows_that_are_repeated_selected_or_permuted():
 
 
 @pytest.mark.parametrize("rows", [[2, 1], [2, 0, 1], [1, 1, 2, 0]])
-@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("family", slow_but(["mistral"], ["llama", "mistral"]))
 @torch.no_grad()
 def test_padded_rows_that_are_selected_count_on(family, rows):
     model, mask = mixture(family, implementation="native"), (torch.arange(14) >= torch.tensor([[0], [3], [1]])).long()
@@ -302,7 +291,7 @@ class TestKeysThatOthersMoved:
     """Libraries that evict keys leave those that remain where they stood, and nobody tells which they are."""
 
     @pytest.mark.parametrize("goes_on_at", ["the next token", "the number of keys"])
-    @pytest.mark.parametrize("change", MOVED)
+    @pytest.mark.parametrize("change", slow_but(["out of the middle", "in other order, in place"], MOVED))
     @torch.no_grad()
     def test_are_refused(self, change, goes_on_at):
         model = mixture()
@@ -407,11 +396,6 @@ class TestKeysThatNobodyToldAbout:
         mask = (torch.arange(9) >= torch.tensor([[0], [2]])).long()
         for place, options in ((torch.arange(9)[None], {}), (positions_of(mask), {"mask": mask})):
             prompt = {name: value[:, :6] for name, value in options.items()}
-            own = rotated()
-            cache = dynamic_cache(own)
-            run(own, cache, tokens(length=6), place[:, :6], **prompt)
-            expected = run(own, cache, tokens(length=3, seed=1), place[:, 6:], **options)
-
             # Keys of later layers depend on the angles of earlier ones, so one layer has to do.
             own = rotated(num_hidden_layers=1)
             cache = dynamic_cache(own)
@@ -436,21 +420,13 @@ class TestKeysThatNobodyToldAbout:
     def test_keys_that_came_while_routers_were_off_are_known(self):
         """The cache holds the base model's keys either way."""
 
-        def logits(model) -> torch.Tensor:
-            cache = dynamic_cache(model)
-            if hasattr(model, "disable_adapter"):
-                with model.disable_adapter():
-                    fill(model, cache, pieces("a token that jumps"))
-            else:
-                fill(tiny_model("llama", num_hidden_layers=1), cache, pieces("a token that jumps"))
-            return run(model, cache, tokens(length=3, seed=1), span(80, 81, 82))
-
-        with torch.no_grad():
-            actual = logits(one_angle(num_hidden_layers=1))
-            model = rotated(num_hidden_layers=1)
-            cache = dynamic_cache(model)
-            fill(model, cache, pieces("a token that jumps"))
-            assert_close(actual, run(model, cache, tokens(length=3, seed=1), span(80, 81, 82)))
+        model, own, places = one_angle(num_hidden_layers=1), rotated(num_hidden_layers=1), PIECES["a token that jumps"]
+        cache, own_cache = dynamic_cache(model), dynamic_cache(own)
+        with model.disable_adapter():
+            fill(model, cache, places)
+        fill(own, own_cache, places)
+        ids, place = tokens(length=3, seed=1), span(80, 81, 82)
+        assert_close(run(model, cache, ids, place), run(own, own_cache, ids, place))
 
 
 @torch.no_grad()
@@ -476,11 +452,12 @@ def test_static_caches_whose_layer_cannot_be_told_are_refused():
         run(model, StaticCache(config=model.config, max_cache_len=16), tokens(length=4))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_layers_that_come_more_than_once_in_a_pass():
     model, own = one_angle("hrm_text"), rotated("hrm_text")
     for name in ("a late beginning", "a token that jumps"):
-        assert_close(fill(model, dynamic_cache(model), pieces(name)), fill(own, dynamic_cache(own), pieces(name)))
+        assert_close(fill(model, dynamic_cache(model), PIECES[name]), fill(own, dynamic_cache(own), PIECES[name]))
 
 
 class TestOnAGpu:
@@ -509,17 +486,11 @@ class TestOnAGpu:
         def logits(model) -> torch.Tensor:
             cache = dynamic_cache(model)
             fill(model, cache, [span(*range(6)), span(50)])
-            return torch.cat(
-                (
-                    run(model, cache, tokens(length=2, seed=1), span(51, 52)),
-                    run(model, cache, tokens(length=1, seed=2), span(53)),
-                ),
-                dim=1,
-            )
+            prompt = run(model, cache, tokens(length=2, seed=1), span(51, 52))
+            return torch.cat((prompt, run(model, cache, tokens(length=1, seed=2), span(53))), dim=1)
 
         # With one layer, the token that jumped leaves nothing but its key behind.
-        actual, expected = logits(one_angle(num_hidden_layers=1)), logits(rotated(num_hidden_layers=1))
-        assert_close(actual, expected)
+        assert_close(logits(one_angle(num_hidden_layers=1)), logits(rotated(num_hidden_layers=1)))
 
 
 @pytest.mark.slow

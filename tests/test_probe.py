@@ -59,6 +59,7 @@ def test_layouts(family, layout, direction):
         family("muse_glimmer", {}, None),
     ],
 )
+@pytest.mark.slow
 @torch.no_grad()
 def test_layers_without_rotary_embedding_are_left_out(family, overrides, rotary):
     found = [plan.rope is not None for plan in plans(family, **overrides)]
@@ -73,7 +74,9 @@ def test_layers_without_rotary_embedding_are_left_out(family, overrides, rotary)
     assert torch.equal(model(input_ids=tokens()).logits, base)
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "olmo3", "modernbert-decoder", "mimo_v2_flash", "gemma4_text"])
+@pytest.mark.parametrize(
+    "family", slow_but(["olmo3"], ["gemma3_text", "olmo3", "modernbert-decoder", "mimo_v2_flash", "gemma4_text"])
+)
 def test_layer_types_have_angles_of_their_own(family):
     model = get_peft_model(tiny_model(family), config(base_multipliers=[1.0, 2.0]))
     rope_bases = model.peft_config["default"].rope_bases
@@ -137,6 +140,7 @@ def test_a_weighted_norm_after_the_rotation_is_refused_even_while_its_weights_ar
     ],
     ids=lambda parameters: parameters["rope_type"],
 )
+@pytest.mark.slow
 @torch.no_grad()
 def test_rope_types_keep_their_parameters_under_every_angle(rope_parameters):
     rope_parameters = {"rope_theta": 10000.0, **rope_parameters}

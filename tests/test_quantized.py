@@ -10,6 +10,11 @@ from tiny_models import decide, layers_of, load, logits_of, router_state, save_t
 from torch import nn
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
+from peft_moice.cli.main import main
+from peft_moice.evaluation import Result
+
+pytestmark = pytest.mark.slow
+
 
 def torchao_int8() -> TorchAoConfig:
     quantization = pytest.importorskip("torchao.quantization")
@@ -115,6 +120,24 @@ def test_gradients_are_those_of_the_dequantized_model(folder, scheme):
     expected = router_gradients(adapted(dequantize(load_quantized(folder, scheme))))
     for name, gradient in expected.items():
         torch.testing.assert_close(actual[name], gradient, rtol=0, atol=1e-4 * gradient.abs().max().item())
+
+
+def test_the_commands_train_and_measure_over_a_quantized_base(folder, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "w5 w6 w7", "answer": "w8"}\n' * 4)
+    train = ["train", "--preset", "chats", "--model", folder, "--train_files", str(tmp_path / "rows.jsonl")]
+    train += ["--keep_weight", "0", "--use_cpu", "--max_steps", "2", "--output_dir", str(tmp_path / "out")]
+    assert main([*train, "--load_in_4bit", "--eval_strategy", "steps"]) == 2
+    assert "--eval_strategy: on a CPU" in capsys.readouterr().err
+    measure = ["measure", "--adapter", str(tmp_path / "out"), "--items", "3", "--questions", "1"]
+    losses = {}
+    for option in ("--load_in_8bit", "--load_in_4bit"):
+        assert main([*train, option, "--overwrite"]) == 0
+        assert main([*measure, option, "--output_dir", str(tmp_path / "measured")]) == 0
+        losses[option] = Result.load(tmp_path / "measured" / "facts_0.json").mean("loss")
+    assert main([*measure, "--output_dir", str(tmp_path / "measured")]) == 0
+    losses["none"] = Result.load(tmp_path / "measured" / "facts_0.json").mean("loss")
+    assert len({*losses.values()}) == 3 and losses["none"] == pytest.approx(losses["--load_in_4bit"], abs=0.1)
 
 
 class PacksForInference(nn.Linear):

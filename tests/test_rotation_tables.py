@@ -3,6 +3,7 @@
 import copy
 import itertools
 
+import pytest
 import torch
 from families import tiny_model, tokens
 from peft import get_peft_model
@@ -53,6 +54,7 @@ def test_an_adapter_that_is_replaced_leaves_no_tables():
     assert sets_kept(model) == [(10000.0, 80000.0)]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_combinations_share_tables_whatever_their_order_and_are_few():
     model, names = get_peft_model(tiny_model("llama"), config(1.0, 4.0), "a").eval(), "abcde"

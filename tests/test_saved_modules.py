@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny_models import assert_logits, decide, layers_of, load, logits_of, token_ids, wide_config
+from tiny_models import adapted_model, assert_logits, decide, layers_of, load, logits_of, token_ids, wide_config
 from transformers import AutoModelForCausalLM
 from versions import needs_transformers
 
@@ -20,9 +20,7 @@ def qwen3(bases) -> str:
 
 
 def adapted(qwen3: str, **options) -> PeftModel:
-    model = get_peft_model(load(qwen3), wide_config(modules_to_save=NAMES, **options)).eval()
-    decide(model)
-    return model
+    return adapted_model(qwen3, modules_to_save=NAMES, **options)
 
 
 def saved_parameters(model: PeftModel, adapter_name: str = "default") -> dict[str, torch.nn.Parameter]:
@@ -87,8 +85,7 @@ def test_a_second_adapter_has_its_own(qwen3):
 
 
 def test_only_the_second_adapter_has_some(qwen3):
-    model = get_peft_model(load(qwen3), wide_config()).eval()
-    decide(model)
+    model = adapted_model(qwen3)
     expected = logits_of(model)
     model.add_adapter("second", wide_config(modules_to_save=NAMES))
     assert torch.equal(logits_of(model), expected)
@@ -134,8 +131,7 @@ def test_transformers_loads_modules_inside_of_attention(qwen3, tmp_path):
 
 @needs_transformers("5.18", "loses `modules_to_save` in its own loader of adapters")
 def test_modules_to_save(llama, tmp_path):
-    model = get_peft_model(load(llama), wide_config(modules_to_save=["lm_head"])).eval()
-    decide(model)
+    model = adapted_model(llama, modules_to_save=["lm_head"])
     train(model)
     expected = logits_of(model)
     model.save_pretrained(tmp_path)
@@ -153,8 +149,7 @@ def test_modules_to_save(llama, tmp_path):
 
 @needs_transformers("5.18", "loses `trainable_token_indices` in its own loader of adapters")
 def test_trainable_token_indices(llama, tmp_path):
-    model = get_peft_model(load(llama), wide_config(trainable_token_indices=[3, 5])).eval()
-    decide(model)
+    model = adapted_model(llama, trainable_token_indices=[3, 5])
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     ids = token_ids()
     ids[:, :2] = torch.tensor([3, 5])
@@ -175,8 +170,7 @@ def test_trainable_token_indices(llama, tmp_path):
 
 
 def test_merging_beside_trained_tokens(llama):
-    model = get_peft_model(load(llama), wide_config(trainable_token_indices=[3, 5])).eval()
-    decide(model)
+    model = adapted_model(llama, trainable_token_indices=[3, 5])
     model.get_input_embeddings().token_adapter.trainable_tokens_delta["default"].data.normal_()
     ids = token_ids()
     ids[:, :2] = torch.tensor([3, 5])

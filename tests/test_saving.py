@@ -11,11 +11,13 @@ from safetensors.torch import load_file
 from tiny_models import (
     FAMILIES,
     WIDE,
+    adapted_model,
     decide,
     load,
     logits_of,
     router_state,
     save_tiny_model,
+    token_ids,
     two_adapters,
     wide_config,
 )
@@ -27,8 +29,7 @@ from peft_moice import MoICEConfig, MoICELayer
 @pytest.mark.parametrize("family", slow_but(["llama"], FAMILIES))
 @pytest.mark.parametrize("overrides", [{}, {"router_scope": "head", "init_weights": "identity", "router_dim": 3}])
 def test_a_saved_adapter_loads_into_an_equal_model(bases, tmp_path, family, overrides):
-    model = get_peft_model(load(bases[family]), wide_config(**overrides)).eval()
-    decide(model)
+    model = adapted_model(bases[family], **overrides)
     expected = logits_of(model)
     assert not torch.allclose(expected, logits_of(load(bases[family])), atol=1e-3)
     model.save_pretrained(tmp_path)
@@ -52,6 +53,7 @@ def test_the_file_holds_the_routers_and_nothing_else(adapter):
     }
 
 
+@pytest.mark.slow
 def test_an_adapter_of_a_7b_model_is_under_300_kilobytes(tmp_path):
     # Llama-2-7B has 32 layers and D = 128; the other sizes do not reach a shared router.
     base = save_tiny_model(tmp_path / "base", num_hidden_layers=32, head_dim=128)
@@ -108,7 +110,7 @@ def test_adapter_names_that_look_like_parts_of_keys(llama, tmp_path):
         assert torch.equal(logits_of(loaded), logits_of(model)), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", slow_but([torch.bfloat16], [torch.float32, torch.bfloat16]))
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
 def test_loading_puts_routers_where_they_belong(llama, adapter, dtype, autocast, low_cpu_mem_usage):
@@ -128,16 +130,30 @@ def test_loading_puts_routers_where_they_belong(llama, adapter, dtype, autocast,
     assert logits_of(model).dtype == dtype
 
 
-def test_get_peft_model_keeps_routers_of_a_bfloat16_model_in_float32(llama):
-    model = get_peft_model(load(llama, dtype=torch.bfloat16), wide_config())
-    assert {weight.dtype for weight in router_state(model).values()} == {torch.float32}
-    model = get_peft_model(load(llama, dtype=torch.bfloat16), wide_config(), autocast_adapter_dtype=False)
-    assert {weight.dtype for weight in router_state(model).values()} == {torch.bfloat16}
+def test_training_resumes_from_a_loaded_adapter(llama, tmp_path):
+    def train_step(model, seed: int) -> None:
+        optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.5)
+        model.zero_grad()
+        model(token_ids(seed=seed), labels=token_ids(seed=seed)).loss.backward()
+        optimizer.step()
+
+    model = adapted_model(llama).train()
+    start = router_state(model)
+    train_step(model, seed=0)
+    model.save_pretrained(tmp_path)
+    train_step(model, seed=1)
+    assert all(not torch.equal(weight, start[name]) for name, weight in router_state(model).items())
+
+    resumed = PeftModel.from_pretrained(load(llama), tmp_path, is_trainable=True).train()
+    assert {name for name, p in resumed.named_parameters() if p.requires_grad} == set(router_state(resumed))
+    assert not resumed.peft_config["default"].inference_mode
+    train_step(resumed, seed=1)
+    for name, weight in router_state(model).items():
+        assert torch.equal(router_state(resumed)[name], weight)
 
 
 def test_part_of_the_layers(llama, tmp_path):
-    model = get_peft_model(load(llama), wide_config(layers_to_transform=[0, 2])).eval()
-    decide(model)
+    model = adapted_model(llama, layers_to_transform=[0, 2])
     adapted = [name for name, module in model.named_modules() if isinstance(module, MoICELayer)]
     assert [name.split(".")[4] for name in adapted] == ["0", "2"]
     model.save_pretrained(tmp_path)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from families import tiny_model, tokens
 from peft import get_peft_model
+from tiny_models import VOCABULARY, tiny_encoder_decoder
 from torch.nn import functional
-from transformers import T5GemmaConfig, T5GemmaForConditionalGeneration, T5GemmaModuleConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, apply_rotary_pos_emb
 
 import peft_moice
@@ -15,22 +15,6 @@ from peft_moice import MoICEConfig
 def adapted(family: str = "llama"):
     base = tiny_encoder_decoder() if family == "t5gemma" else tiny_model(family)
     return get_peft_model(base, MoICEConfig(base_multipliers=[1.0, 4.0], init_weights=False)).eval()
-
-
-def tiny_encoder_decoder() -> T5GemmaForConditionalGeneration:
-    shape = {
-        "vocab_size": 128,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-    }
-    torch.manual_seed(0)
-    encoder, decoder = T5GemmaModuleConfig(**shape), T5GemmaModuleConfig(**shape)
-    config = T5GemmaConfig(encoder=encoder, decoder=decoder, vocab_size=128)
-    return T5GemmaForConditionalGeneration(config)
 
 
 def own_attention(self, hidden_states, position_embeddings, *args, **kwargs):
@@ -87,7 +71,8 @@ def test_an_upgrade_that_bypasses_the_mixture_is_an_error(monkeypatch, form, upg
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "t5gemma", "qwen3_next"])
 def test_models_that_work_pass_and_are_left_as_they_were(family):
     for model in (adapted(family), adapted(family).merge_and_unload()):
-        model(**({"decoder_input_ids": tokens()} if family == "t5gemma" else {}), input_ids=tokens())
+        ids = tokens().clamp(max=VOCABULARY - 1)
+        model(**({"decoder_input_ids": ids} if family == "t5gemma" else {}), input_ids=ids)
         model.train()
         before = {name: value.clone() for name, value in model.state_dict().items()}
         hooks = hooks_of(model)
@@ -100,11 +85,6 @@ def test_models_that_work_pass_and_are_left_as_they_were(family):
 
 def hooks_of(model) -> int:
     return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
-
-
-def test_unloading_leaves_no_hooks():
-    model = adapted().unload()
-    assert hooks_of(model) == 0
 
 
 def test_a_layer_that_is_left_out_is_found_on_demand():
@@ -136,10 +116,3 @@ def test_compiled_layers_count():
         layer.compile(backend="eager", fullgraph=True)
     torch.testing.assert_close(model(tokens()).logits, expected(tokens()).logits)
     peft_moice.check(model)
-
-
-def test_checkpointing_runs_layers_again():
-    model = adapted().train()
-    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-    model(tokens(), labels=tokens()).loss.backward()
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import adapted_model, load, logits_of, save_tiny_model, token_ids, wide_config
 from transformers import AutoConfig, AutoTokenizer, Gemma3Config
 
+from peft_moice import MoICEConfig, extend
 from peft_moice.standalone.transformers_server import add_model_class, main
 from peft_moice.standalone.vllm.folder import check_merged, refuse_adapter
 from peft_moice.standalone.vllm.refusals import refuse_other_caches, refuse_other_classes, refuse_unserved
@@ -72,6 +73,17 @@ def test_a_whole_folder_passes(merged, copied):
     load(str(copied)).save_pretrained(copied, max_shard_size="20KB")
     assert len(list(copied.glob("*.safetensors"))) > 1
     check_merged(copied, description(copied))
+
+
+def test_ropes_are_served_by_position_and_not_by_distance(base, tmp_path):
+    beyond = {"query_positions": [8, None], "rope_type": "linear", "factor": 2.0}
+    by_position = MoICEConfig(ropes=[{"query_positions": [0, 8]}, beyond], task_type="CAUSAL_LM")
+    get_peft_model(load(base), by_position).merge_and_unload().save_pretrained(tmp_path / "position")
+    refuse_unserved(AutoConfig.from_pretrained(tmp_path / "position"))
+    check_merged(tmp_path / "position", description(tmp_path / "position"))
+    extend(load(base)).merge_and_unload().save_pretrained(tmp_path / "distance")
+    with pytest.raises(ValueError, match="not served by vLLM: it has ropes by the distance of keys"):
+        refuse_unserved(AutoConfig.from_pretrained(tmp_path / "distance"))
 
 
 def test_a_shard_that_is_missing(copied):

@@ -3,9 +3,18 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
-from tiny_models import SHAPE, WIDE, decide, layers_of, load, logits_of, token_ids, two_adapters, wide_config
-from transformers import AutoModelForSeq2SeqLM, T5GemmaConfig
-from transformers.models.t5gemma.configuration_t5gemma import T5GemmaModuleConfig
+from tiny_models import (
+    WIDE,
+    adapted_model,
+    decide,
+    layers_of,
+    load,
+    logits_of,
+    tiny_encoder_decoder,
+    token_ids,
+    two_adapters,
+    wide_config,
+)
 
 from peft_moice import MoICEConfig, MoICEModel
 from peft_moice.routing.mixture import LayerMixture
@@ -100,15 +109,6 @@ def test_gates_of_active_adapters_are_the_mean_of_gates_on_the_union(llama):
     torch.testing.assert_close(mixture.gate(query, mixture.rope_bases()).gates, expected)
 
 
-def test_one_adapter_twice_is_that_adapter(llama):
-    model = two_adapters(llama)
-    for layer in layers_of(model):
-        layer.moice_router["two"].load_state_dict(layer.moice_router["one"].state_dict())
-    one = logits_of(model)
-    model.base_model.set_adapter(["one", "two"])
-    torch.testing.assert_close(logits_of(model), one, rtol=1e-5, atol=1e-6)
-
-
 def test_a_second_adapter_on_other_layers(llama):
     model = get_peft_model(load(llama), wide_config(layers_to_transform=[0]), adapter_name="low").eval()
     low = logits_of(model)
@@ -116,21 +116,15 @@ def test_a_second_adapter_on_other_layers(llama):
     decide(model, "high")
     assert torch.equal(logits_of(model), low)
     model.set_adapter("high")
-    alone = get_peft_model(load(llama), wide_config(layers_to_transform=[1, 2])).eval()
-    decide(alone)
+    alone = adapted_model(llama, layers_to_transform=[1, 2])
     assert torch.equal(logits_of(model), logits_of(alone))
     assert isinstance(model.base_model, MoICEModel)
 
 
 def test_a_second_adapter_beside_another_rotary_embedding():
     """An encoder-decoder has a rotary embedding on either side; both are watched."""
-    side = T5GemmaModuleConfig(
-        **{**SHAPE, "max_position_embeddings": 16, "query_pre_attn_scalar": 16},
-        rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
-    )
-    config = T5GemmaConfig(encoder=side, decoder=side, vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    options = {"base_multipliers": WIDE, "top_k": 2}
-    base = AutoModelForSeq2SeqLM.from_config(config).eval()
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    base, options = tiny_encoder_decoder(max_position_embeddings=16, rope_parameters=rope), {"base_multipliers": WIDE}
     model = get_peft_model(base, MoICEConfig(target_modules=r".*decoder.*self_attn", **options), adapter_name="one")
     model.add_adapter("two", MoICEConfig(target_modules=r".*encoder.*self_attn", **options))
     model.set_adapter("two")
@@ -139,6 +133,7 @@ def test_a_second_adapter_beside_another_rotary_embedding():
         model(input_ids=token_ids(length=30), decoder_input_ids=token_ids(length=4))
 
 
+@pytest.mark.slow
 def test_new_routers_do_not_replace_trained_ones(llama, adapter):
     base = load(llama)
     model = PeftModel.from_pretrained(base, adapter).eval()

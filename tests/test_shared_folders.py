@@ -14,6 +14,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from peft_moice.standalone import saving
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 SAVED = Path(__file__).parent / "saved"
 
@@ -48,7 +50,6 @@ def folder(merged, tmp_path) -> Path:
     return tmp_path / "merged"
 
 
-@pytest.mark.slow
 def test_a_fresh_process_reads_it_with_trust_or_with_the_import(merged, folder, tmp_path):
     torch.save({"ids": token_ids(), "logits": logits_of(merged)}, tmp_path / "expected.pt")
     check = f"""
@@ -57,7 +58,7 @@ def test_a_fresh_process_reads_it_with_trust_or_with_the_import(merged, folder, 
             assert torch.equal(model.eval()(expected["ids"]).logits, expected["logits"])
         print(type(model).__name__)
     """
-    head = "import sys, torch\nfrom transformers import AutoModelForCausalLM, AutoTokenizer, pipeline\n"
+    head = "import sys, torch\nfrom transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline\n"
     read = f"AutoModelForCausalLM.from_pretrained({str(folder)!r}"
 
     trusting = run(
@@ -65,7 +66,15 @@ def test_a_fresh_process_reads_it_with_trust_or_with_the_import(merged, folder, 
         + f"model = {read}, trust_remote_code=True)\n"
         + textwrap.dedent(check)
         + f"generate = pipeline('text-generation', model={str(folder)!r}, trust_remote_code=True)\n"
-        + "assert generate('w3 w4', max_new_tokens=2, do_sample=False)[0]['generated_text']\n",
+        + "assert generate('w3 w4', max_new_tokens=2, do_sample=False)[0]['generated_text']\n"
+        # As HELMET does: a config read before, and generation that goes on from a prompt read by the inner model.
+        + f"config = AutoConfig.from_pretrained({str(folder)!r}, trust_remote_code=True)\n"
+        + f"again = {read}, config=config, dtype=torch.float32, device_map='auto', trust_remote_code=True)\n"
+        + "ids, mask = expected['ids'][:1], torch.ones_like(expected['ids'][:1])\n"
+        + "cache = again.model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1]).past_key_values\n"
+        + "written = [m.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=4, **options)\n"
+        + "           for m, options in ((again, {'past_key_values': cache}), (model, {}))]\n"
+        + "assert torch.equal(*written)\n",
         tmp_path / "home",
     )
     assert trusting.returncode == 0, trusting.stderr[-2000:]

@@ -23,6 +23,7 @@ DOCS = ROOT / "docs"
 sys.path.insert(0, str(ROOT / ".ci"))
 
 import run_snippets  # noqa: E402
+from commands_page import commands_page  # noqa: E402
 
 GENERATED = {
     "CHANGELOG.md": "changelog.md",
@@ -30,13 +31,14 @@ GENERATED = {
     "CODE_OF_CONDUCT.md": "code_of_conduct.md",
     "SECURITY.md": "security.md",
     "examples/measure_train_picture.ipynb": "guide/notebook.md",
+    "peft_moice/cli": "commands.md",
 }
-"""Pages that .ci/site_hooks.py makes of files outside of docs/."""
+"""Pages that .ci/site_hooks.py makes of what lies outside of docs/."""
 SETTINGS = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
 TROUBLESHOOTING = DOCS / "guide" / "troubleshooting.md"
 FOREIGN = {
     "Must flatten tensors with uniform dtype but got …": "torch/distributed/fsdp/_flat_param.py",
-    "The checkpoint you are trying to load has model type …but Transformers does not recognize this architecture.": (
+    "The checkpoint you are trying to load has model type `…` but Transformers does not recognize this architecture": (
         "transformers/models/auto/configuration_auto.py"
     ),
 }
@@ -68,7 +70,7 @@ def test_every_page_has_one_place_in_the_navigation():
 def test_every_page_is_linked_from_another():
     linked = set()
     for page in pages():
-        for target in re.findall(r"\]\(([\w./-]+\.(?:md|ipynb))[)#]", (DOCS / page).read_text()):
+        for target in re.findall(r"\]\(([\w./-]+(?:\.(?:md|ipynb)|/cli))[)#]", (DOCS / page).read_text()):
             path = (DOCS / page).parent.joinpath(target).resolve()
             if path != DOCS / page:
                 linked.add(str(path.relative_to(ROOT)))
@@ -90,13 +92,13 @@ def texts_of(folder: Path) -> list[str]:
 
 
 def says(text: str, quote: str) -> bool:
-    """Whether a message can read as quoted, with `…` for what is filled in; the page has " where code has `."""
-    pattern = ".*".join(re.escape(part) for part in quote.split("…")).replace('"', '[`"]')
+    """Whether a message can read as quoted, with `…` for what is filled in."""
+    pattern = ".*".join(re.escape(part) for part in quote.split("…"))
     return re.search(pattern, text, re.DOTALL) is not None
 
 
 def quoted_messages() -> list[str]:
-    return re.findall(r"^### `(.+)`$", TROUBLESHOOTING.read_text(), re.MULTILINE)
+    return [quote for _, quote in re.findall(r"^### (`+ ?)(.+?) ?`+$", TROUBLESHOOTING.read_text(), re.MULTILINE)]
 
 
 @pytest.mark.parametrize("quote", [quote for quote in quoted_messages() if quote != "KeyError: 'MOICE'"])
@@ -137,7 +139,20 @@ def test_command_lines_are_understood(page, tmp_path, monkeypatch):
     for name, *rest in run_snippets.commands_of(DOCS / page):
         if "--help" not in [name, *rest]:
             # Some ask for bf16, which Trainer refuses where there is neither a GPU nor this.
-            COMMANDS[name].parse([*rest, "--use_cpu"] if name == "train" else rest)
+            COMMANDS[name].parser().parse([*rest, "--use_cpu"] if name == "train" else rest)
+
+
+def test_the_reference_of_commands_says_what_parsers_know():
+    sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", commands_page(), re.MULTILINE | re.DOTALL))
+    assert sections.keys() == COMMANDS.keys()
+    assert "| `--questions N` | `8` | Questions at each position and length. |" in sections["measure"]
+    assert "| `--init NAME` | `normal` | " in sections["train"] and "One of `identity`, `normal`." in sections["train"]
+    assert "| `ADAPTER` |  | Folder or Hub id" in sections["info"]
+    for name, module in COMMANDS.items():
+        rows = re.findall(r"^\| `([\w-]+)", sections[name], re.MULTILINE)
+        known = {*module.parser()._option_string_actions} | {"MODEL", "ADAPTER", "OUTPUT_DIR", "MODULE"}
+        assert {*rows} <= known and len(rows) == len({*rows}) >= 1
+        assert f"peft-moice {name} " in sections[name]
 
 
 @pytest.fixture(scope="module")

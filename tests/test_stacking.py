@@ -66,22 +66,6 @@ def test_checkpoints_hold_nothing_of_each_other_and_fit_the_base_model(llama, tm
     assert_logits(both, expected)
 
 
-def test_routers_trained_over_lora_load_without_it(llama, tmp_path):
-    _, model = stacked(llama)
-    with pytest.warns(UserWarning, match="another tuner"):
-        model.save_pretrained(tmp_path)
-    alone = PeftModel.from_pretrained(load(llama), tmp_path)
-    stored, loaded = (get_peft_model_state_dict(alone), load_file(tmp_path / "adapter_model.safetensors"))
-    assert stored.keys() == loaded.keys()
-    assert all(torch.equal(stored[key], loaded[key]) for key in stored)
-
-
-def test_configs_stay_apart(llama):
-    lora, model = stacked(llama)
-    assert lora.peft_config["default"].peft_type == "LORA"
-    assert model.peft_config["default"].peft_type == "MOICE"
-
-
 def test_unloading_leaves_lora_in_place(llama):
     lora, model = stacked(llama)
     with unwrapped(model):
@@ -130,6 +114,7 @@ def test_moice_over_moice_is_refused(llama):
         get_peft_model(get_peft_model(load(llama), wide_config()), wide_config())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config_class", [PrefixTuningConfig, PromptTuningConfig])
 def test_prompt_learning_over_moice(llama, config_class):
     """Virtual tokens, or the keys of prefix tuning, count as tokens in front.

@@ -5,6 +5,8 @@ import torch
 import transformers
 from families import tiny_model, tokens
 from peft import PeftModel, get_peft_model
+from representatives import slow_but
+from tiny_models import widen
 from torch import nn
 from transformers import AutoModel, MoonshineConfig, MoonshineForConditionalGeneration
 
@@ -34,7 +36,7 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", slow_but(["llama", "no head"], LAYERS))
 @pytest.mark.parametrize("in_full", [False, True])
 def test_layers_to_transform(kind, in_full, tmp_path):
     make, name = LAYERS[kind]
@@ -95,9 +97,6 @@ def test_parts_of_attention_as_targets_are_told_the_attention_modules():
         get_peft_model(tiny_model("gpt_neox"), config(target_modules=["mlp"]))
 
 
-# --- keys of other tokens, and no cache ---
-
-
 def moonshine(theta_factor: float = 1.0) -> MoonshineForConditionalGeneration:
     sizes = {f"{part}_num_{what}": 2 for part in ("encoder", "decoder") for what in ("hidden_layers",)}
     sizes |= {f"{part}_num_{w}": 4 for part in ("encoder", "decoder") for w in ("attention_heads", "key_value_heads")}
@@ -114,9 +113,7 @@ def moonshine(theta_factor: float = 1.0) -> MoonshineForConditionalGeneration:
     )
     torch.manual_seed(0)
     model = MoonshineForConditionalGeneration(tiny)
-    for name, parameter in model.named_parameters():
-        if "_proj" in name:
-            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    widen(model)
     rotary = model.model.decoder.rotary_emb
     other = type(tiny)(**tiny.to_dict())
     other.rope_parameters["rope_theta"] *= theta_factor
@@ -149,9 +146,7 @@ def nomic_bert(theta_factor: float = 1.0) -> nn.Module:
     tiny.rope_parameters["rope_theta"] *= theta_factor
     torch.manual_seed(0)
     model = transformers.NomicBertModel(tiny)
-    for name, parameter in model.named_parameters():
-        if "_proj" in name and parameter.dim() > 1:
-            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    widen(model)
     return model.eval()
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
-from tiny_models import VOCABULARY, decide, layers_of, load, router_state, save_tiny_model, wide_config
+from tiny_models import TRAINING, VOCABULARY, decide, layers_of, load, router_state, save_tiny_model, wide_config
 from transformers import AutoTokenizer
 
 from peft_moice import BalanceLossMixin, MoICEConfig
@@ -21,7 +21,7 @@ pytest.importorskip("trl")
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning")]
 
 COEF = 0.5
 TEMPLATE = (
@@ -67,28 +67,18 @@ CHATS = [{"messages": chat(row)} for row in range(8)]
 PREFERENCES = [{"prompt": chat(row)[:1], "chosen": chat(row)[1:], "rejected": chat(row + 8)[1:]} for row in range(8)]
 
 
-def trainer_of(trainer_class, config_class, llama: str, folder: Path, rows: list[dict], coef=COEF, **arguments):
-    defaults = {
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
-        "max_steps": 1,
-        "per_device_train_batch_size": 8,
-        "optim": "sgd",
-        "learning_rate": 10.0,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "gradient_checkpointing": False,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
+def trainer_of(
+    trainer_class, config_class, llama: str, folder: Path, rows: list[dict], coef=COEF, rewards=None, **arguments
+):
+    sgd = {"optim": "sgd", "learning_rate": 10.0, "max_grad_norm": 0.0}
+    defaults = {**TRAINING, **sgd, "bf16": False, "per_device_train_batch_size": 8, "gradient_checkpointing": False}
     trainer = trainer_class(
         model=load(llama),
         args=config_class(output_dir=str(folder), **{**defaults, **arguments}),
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(llama),
         peft_config=wide_config(router_aux_loss_coef=coef),
+        **({} if rewards is None else {"reward_funcs": rewards}),
     )
     decide(trainer.model)
     return trainer
@@ -168,31 +158,14 @@ def test_dpo(llama, tmp_path):
 def test_grpo_steps_do_not_depend_on_accumulation(llama, tmp_path):
     """GRPOTrainer divides its loss by the accumulation itself, and Trainer does not."""
 
+    def lengths(completions, **columns) -> list[float]:
+        return [float(len(text)) for text in completions]
+
     def run(size: int, accumulation: int) -> dict[str, float]:
-        trainer = BalancedGRPOTrainer(
-            model=load(llama),
-            reward_funcs=lambda completions, **columns: [float(len(text)) for text in completions],
-            args=GRPOConfig(
-                output_dir=str(tmp_path),
-                use_cpu=True,
-                bf16=False,
-                report_to="none",
-                max_steps=1,
-                per_device_train_batch_size=size,
-                gradient_accumulation_steps=accumulation,
-                num_generations=2,
-                max_completion_length=6,
-                gradient_checkpointing=False,
-                max_grad_norm=0.0,
-                logging_steps=1,
-                save_strategy="no",
-                disable_tqdm=True,
-            ),
-            train_dataset=Dataset.from_list([{"prompt": words(5, row)} for row in range(8)]),
-            processing_class=AutoTokenizer.from_pretrained(llama),
-            peft_config=wide_config(router_aux_loss_coef=COEF),
-        )
-        decide(trainer.model)
+        prompts = [{"prompt": words(5, row)} for row in range(8)]
+        arguments = {"num_generations": 2, "max_completion_length": 6, "optim": "adamw_torch", "learning_rate": 1e-6}
+        arguments |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        trainer = trainer_of(BalancedGRPOTrainer, GRPOConfig, llama, tmp_path, prompts, rewards=lengths, **arguments)
         trainer.train()
         return trainer.state.log_history[0]
 

@@ -75,6 +75,7 @@ def test_a_checkout_that_was_not_installed_is_imported_without_a_warning(monkeyp
     warn_of_untested_versions()
 
 
+@pytest.mark.slow
 def test_importing_the_package_warns():
     code = """
 import importlib.metadata, warnings

@@ -25,6 +25,7 @@ SEVERAL = [
 ]
 MIXED = [*SEVERAL[:2], {"query_positions": [50, None], "distances": [0, 20]}]
 MIXED += [{"query_positions": [50, None], "distances": [20, None], "rope_type": "linear", "factor": 8.0}]
+MIXED_CONFIG = MoICEConfig(ropes=MIXED, implementation="delegated", task_type="CAUSAL_LM")
 RULES = {"by distance": None, "by position": BY_POSITION, "several": SEVERAL, "mixed": MIXED}
 ATTENTIONS = ["eager", "sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)]
 
@@ -266,9 +267,9 @@ class TestBeyond:
 
 
 class TestCachesAndPositions:
-    @pytest.fixture(scope="class")
-    def model(self, folder):
-        return extended(folder, MIXED)
+    @pytest.fixture(scope="class", params=["auto", "delegated"])
+    def model(self, folder, request):
+        return extended(folder, MIXED, request.param)
 
     @pytest.fixture(scope="class")
     def whole(self, model):
@@ -286,6 +287,49 @@ class TestCachesAndPositions:
         kept.crop(-20)
         kept.reorder_cache(torch.tensor([1, 0]))
         close(model(ids.flip(0)[:, 50:], past_key_values=kept).logits, whole.flip(0)[:, 50:])
+
+    @pytest.mark.parametrize("rules", [None, BY_POSITION], ids=["by distance", "by position"])
+    @torch.no_grad()
+    def test_turned_keys_are_taken_up_only_where_they_are_those_of_the_cache(self, folder, rules):
+        model = extended(folder, rules, "delegated")
+        model.add_adapter("other", MIXED_CONFIG)
+        ids, cache = token_ids(length=70), DynamicCache()
+
+        def step(cache, number: int) -> torch.Tensor:
+            return model(ids[: cache.layers[0].keys.shape[0], number : number + 1], past_key_values=cache).logits
+
+        def write(cache) -> None:
+            cache.layers[1].keys[:, :, 5] *= -2.0
+
+        def exchange(cache) -> None:
+            cache.layers[1].keys = cache.layers[1].keys.flip(2)
+
+        def under_another(cache) -> None:
+            model.set_adapter("other")
+            fresh = copy.deepcopy(cache)
+            close(step(cache, 62), step(fresh, 62))
+            model.set_adapter("default")
+
+        def aside(cache) -> None:
+            with model.disable_adapter():
+                step(cache, 62)
+
+        changes = [write, exchange, under_another, aside, lambda cache: cache.reorder_cache(torch.tensor([1, 0]))]
+        changes += [lambda cache: cache.crop(-8), lambda cache: cache.batch_select_indices(torch.tensor([1]))]
+        model(ids[:, :60], past_key_values=cache)
+        kept = vars(cache)["_moice_turned_keys"][0]
+        before = kept._turned
+        step(cache, 60)
+        assert kept._turned is before and before is not None  # what the pass before turned serves this one
+        for change in changes:
+            own = copy.deepcopy(cache)  # of which nothing is turned
+            step(own, 61)
+            assert vars(own)["_moice_turned_keys"][0]._turned is not None
+            change(own)
+            fresh = copy.deepcopy(own)
+            assert vars(fresh)["_moice_turned_keys"][0]._turned is None
+            close(step(own, 61), step(fresh, 61))
+            close(step(own, 62), step(fresh, 62))
 
     @torch.no_grad()
     def test_a_chat_that_grows_across_equals_one_pass(self, model):
@@ -411,16 +455,12 @@ class TestFamilies:
         with pytest.raises(ValueError, match="rotary"):
             peft_moice.extend(tiny_model("gpt2"), FACTOR)
 
-    @pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
-    def test_angles_that_change_with_the_length(self, rope_type):
-        parameters = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 2.0}
-        if rope_type == "longrope":
-            lists = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
-            parameters |= {"original_max_position_embeddings": WINDOW, **lists}
+    def test_angles_that_change_with_the_length(self):
+        parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
         model = tiny_model("llama", rope_parameters=parameters)
-        with pytest.raises(ValueError, match=rf"{rope_type}.*serves longer texts already"):
+        with pytest.raises(ValueError, match=r"dynamic.*serves longer texts already"):
             peft_moice.extend(model, FACTOR)
-        with pytest.raises(ValueError, match=f"'{rope_type}' changes its angles with the length"):
+        with pytest.raises(ValueError, match="'dynamic' changes its angles with the length"):
             with_ropes(model, BY_POSITION)
         assert not hasattr(model, "peft_config")
 

@@ -2,10 +2,11 @@
 
 import gc
 
+import pytest
 import torch
 from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file
-from tiny_models import decide, layers_of, load, logits_of, router_state, token_ids, wide_config
+from tiny_models import decide, layers_of, load, logits_of, router_state, wide_config
 from transformers import pipeline
 from versions import needs_adapter_verbs_of_transformers
 
@@ -61,17 +62,7 @@ def test_verbs_of_transformers(llama, adapter, adapted, tmp_path):
     assert torch.equal(logits_of(model), logits_of(adapted))
 
 
-@needs_adapter_verbs_of_transformers
-def test_add_adapter_of_transformers_trains_with_the_balance_loss(llama):
-    model = load(llama).train()
-    model.add_adapter(wide_config())
-    outputs = model(token_ids(), labels=token_ids())
-    assert outputs.aux_loss > 0
-    outputs.loss.backward()
-    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert trained == set(router_state(model))
-
-
+@pytest.mark.slow
 def test_pipeline_from_the_folder_of_an_adapter(adapter, adapted):
     generator = pipeline("text-generation", model=adapter)
     assert layers_of(generator.model)

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from peft_moice import MoICEConfig
+from peft_moice.evaluation.reader import cache_keyword
 from peft_moice.tuner.extending import extension_config
 
 SHAPE = {
@@ -38,7 +39,7 @@ def main(args: argparse.Namespace) -> None:
     caches = {name: read(model, ids) for name, model in models.items()}
 
     def step(name: str) -> None:
-        models[name](ids[:, :1], past_key_values=caches[name])
+        models[name](ids[:, :1], **{cache_keyword(models[name]): caches[name]})
         caches[name].crop(-1)
 
     many = argparse.Namespace(repetitions=10 * args.repetitions)
@@ -67,7 +68,7 @@ def extended(args: argparse.Namespace):
 @torch.no_grad()
 def read(model, ids: torch.Tensor) -> DynamicCache:
     cache = DynamicCache(config=model.config)
-    model(ids, past_key_values=cache, logits_to_keep=1)
+    model(ids, logits_to_keep=1, **{cache_keyword(model): cache})
     return cache
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import trained
 from compare import command
-from methods import halve
+from models import halve
 
 from peft_moice.evaluation.losses import token_losses
 from peft_moice.probing.evaluation_mode import evaluating

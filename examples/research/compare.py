@@ -1,13 +1,15 @@
-"""Train one method on prompts of five forms and measure it on forms that it never saw. One line of JSON a run.
+"""Train methods on prompts of five forms, and measure them on forms that they never saw.
 
-    python examples/research/compare.py --model FOLDER --data FOLDER --out runs.jsonl --method routers --rate 5e-2
+    python examples/research/compare.py --model FOLDER --data FOLDER --out runs.jsonl --method base routers --rate 5e-2
 
-`--model` is a folder with SmolLM2-135M-Instruct (or another Llama without norms on queries), `--data` holds
-`nq-open-oracle.jsonl.gz` and `leval-coursera.jsonl.gz`. All methods see the same prompts and the same text in the same
-order. Frozen linear layers multiply in bfloat16, everything else is float32; `--float32` for all of it.
+Methods are the files of `methods/`. All see the same prompts and the same text in the same order. Every method runs at
+every rate with every seed (once, if it has nothing to train), one after the other; each run is a line of JSON in the
+log `--out`. What the log has already is not run again, so the same command goes on after a stop. At last the log is
+printed as a table. Frozen linear layers multiply in bfloat16, everything else is float32; `--float32` for all of it.
 """
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -19,29 +21,46 @@ from pathlib import Path
 import torch
 from forms import docstrings
 from measure import TASKS, measure
-from methods import METHODS, UNTRAINED, freeze_to_best, halve, number_of_parameters, without_adapter
+from methods import METHODS
+from methods.static import freeze_to_best
+from models import halve, number_of_parameters, without_adapter
 from objectives import OBJECTIVES, Draw, divergence
+from table import show
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_moice.training import collect_balance_loss
 
-LORA_BELOW = 0.1
-"""Rate of LoRA below routers, times that of the routers."""
+MEASURED = ("model", "method", "frozen", "float32")
+"""Fields of a record that tell runs apart which train nothing."""
+TRAINED = (
+    "rate", "seed", "keep_weight", "keep_tokens", "questions", "train_on", "joined", "prompts", "warmup", "objective",
+)  # fmt: skip
+"""Those that, and the number of steps, tell others apart as well."""
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data", required=True, type=Path)
-    parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--method", required=True, choices=METHODS)
-    parser.add_argument("--rate", type=float, default=0.0)
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model", required=True, help="folder of SmolLM2-135M-Instruct, or another Llama")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="folder with nq-open-oracle.jsonl.gz for the task nq (from github.com/nelson-liu/lost-in-the-middle) "
+        "and leval-coursera.jsonl.gz for perplexity (Closed-ended-tasks/coursera.jsonl of github.com/OpenLMLab/LEval, "
+        "packed with gzip); other tasks need none",
+    )
+    parser.add_argument("--out", required=True, type=Path, help="log that lines are added to")
+    parser.add_argument(
+        "--method", required=True, nargs="+", choices=METHODS, metavar="METHOD", help=", ".join(METHODS)
+    )
+    parser.add_argument("--rate", type=float, nargs="+", default=[0.0], help="learning rates")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="of weights and prompts")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--warmup", type=float, default=0.0, help="share of the steps in which the rate rises")
-    parser.add_argument("--keep_weight", type=float, default=2.0)
-    parser.add_argument("--keep_tokens", type=int, default=192)
-    parser.add_argument("--questions", type=int, default=4)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep_weight", type=float, default=2.0, help="of the divergence from the base model")
+    parser.add_argument("--keep_tokens", type=int, default=192, help="of ordinary text, on which it is taken")
+    parser.add_argument("--questions", type=int, default=4, help="in a prompt")
     parser.add_argument(
         "--train_on", choices=("forms", "facts"), default="forms", help="five forms, or lists of facts"
     )
@@ -51,12 +70,49 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--freeze_to_best", action="store_true", help="static gates: keep each head's greatest only")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="what is measured")
     parser.add_argument("--float32", action="store_true")
-    parser.add_argument("--save", type=Path, help="file for the trained parameters")
+    parser.add_argument("--save", type=Path, help="file for the trained parameters of one run")
     parser.add_argument("--load", type=Path, help="such a file, in place of training")
-    return parser.parse_args()
+    return parser
 
 
 def main(args: argparse.Namespace) -> None:
+    """Raises:
+    ValueError: a task without its data, several runs with one file of parameters, or a method to train without a rate.
+    """
+    if args.data is None and {"nq", "perplexity"} & {*args.tasks}:
+        raise ValueError("The tasks nq and perplexity need --data; --help says what it holds.")
+    runs = [*itertools.product(args.method, args.rate, args.seed)]
+    if len(runs) > 1 and (args.save or args.load):
+        raise ValueError(f"--save and --load take the parameters of one run, and these are {len(runs)}.")
+    for method, rate, seed in runs:
+        one = argparse.Namespace(**{**vars(args), "method": method, "rate": rate, "seed": seed})
+        if not any(is_run(record, one) for record in read(args.out)):
+            record = run(one)
+            with args.out.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+    show(read(args.out))
+
+
+def read(log: Path) -> list[dict]:
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def settings(args: argparse.Namespace) -> dict:
+    """What a record says of how it came about."""
+    named = {"model": Path(args.model).resolve().name, "frozen": args.freeze_to_best}
+    return {name: named.get(name, getattr(args, name, None)) for name in MEASURED + TRAINED}
+
+
+def is_run(record: dict, args: argparse.Namespace) -> bool:
+    """Whether a record is of the run that the arguments ask for. Fields that it lacks had their defaults."""
+    names, wanted = MEASURED, {**settings(args), "steps": args.steps}
+    if record["parameters"]:
+        names = (*MEASURED, *TRAINED, "steps")
+    same = all(record.get(name, DEFAULTS.get(name)) == wanted[name] for name in names)
+    return same and all(task in record for task in args.tasks)
+
+
+def run(args: argparse.Namespace) -> dict:
     torch.manual_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
@@ -74,7 +130,9 @@ def main(args: argparse.Namespace) -> None:
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 parameter.data.copy_(saved[name])
-    elif args.method not in UNTRAINED:
+    elif parameters:
+        if not args.rate:
+            raise ValueError(f"{args.method} trains {parameters:,} parameters. Give its learning rate by --rate.")
         losses, distances = train(model, tokenizer, args)
     if args.freeze_to_best:
         freeze_to_best(model)
@@ -82,21 +140,14 @@ def main(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     results = measure(model, tokenizer, args.data, tasks=args.tasks)
     seconds["measure"] = time.perf_counter() - start
-    record = {
-        "model": Path(args.model).resolve().name,
-        "method": args.method,
-        "rate": args.rate,
+    if args.save:
+        trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        torch.save({**trained, "losses": losses, "distances": distances}, args.save)
+    return {
+        **settings(args),
+        "rate": args.rate if parameters else 0.0,
         "steps": len(losses),
-        "seed": args.seed,
-        "keep_weight": args.keep_weight,
-        "train_on": args.train_on,
-        "joined": args.joined,
-        "prompts": args.prompts,
-        "warmup": args.warmup,
-        "objective": args.objective,
-        "frozen": args.freeze_to_best,
-        "float32": args.float32,
-        "parameters": parameters if losses else 0,
+        "parameters": parameters,
         "loss_last_10": sum(losses[-10:]) / len(losses[-10:]) if losses else None,
         "distance_last_10": sum(distances[-10:]) / len(distances[-10:]) if distances else None,
         **results,
@@ -104,11 +155,6 @@ def main(args: argparse.Namespace) -> None:
         "seconds": {name: round(value) for name, value in seconds.items()},
         "command": " ".join(["python examples/research/compare.py", *command(sys.argv[1:])]),
     }
-    with args.out.open("a") as file:
-        file.write(json.dumps(record) + "\n")
-    if args.save:
-        trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-        torch.save({**trained, "losses": losses, "distances": distances}, args.save)
 
 
 def command(argv: list[str]) -> list[str]:
@@ -123,7 +169,8 @@ def train(model, tokenizer, args: argparse.Namespace) -> tuple[list[float], list
     text = docstrings()
     text_ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
-    rates = [args.rate * (LORA_BELOW if below_routers(args.method, name) else 1.0) for name in names]
+    factors = METHODS[args.method][1].get("rates", {})
+    rates = [args.rate * next((f for part, f in factors.items() if part in name), 1.0) for name in names]
     optimizer = torch.optim.AdamW([{"params": [p]} for p in parameters], lr=args.rate, weight_decay=0.0)
     rng = random.Random(args.seed)
     draw = Draw(rng, text, text_ids, args.questions, facts=args.train_on == "facts", joined=args.joined)
@@ -163,10 +210,8 @@ def schedule(done: float, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
 
 
-def below_routers(method: str, name: str) -> bool:
-    """Whether a parameter belongs to LoRA that is trained together with routers."""
-    return method == "lora_below_routers" and "lora_" in name
+DEFAULTS = vars(parser().parse_args(["--model", "", "--out", "", "--method", "base"]))
 
 
 if __name__ == "__main__":
-    main(parse())
+    main(parser().parse_args())

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import trained
 from forms import docstrings
-from methods import halve
+from models import halve
 
 from peft_moice.evaluation import POSITIONS, Needles, evaluate
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_moice.evaluation import Example
-from peft_moice.evaluation.deck import Deck
-from peft_moice.evaluation.files import read_json_lines
+from peft_moice.evaluation.files import Deck, read_json_lines
 from peft_moice.evaluation.task import Scoring
 from peft_moice.training.data.sequences import check_fast
 

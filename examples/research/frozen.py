@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from forms import docstrings, draw
 from measure import codes, columns, perplexity, score
-from methods import METHODS, halve
+from methods import METHODS
+from models import halve
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_moice import MoICELayer

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 import trained
 from forms import table
-from methods import EXPERTS, METHODS
+from methods import METHODS
+from methods.routers import EXPERTS
 from pictures import plot_choices
 
 from peft_moice.evaluation import gates_along
@@ -34,7 +35,7 @@ def main() -> None:
     ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids[0]
     gates = torch.stack([*gates_along(model, ids).values()])  # [L, H, S, N]
 
-    experts = EXPERTS[METHODS[args.method][1]["experts"]]
+    experts = EXPERTS[METHODS[args.method][1].get("experts", "angles")]
     names = [f"{angle:g} x own angle" for angle, _ in experts]
     title = "SmolLM2-135M-Instruct, mean over a prompt"
     plot_expert_load(gates.mean(dim=2), names=names, title=title).savefig(args.out / "expert_load.png", dpi=110)

@@ -106,7 +106,7 @@ def json_pairs(tokenizer, objects: int, pairs: int, seed: int):
     return groups
 
 
-def natural_questions(tokenizer, file: str, questions: int, passages: int, seed: int):
+def natural_questions(tokenizer, file: Path, questions: int, passages: int, seed: int):
     """The paper's prompt; the gold passage last, in the middle, first among passages of other questions."""
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
@@ -161,7 +161,7 @@ def asked_everywhere(tokenizer, facts: FactList) -> list[tuple[list[int], list[i
 
 
 @torch.no_grad()
-def perplexity(model, tokenizer, file: str, length: int, chunks: int) -> float:
+def perplexity(model, tokenizer, file: Path, length: int, chunks: int) -> float:
     """Of the first document of an L-Eval file, read in chunks."""
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         text = json.loads(lines.readline())["input"]
@@ -176,13 +176,12 @@ def perplexity(model, tokenizer, file: str, length: int, chunks: int) -> float:
 TASKS = ("json", "nq", "codes30", "codes60", "codes120", "perplexity")
 
 
-def measure(model, tokenizer, data: Path, seed: int = 4321, tasks: Sequence[str] = TASKS) -> dict:
-    """`tasks`, for one model."""
+def measure(model, tokenizer, data: Path | None, seed: int = 4321, tasks: Sequence[str] = TASKS) -> dict:
+    """`tasks`, for one model. `data` is what `nq` and `perplexity` read."""
     model.eval()
-    questions, course = str(data / "nq-open-oracle.jsonl.gz"), str(data / "leval-coursera.jsonl.gz")
     prompts = {
         "json": lambda: json_pairs(tokenizer, 12, 16, seed),
-        "nq": lambda: natural_questions(tokenizer, questions, 12, 6, seed),
+        "nq": lambda: natural_questions(tokenizer, data / "nq-open-oracle.jsonl.gz", 12, 6, seed),
         "codes30": lambda: codes(tokenizer, 6, 30, seed),
         "codes60": lambda: codes(tokenizer, 6, 60, seed),
         "codes120": lambda: long_codes(tokenizer, 4, 120, seed),
@@ -192,5 +191,5 @@ def measure(model, tokenizer, data: Path, seed: int = 4321, tasks: Sequence[str]
         for name in ("right", "tokens", "loss"):
             results["nq"][name] = results["nq"][name][::-1]  # by position again
     if "perplexity" in tasks:
-        results["perplexity"] = perplexity(model, tokenizer, course, 1024, 5)
+        results["perplexity"] = perplexity(model, tokenizer, data / "leval-coursera.jsonl.gz", 1024, 5)
     return results

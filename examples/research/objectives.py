@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from forms import draw as draw_form
-from methods import without_adapter
+from models import without_adapter
 from torch import nn
 
 from peft_moice.evaluation import FactList, encode_chat, sample_facts

@@ -25,7 +25,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import trained
 from compare import command
-from methods import halve
+from models import halve
 
 from peft_moice.evaluation import bootstrap_interval, wilson_interval
 

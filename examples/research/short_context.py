@@ -19,7 +19,7 @@ import torch
 import trained
 from compare import command
 from exams import Exam
-from methods import halve
+from models import halve
 
 from peft_moice.evaluation import Result, evaluate
 from peft_moice.evaluation.losses import token_losses

@@ -1,6 +1,6 @@
 """The tables of this folder's README and the picture of docs/experiments.md, from the lines that compare.py wrote.
 
-    python examples/research/table.py examples/research/runs.jsonl docs/images/tradeoff.png
+    python examples/research/table.py examples/research/runs.jsonl [docs/images/tradeoff.png]
 
 Runs that differ in the seed alone share a row: the mean, and beneath the smallest and the greatest.
 """
@@ -8,8 +8,6 @@ Runs that differ in the seed alone share a row: the mean, and beneath the smalle
 import json
 import sys
 from pathlib import Path
-
-from pictures import plot_tradeoff
 
 NAMES = {
     "base": "base model",
@@ -34,7 +32,7 @@ NAMES = {
     "single_2": "2 times the base, untrained",
     "single_4": "4 times the base, untrained",
     "ms_poe": "Ms-PoE, untrained",
-    "buckets": "Attention Buckets, untrained",
+    "attention_buckets": "Attention Buckets, untrained",
     "base_per_head": "one rope base per head",
     "base_and_scale_per_head": "one rope base and query scale per head",
     "geometry_per_head": "one rope base, position and query scale per head",
@@ -83,19 +81,38 @@ def key_of(run: dict) -> tuple:
     )
 
 
-def main(runs_file: Path, picture: Path) -> None:
-    runs = [json.loads(line) for line in runs_file.read_text().splitlines()]
+def rows_of(runs: list[dict]) -> dict[tuple, list[dict]]:
     rows: dict[tuple, list[dict]] = {}
     for run in runs:
         rows.setdefault(key_of(run), []).append(run)
-    for model, train_on in dict.fromkeys(key[:2] for key in rows):
+    return rows
+
+
+def show(runs: list[dict]) -> None:
+    """Print the tables, one for each model and what it was trained on. Methods without a name here come last."""
+    rows, order = rows_of(runs), [*NAMES]
+    trained = [key[:2] for key, of_key in rows.items() if of_key[0]["rate"]]
+    for model, train_on in dict.fromkeys(trained or [key[:2] for key in rows]):
         print(f"\n{model}, trained on {train_on}\n")
         print("| method | rate | seeds | parameters | " + " | ".join(COLUMNS) + " | perplexity |")
         print("|---" * (len(COLUMNS) + 5) + "|")
         base = base_of(runs, model)
         mine = [key for key in rows if key[:2] == (model, train_on) or (key[0] == model and key[3] == "base")]
-        for key in sorted(mine, key=lambda key: ([*NAMES].index(key[3]), key[2], str(key[4]), key[5])):
+        for key in sorted(mine, key=lambda key: ([*order, key[3]].index(key[3]), key[2], str(key[4]), key[5])):
             print("| " + " | ".join(cells(key, rows[key], base)) + " |")
+
+
+def main(runs_file: Path, picture: Path | None = None) -> None:
+    runs = [json.loads(line) for line in runs_file.read_text().splitlines()]
+    show(runs)
+    if picture:
+        draw(runs, picture)
+
+
+def draw(runs: list[dict], picture: Path) -> None:
+    from pictures import plot_tradeoff
+
+    rows = rows_of(runs)
     base = base_of(runs, "SmolLM2-135M-Instruct")
     curves: dict[str, list[tuple[float, float]]] = {}
     for key, of_key in sorted(rows.items(), key=lambda item: item[0][-1]):
@@ -116,27 +133,27 @@ def main(runs_file: Path, picture: Path) -> None:
     figure.savefig(picture, dpi=150)
 
 
-def base_of(runs: list[dict], model: str) -> dict:
-    return next(run for run in runs if run["method"] == "base" and key_of(run)[0] == model)
+def base_of(runs: list[dict], model: str) -> dict | None:
+    return next((run for run in runs if run["method"] == "base" and key_of(run)[0] == model), None)
 
 
 def name_of(key: tuple) -> str:
     _, _, objective, method, said, _ = key
-    name = NAMES[method]
+    name = NAMES.get(method, method)
     for (field, usual), value in zip(USUAL.items(), said, strict=bool(said)):
         name += f", {SAID[field].format(value)}" if value != usual else ""
     return name if objective == "answers" else f"{name}; {objective.replace('_', ' ')}"
 
 
-def cells(key: tuple, runs: list[dict], base: dict) -> list[str]:
-    """One row of the table."""
+def cells(key: tuple, runs: list[dict], base: dict | None) -> list[str]:
+    """One row of the table. The perplexity is the change of the base model's, or itself without one."""
     shown = [name_of(key), f"{key[-1]:g}" if key[-1] else "", str(len(runs)) if key[-1] else ""]
     shown.append(f"{runs[0]['parameters']:,}" if runs[0]["parameters"] else "")
     for value in COLUMNS.values():
         shown.append(spread([value(run) for run in runs if has(run, value)], "{:.2f}"))
-    if base in runs:
-        return [*shown, f"{base['perplexity']:.2f}"]
-    return [*shown, spread([change_of(run, base) for run in runs], "{:+.1%}")]
+    if base is None or base in runs:
+        return [*shown, spread([run["perplexity"] for run in runs if "perplexity" in run], "{:.2f}")]
+    return [*shown, spread([change_of(run, base) for run in runs if "perplexity" in run], "{:+.1%}")]
 
 
 def has(run: dict, value) -> bool:

@@ -4,7 +4,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from methods import METHODS, UNTRAINED, freeze_to_best
+from methods import METHODS
+from methods.static import freeze_to_best
+from models import number_of_parameters
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,19 +22,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load(args: argparse.Namespace) -> tuple[torch.nn.Module, object]:
-    """The model in float32, in evaluation mode, and its tokenizer. See [`methods.halve`] for `--float32`.
+    """The model in float32, in evaluation mode, and its tokenizer. See [`models.halve`] for `--float32`.
 
     Raises:
         ValueError: a trained method without its file, a file without its method, or a method beside an adapter.
     """
-    if (args.method in UNTRAINED) != (args.load is None) or (args.adapter and args.method != "base"):
-        raise ValueError("Give --method with --load, or --adapter alone, or none of them for the base model.")
+    refusal = ValueError("Give --method with --load, or --adapter alone, or none of them for the base model.")
+    if args.adapter and (args.load or args.method != "base"):
+        raise refusal
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).requires_grad_(False)
     if args.adapter:
         return PeftModel.from_pretrained(model, args.adapter).eval(), tokenizer
     make, options = METHODS[args.method]
     model = make(model, {**options, "tokenizer": tokenizer})
+    if bool(number_of_parameters(model)) != bool(args.load):
+        raise refusal
     if args.load:
         saved = torch.load(args.load)
         for name, parameter in model.named_parameters():

@@ -2,7 +2,8 @@
 
 All keys share one softmax. A head of twice the size holds both rotations of a query, `[near, far]`, and meets every
 key under one of them, `[k, 0]` or `[0, k]`. So each key is scored once, by whatever function the model has. Queries go
-block by block, which keeps masks small. A single query needs none of that: its far keys are turned towards it.
+block by block, which keeps masks small. A single query needs none of that: its far keys are turned towards it. Where
+log-sum-exps are at hand, near and far keys are parts of one softmax instead, at the model's own head size.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,8 +14,9 @@ from torch.nn.functional import pad
 
 from ..rope import rotate
 from ..rope.rotation import NEVER
-from .call import AttentionCall
-from .rotating import cos_sin
+from .call import AttentionCall, why_not_now
+from .joined import Operator, Part, attend, operator_of
+from .rotating import turned_keys, turned_query
 
 _BLOCK = 512
 """Queries of a call. Up to so many keys, those around the border, are met under both rotations."""
@@ -58,6 +60,9 @@ def attend_by_distance(
         The output `[B, S, H, Dv]`, and the probabilities `[B, H, S, T]` where the model's attention gives them; zeros
         in the other rows.
     """
+    operator = _operator_of_parts(call, expert)
+    if operator is not None:
+        return _in_rows(call, expert, _attend_in_parts(call, expert, query, key, operator)), None
     if call.query.shape[2] == 1:
         return call.run_attend(query, _towards_query(call, expert, key))
     near_keys, far_keys, queries = key, key[:, :, :0], query
@@ -78,10 +83,76 @@ def attend_by_distance(
             of_keys[..., block.far] += probs[..., :num_far]
             of_keys[..., block.near] += probs[..., num_far:]
             all_probs.append(of_keys)
+    probs = _in_rows(call, expert, torch.cat(all_probs, dim=2).transpose(1, 2)) if all_probs else None
+    return _in_rows(call, expert, torch.cat(outputs, dim=1)), None if probs is None else probs.transpose(1, 2)
+
+
+def _in_rows(call: AttentionCall, expert: int, output: torch.Tensor) -> torch.Tensor:
+    """Outputs of the rows that may pick an expert `[B, S', ...]`, with zeros for the others `[B, S, ...]`."""
     rows, length = call.rows_of(expert), call.query.shape[2]
-    around = (0, 0, rows.start, length - rows.stop)
-    output = pad(torch.cat(outputs, dim=1), (0, 0, *around))
-    return output, pad(torch.cat(all_probs, dim=2), around) if all_probs else None
+    return pad(output, (0, 0, 0, 0, rows.start, length - rows.stop)) if output.shape[1] < length else output
+
+
+def _operator_of_parts(call: AttentionCall, expert: int) -> Operator | None:
+    """What computes attention with its log-sum-exps; None where that is not at hand, or is not what `call` wants."""
+    is_in_order = call.query_positions is None and isinstance(call.query_start, int)
+    # Eager attention gives probabilities, and functions without a name might.
+    if call.backend in (None, "eager") or not is_in_order or call.needs_gradients() or _start(call, expert) < 1:
+        return None
+    if (call.attention_mask is None and not call.is_causal) or call.why_not_plain() or why_not_now():
+        return None
+    return operator_of(call)
+
+
+def _attend_in_parts(
+    call: AttentionCall, expert: int, query: torch.Tensor, key: torch.Tensor, operator: Operator
+) -> torch.Tensor:
+    """[`attend_by_distance`] for the rows that may pick the expert, without gradients: `[B, S', H, D]`.
+
+    Queries at a to b - 1, no more than `near`, have far keys before a - near, near ones from b - near on, and as many
+    as there are queries between: those up to the query's own number among them are far, those after it near.
+    """
+    near, start, rows, mask = _start(call, expert), call.query_start, call.rows_of(expert), call.attention_mask
+    assert isinstance(start, int)
+    turn, num_keys, num_far = call.rotations.num_experts + expert, call.key.shape[2], start + rows.stop - near
+    far_key = turned_keys(call, turn, num_far) if num_far > 0 else key
+    most = near if mask is None else min(near, _BLOCK)
+    first, outputs = rows.start, []
+    while first < rows.stop:
+        # The first queries may have near keys alone.
+        end = min(first + most, rows.stop, *((near - start,) if start + first < near else ()))
+        queries = slice(first, end)
+        asks, parts = query[:, :, queries], []
+        far_asks = asks
+        if start + first >= near:
+            assert call.rotations.far is not None
+            far_asks = turned_query(call, turn, call.rotations.far.factors[turn], near, queries)
+        for is_far, keys, sees in _parts(start + first, start + end, near, None if mask is None else num_keys):
+            shown = None if mask is None else mask.expand(-1, -1, call.query.shape[2], num_keys)[:, :, queries, keys]
+            rotated = far_key if is_far else key
+            part = far_asks if is_far else asks, rotated[:, :, keys], call.value[:, :, keys], sees, shown
+            parts.append(Part(*part))
+        outputs.append(attend(parts, operator, call.scaling))
+        first = end
+    return torch.cat(outputs, dim=1)
+
+
+def _parts(first: int, end: int, near: int, masked: int | None) -> list[tuple[bool, slice, str]]:
+    """The keys of queries at `first` to `end` - 1, at most `near`: whether they are far, which, and who sees them.
+
+    With a mask there are `masked` keys, and it says what is seen; else attention is causal.
+    """
+    border, found = max(end - near, 0), []
+    if first >= near and end - first == 1:
+        found = [(True, slice(0, border), "all")]
+    elif first >= near:
+        found = [(True, slice(0, first - near), "all"), (True, slice(first - near, border), "up to")]
+        found += [(False, slice(first - near, border), "after")]
+    if masked is not None or end - first == 1:
+        found += [(False, slice(border, masked or end), "all")]
+    else:
+        found += [(False, slice(border, first), "all"), (False, slice(first, end), "up to")]
+    return [part for part in found if part[1].start < part[1].stop]
 
 
 def _towards_query(call: AttentionCall, expert: int, key: torch.Tensor) -> torch.Tensor:
@@ -120,10 +191,8 @@ def far_pair(call: AttentionCall, expert: int) -> tuple[torch.Tensor, torch.Tens
     far, rotations = call.rotations.far, call.rotations
     assert far is not None
     turn = rotations.num_experts + expert
-    (query_cos, query_sin), (key_cos, key_sin) = cos_sin(call, turn, far.starts[expert])
-    factor = far.factors[turn]
-    query = rotate(call.query, query_cos * factor, query_sin * factor, rotations.layout)
-    return query, rotate(call.key, key_cos, key_sin, rotations.layout)
+    query = turned_query(call, turn, far.factors[turn], far.starts[expert])
+    return query, turned_keys(call, turn, call.key.shape[2])
 
 
 def is_far(call: AttentionCall, expert: int, queries: slice = slice(None), keys: slice = slice(None)) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch.autograd import forward_ad
 
 from ..rope import RotationTable
+from ..rope.turned_keys import TurnedKeys
 
 Attend = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 """A model's own attention: maps `(query, key, value, attention_mask, **options)` to output and probabilities."""
@@ -37,6 +38,7 @@ class AttentionCall:
         top_k: the most experts that a row picks, where that is known without looking at the gates.
         options: further keyword arguments of `attend`.
         rows: for each expert the queries that may pick it, where that is known; else None.
+        turned: keys that passes before have turned, if these keys begin with them; else None.
 
     Raises:
         ValueError: shapes that do not belong together, or queries that do not fit the keys.
@@ -57,6 +59,7 @@ class AttentionCall:
     top_k: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
     rows: tuple[slice, ...] | None = None
+    turned: TurnedKeys | None = None
 
     def __post_init__(self) -> None:
         batch, heads, length, head_dim = self.query.shape
@@ -176,6 +179,18 @@ class AttentionCall:
         if mask.requires_grad:
             return "it has no gradient for the mask"
         return None
+
+
+def why_not_now() -> str | None:
+    """The reason why nothing but PyTorch's public operations may run here, or None."""
+    if torch.compiler.is_compiling():
+        return "it cannot be traced by torch.compile"
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return "it cannot be traced by torch.jit.trace"
+    # The transforms of torch.func (grad, vmap, jvp, ...) are active where there is a level of them.
+    if torch._C._functorch.maybe_current_level() is not None:
+        return "torch.func cannot transform it"
+    return None
 
 
 class Implementation(Protocol):

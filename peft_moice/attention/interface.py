@@ -19,6 +19,7 @@ from transformers import AttentionInterface, PreTrainedConfig
 
 from ..rope import RotationTable
 from ..rope.positions import Positions, caches_among, packed_query_start
+from ..rope.turned_keys import TurnedKeys
 from .call import Attend, AttentionCall
 from .operator import compute
 
@@ -83,6 +84,7 @@ class MixtureCall:
         top_k: the most experts that a row picks.
         implementation: name of the operator's implementation.
         rows: for each expert the queries that may pick it, where that is known.
+        turned: keys that earlier passes left turned in the cache, or None.
         records: those of `gate`; None until it was asked.
     """
 
@@ -92,6 +94,7 @@ class MixtureCall:
     top_k: int | None = None
     implementation: str = "auto"
     rows: tuple[slice, ...] | None = None
+    turned: TurnedKeys | None = None
     records: list[Any] | None = None
 
     def attend(
@@ -112,6 +115,9 @@ class MixtureCall:
             implementation = _implementation_for_packed(implementation)
         else:
             places = self.positions.among_keys(query.shape[-2], key.shape[-2])
+        turned = self.turned
+        if places[1] is not None or (turned is not None and not turned.are_of(self.positions, key)):
+            turned = None
         # Under autocast, rotated queries and keys may be in float32 and values in half precision.
         if not query.dtype == key.dtype == value.dtype:
             dtype = functools.reduce(torch.promote_types, (query.dtype, key.dtype, value.dtype))
@@ -119,7 +125,7 @@ class MixtureCall:
         gates, picked, self.records = self.gate(query)
         tensors = (query, key, value, gates, self.rotations)
         call = AttentionCall(
-            *tensors, *places, attend, attention_mask, picked, backend, self.top_k, options, self.rows
+            *tensors, *places, attend, attention_mask, picked, backend, self.top_k, options, self.rows, turned
         )
         return compute(call, implementation)
 

@@ -1,5 +1,7 @@
 """The definition of the operator, in plain float32 operations. Every other implementation is tested against it."""
 
+from dataclasses import replace
+
 import torch
 
 from ..rope.rotation import NEVER
@@ -21,6 +23,8 @@ def why_not(call: AttentionCall) -> str | None:
 
 def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """See [`mixed_attention`]. Reads a four-dimensional mask, boolean (true: attend) or additive, or None (causal)."""
+    if call.turned is not None:
+        call = replace(call, turned=None)  # owes nothing to other passes
     options, dtype, heads = call.options, call.query.dtype, call.query.shape[1]
     full = torch.promote_types(dtype, torch.float32)
     groups, bias = heads // call.key.shape[1], _bias(call)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..rope import rotate
+from ..rope import RotationTable, rotate
 from .call import AttentionCall
 
 
@@ -18,14 +18,27 @@ def rotated_pairs(call: AttentionCall) -> Iterator[tuple[torch.Tensor, torch.Ten
         factor = 1.0 if far is None else far.factors[expert]
         if is_identity and factor == 1.0:
             yield call.query, call.key
-            continue
-        (query_cos, query_sin), (key_cos, key_sin) = cos_sin(call, expert)
-        if factor != 1.0:
-            query_cos, query_sin = query_cos * factor, query_sin * factor
-        yield (
-            rotate(call.query, query_cos, query_sin, call.rotations.layout),
-            rotate(call.key, key_cos, key_sin, call.rotations.layout),
-        )
+        else:
+            yield turned_query(call, expert, factor), turned_keys(call, expert, call.key.shape[2])
+
+
+def turned_query(
+    call: AttentionCall, turn: int, factor: float = 1.0, start: int = 0, queries: slice = slice(None)
+) -> torch.Tensor:
+    """Some queries `[B, H, S, D]` under one rotation of the table, `start` before where they stand, times `factor`."""
+    (cos, sin), _ = cos_sin(call, turn, start)
+    cos, sin = cos[..., queries, :], sin[..., queries, :]
+    if factor != 1.0:
+        cos, sin = cos * factor, sin * factor
+    return rotate(call.query[:, :, queries], cos, sin, call.rotations.layout)
+
+
+def turned_keys(call: AttentionCall, turn: int, end: int) -> torch.Tensor:
+    """The first `end` keys `[B, G, T, D]` under one rotation of the table."""
+    if call.turned is not None and type(call.rotations) is RotationTable and not call.needs_gradients():
+        return call.turned.upto(end, call.key, call.rotations, turn)
+    _, (cos, sin) = cos_sin(call, turn)
+    return rotate(call.key[:, :, :end], cos[..., :end, :], sin[..., :end, :], call.rotations.layout)
 
 
 _Table = tuple[torch.Tensor, torch.Tensor]
@@ -42,8 +55,8 @@ def cos_sin(call: AttentionCall, turn: int, start: int = 0) -> tuple[_Table, _Ta
     all_cos, all_sin = call.rotations.cos_sin(call.key.shape[-2], device)
     cos, sin = all_cos[turn], all_sin[turn]
     index: slice | torch.Tensor
-    if isinstance(call.query_start, int) and start == 0:
-        index = slice(call.query_start, call.query_start + num_queries)
+    if isinstance(call.query_start, int) and call.query_start >= start:
+        index = slice(call.query_start - start, call.query_start - start + num_queries)
     else:
         index = (call.query_start - start + torch.arange(num_queries, device=device)).clamp(min=0)
     return (cos[index], sin[index]), (cos, sin)

@@ -2,8 +2,7 @@
 
 import logging
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ from ..evaluation import encode_chat, sample_facts
 from ..evaluation.angles import OwnAngle, own_angles, score_angles, search_angles
 from ..evaluation.plotting import plot_waveforms
 from ..tuner.config import RELEASED_MULTIPLIERS
-from .models import Dtype, load_model, load_tokenizer
-from .parsing import Outcome, Parser, UsageError, output_folder
+from .models import ModelArguments, load_model, load_tokenizer
+from .parsing import Outcome, Parser, UsageError, option, output_folder
 
 logger = logging.getLogger(__name__)
 
@@ -32,30 +31,22 @@ examples
 
 
 @dataclass
-class Arguments:
+class Arguments(ModelArguments):
     """Whose angles to choose."""
 
-    model: str | None = field(default=None, metadata={"help": "Folder or Hub id of a model to measure."})
-    head_dim: int = field(default=128, metadata={"help": "Rotated dimensions of a head; read from --model if given."})
-    rope_theta: float = field(default=10_000.0, metadata={"help": "Own angle; read from --model if given."})
-    context_length: int = field(default=2048, metadata={"help": "Distances that matter, in tokens."})
-    num_experts: int = field(default=7, metadata={"help": "Number of angles, the model's own included."})
-    facts: int = field(default=30, metadata={"help": "Facts in a prompt of the measurement."})
-    prompts: int = field(default=10, metadata={"help": "Prompts of the measurement."})
-    dtype: Dtype | None = field(
-        default=None,
-        metadata={"help": "auto (its own), float32, bfloat16, float16. Default: float32 on a CPU, else auto."},
-    )
-    output_dir: str = field(default="outputs/angles", metadata={"help": "Folder for the picture."})
+    model: str | None = option("Folder or Hub id of a model to measure.", None)
+    head_dim: int = option("Rotated dimensions of a head; read from --model if given.", 128)
+    rope_theta: float = option("Own angle; read from --model if given.", 10_000.0)
+    context_length: int = option("Distances that matter, in tokens.", 2048)
+    num_experts: int = option("Number of angles, the model's own included.", 7)
+    facts: int = option("Facts in a prompt of the measurement.", 30)
+    prompts: int = option("Prompts of the measurement.", 10)
+    output_dir: str = option("Folder for the picture.", "outputs/angles")
 
 
-def parse(argv: Sequence[str]) -> Arguments:
-    """The arguments of the command."""
-    parser = Parser(
-        "angles", (Arguments,), usage="[--model MODEL] [options] [--json]", summary=SUMMARY, epilog=_EPILOG
-    )
-    parsed: Arguments = parser.parse(argv)[0]
-    return parsed
+def parser() -> Parser:
+    """Of the command's arguments."""
+    return Parser("angles", (Arguments,), usage="[--model MODEL] [options] [--json]", summary=SUMMARY, epilog=_EPILOG)
 
 
 def run(args: Arguments) -> Outcome:
@@ -69,7 +60,7 @@ def run(args: Arguments) -> Outcome:
     own, model, tokenizer = [OwnAngle(args.rope_theta, args.head_dim, None)], None, None
     if args.model is not None:
         tokenizer = load_tokenizer(args.model)
-        model = load_model(args.model, args.dtype).eval()
+        model = load_model(args.model, args.dtype, quantization=args.quantization()).eval()
         own = own_angles(model)
     searched = [_by_waveform(angle, args) for angle in own]
     is_drawn = _draw(searched, args.context_length, output_dir)

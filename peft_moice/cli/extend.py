@@ -1,24 +1,24 @@
 """`peft-moice extend`: a longer window for a model, as an adapter without parameters."""
 
 import argparse
-from collections.abc import Sequence
 
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from ..files.atomic import staged
+from ..rope.rules import longest
 from ..tuner.extending import extension_config, window_of
 from .parsing import Outcome, Parser, output_folder
 
 SUMMARY = "let a model read longer texts than its window, without training, unchanged within it"
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments of the command."""
+def parser() -> Parser:
+    """Of the command's arguments."""
     parser = Parser(
         "extend",
         (),
-        usage="MODEL OUTPUT_DIR [--factor 4] [options]",
+        usage="MODEL OUTPUT_DIR [--factor 4] [options] [--json]",
         summary=SUMMARY,
         further=(
             ": an adapter of a few hundred bytes, made from the model's config "
@@ -32,12 +32,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("model", metavar="MODEL", help="Folder or Hub id of the model; its weights are not loaded.")
     parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="Folder to write the adapter to.")
-    parser.add_argument("--factor", type=float, default=4.0, help="The new length, in windows of the model.")
+    parser.add_argument("--factor", type=float, help="The new length, in windows. Default: 4; longrope has its own.")
     parser.add_argument(
         "--near", type=int, help="Distance in tokens up to which angles stay. Default: three quarters of the window."
     )
-    parsed: argparse.Namespace = parser.parse(argv)[0]
-    return parsed
+    return parser
 
 
 def run(args: argparse.Namespace) -> Outcome:
@@ -50,12 +49,13 @@ def run(args: argparse.Namespace) -> Outcome:
     with staged(folder) as staging:
         save_file({}, staging / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)
-    rules = [expert.in_words() for expert in config.ropes_by_position()]
-    window = window_of(base)
+    experts, window = config.ropes_by_position(), window_of(base)
+    length = longest(experts)
+    reach = "on" if length is None else f"{length:,} tokens"
     text = "\n".join(
         [
-            f"{folder} extends {args.model} from {window:,} to {int(args.factor * window):,} tokens:",
-            *(f"  {rule}" for rule in rules),
+            f"{folder} extends {args.model} from {window:,} to {reach}:",
+            *(f"  {expert.in_words()}" for expert in experts),
             "Load it with `import peft_moice` and AutoPeftModelForCausalLM.from_pretrained.",
         ]
     )

@@ -1,7 +1,6 @@
 """`peft-moice info`: what an adapter or a merged model is, without loading its base model."""
 
 import argparse
-from collections.abc import Sequence
 from typing import Any
 
 from ..tuner.saved import describe_saved
@@ -10,8 +9,8 @@ from .parsing import Outcome, Parser
 SUMMARY = "angles, K, layers, sizes, versions and card of an adapter or a merged model"
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments of the command."""
+def parser() -> Parser:
+    """Of the command's arguments."""
     parser = Parser(
         "info",
         (),
@@ -21,8 +20,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         epilog="example:\n  peft-moice info outputs/routers",
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="Folder or Hub id of an adapter, or of a merged model.")
-    parsed: argparse.Namespace = parser.parse(argv)[0]
-    return parsed
+    return parser
 
 
 def run(args: argparse.Namespace) -> Outcome:

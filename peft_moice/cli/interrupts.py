@@ -19,13 +19,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class StopOnSignal(TrainerCallback):
     """Stops a trainer after the step in which a signal arrives, with a checkpoint to resume from.
 
-    A second signal raises KeyboardInterrupt at once. With several processes, all stop after the same step.
-
-    Args:
-        trainer: the trainer that the callback is added to.
-
-    Attributes:
-        stopped: whether a signal has arrived.
+    A second signal raises KeyboardInterrupt at once. With several processes, all stop after the same step. `stopped`
+    says whether a signal has arrived.
     """
 
     def __init__(self, trainer: Trainer):

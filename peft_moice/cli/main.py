@@ -3,13 +3,16 @@
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pickle import UnpicklingError
 from types import ModuleType
 
 import torch
+from huggingface_hub.utils.tqdm import enable_progress_bars
 from safetensors import SafetensorError
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from .. import __version__
 from . import angles, extend, info, measure, merge, run, train
@@ -24,7 +27,7 @@ COMMANDS: dict[str, ModuleType] = {
     "info": info,
     "run": run,
 }
-"""Modules with a `SUMMARY`, `parse(argv)` and `run(arguments)`."""
+"""Modules with a `SUMMARY`, a `parser()` and `run(arguments)`."""
 
 _OVERVIEW = f"""peft-moice {__version__}: longer windows for language models, and routers against what they lose within
 
@@ -39,6 +42,9 @@ peft-moice COMMAND --help explains a command. All but `run` take --json, to prin
 --traceback, to show where an error comes from. Exit codes: 0 done, 2 an error that says what to change, 130
 interrupted.
 """
+
+_OF_CALLERS = ("transformers.generation.configuration_utils", "transformers.utils.generic")
+"""Loggers of flags that a checkpoint's generation config has in vain, and of names that are about to change."""
 
 _TO_MEND = (UsageError, ValueError, TypeError, OSError, ImportError, SafetensorError, UnpicklingError)
 """Errors whose message says what to change."""
@@ -60,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("peft-moice", f"there is no command {name!r}. Choose one of {', '.join(COMMANDS)}.")
     if name == "run":
         try:
-            parsed = run.parse(rest)
+            parsed = run.parser().parse(rest)
         except UsageError as error:
             return _fail("peft-moice run", str(error))
         # Output, flags and errors are from here on those of another program.
@@ -70,9 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with_traceback = _take(rest, "--traceback")
     prog = f"peft-moice {name}"
     try:
-        parsed = COMMANDS[name].parse(rest)
+        parsed = COMMANDS[name].parser().parse(rest)
         # What libraries print on the way is no part of the result.
-        with _logged(), redirect_stdout(sys.stderr):
+        with _talking(), redirect_stdout(sys.stderr):
             outcome = COMMANDS[name].run(parsed)
     except KeyboardInterrupt:
         print(f"{prog}: interrupted before there was anything to keep.", file=sys.stderr)
@@ -93,17 +99,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @contextmanager
-def _logged() -> Iterator[None]:
-    """What the package logs goes to stderr, from level INFO on."""
-    logger, handler = logging.getLogger("peft_moice"), logging.StreamHandler()
-    before = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+def _talking() -> Iterator[None]:
+    """What the package logs goes to stderr, from level INFO on; what libraries tell those who call them goes nowhere,
+    nor do bars of what takes seconds.
+    """
+    levels = {"peft_moice": logging.INFO, **dict.fromkeys(_OF_CALLERS, logging.ERROR)}
+    before = {name: logging.getLogger(name).level for name in levels}
+    handler, had_bars = logging.StreamHandler(), is_progress_bar_enabled()
+    logging.getLogger("peft_moice").addHandler(handler)
+    disable_progress_bar()
+    enable_progress_bars()  # those of downloads, which the line before takes as well
     try:
-        yield
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before)
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
+        logging.getLogger("peft_moice").removeHandler(handler)
+        if had_bars:
+            enable_progress_bar()
 
 
 def _take(arguments: list[str], flag: str) -> bool:

@@ -3,12 +3,13 @@
 import importlib.util
 import json
 import logging
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 
 from ..evaluation import (
     POSITIONS,
@@ -22,12 +23,14 @@ from ..evaluation import (
     evaluate,
     losses_by_position,
 )
+from ..evaluation.grid import try_task
 from ..evaluation.needles import Kind
 from ..evaluation.plotting import plot_losses
-from ..evaluation.trial import try_task
 from ..training.data import read_text
-from .models import Dtype, base_name, load_model, load_tokenizer
-from .parsing import Outcome, Parser, UsageError, output_folder
+from ..tuner.config import MoICEConfig
+from .models import ModelArguments, base_name, load_model, load_tokenizer
+from .pace import in_words
+from .parsing import Outcome, Parser, UsageError, option, output_folder
 from .tables import difference, score_table, verdict
 
 logger = logging.getLogger(__name__)
@@ -55,65 +58,54 @@ examples
 
 
 @dataclass
-class Arguments:
+class Arguments(ModelArguments):
     """What to measure."""
 
-    model: str | None = field(default=None, metadata={"help": "Folder or Hub id. Default: the base of --adapter."})
-    adapter: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Folders or Hub ids of adapters of PEFT, of any type, measured beside their base."},
+    adapter: list[str] = option("Folders or Hub ids of adapters of PEFT, of any type, measured beside their base.", [])
+    documents: list[str] = option("Files of your own text.", [])
+    tasks: list[str] | None = option("What to ask, see below.", None)
+    lengths: list[int] = option("Tokens of your text in a prompt.", [512, 1024])
+    items: list[int] = option("Facts or pairs in a prompt.", [16, 30, 45])
+    positions: list[float] = option("0 first to 1 last.", list(POSITIONS))
+    questions: int = option("Questions at each position and length.", 8)
+    batch_size: int = option("Questions read at once; more is faster on a GPU.", 1)
+    key_value_file: str | None = option("kv-retrieval-*.jsonl.gz, --items pairs each.", None)
+    question_file: str | None = option("nq-open-oracle.jsonl.gz, --passages each.", None)
+    passages: list[int] = option("Passages in a prompt of questions.", [10])
+    chunk_length: int | None = option(
+        "Tokens of a chunk of the documents, for loss and perplexity. Default: 1024; beside an adapter that extends "
+        "the window, the longest of --lengths.",
+        None,
     )
-    documents: list[str] = field(default_factory=list, metadata={"help": "Files of your own text."})
-    tasks: list[str] | None = field(default=None, metadata={"help": "What to ask, see below."})
-    lengths: list[int] = field(
-        default_factory=lambda: [512, 1024, 2048], metadata={"help": "Tokens of your text in a prompt."}
-    )
-    items: list[int] = field(default_factory=lambda: [16, 30, 45], metadata={"help": "Facts or pairs in a prompt."})
-    positions: list[float] = field(default_factory=lambda: list(POSITIONS), metadata={"help": "0 first to 1 last."})
-    questions: int = field(default=16, metadata={"help": "Questions at each position and length."})
-    batch_size: int = field(default=1, metadata={"help": "Questions read at once; more is faster on a GPU."})
-    key_value_file: str | None = field(default=None, metadata={"help": "kv-retrieval-*.jsonl.gz, --items pairs each."})
-    question_file: str | None = field(default=None, metadata={"help": "nq-open-oracle.jsonl.gz, --passages each."})
-    passages: list[int] = field(default_factory=lambda: [10], metadata={"help": "Passages in a prompt of questions."})
-    chunk_length: int = field(
-        default=1024, metadata={"help": "Tokens of a chunk of the documents, for loss and perplexity."}
-    )
-    seed: int = field(default=0, metadata={"help": "Of the questions; equal seeds ask the same."})
-    dtype: Dtype | None = field(
-        default=None,
-        metadata={"help": "auto (its own), float32, bfloat16, float16. Default: float32 on a CPU, else auto."},
-    )
-    output_dir: str = field(default="outputs/measure", metadata={"help": "Folder for scores and pictures."})
+    seed: int = option("Of the questions; equal seeds ask the same.", 0)
+    output_dir: str = option("Folder for scores and pictures.", "outputs/measure")
 
 
-def parse(argv: Sequence[str]) -> Arguments:
-    """The arguments of the command."""
-    parser = Parser(
-        "measure",
-        (Arguments,),
-        usage="--model MODEL [--adapter ADAPTER ...] [--documents FILE ...] [options] [--json]",
-        summary=SUMMARY,
-        epilog=_EPILOG,
-    )
-    parsed: Arguments = parser.parse(argv)[0]
-    return parsed
+def parser() -> Parser:
+    """Of the command's arguments."""
+    usage = "--model MODEL [--adapter ADAPTER ...] [--documents FILE ...] [options] [--json]"
+    return Parser("measure", (Arguments,), usage=usage, summary=SUMMARY, epilog=_EPILOG)
 
 
 @dataclass
 class Measured:
-    """What one model scored; not finished where it was interrupted.
-
-    Attributes:
-        name: of the model.
-        adapter: folder or Hub id of its adapter; None for the base model.
-        results: by task.
-        losses: on the documents by position, None without enough text.
-    """
+    """What one model scored, by task and on the documents; not finished where it was interrupted."""
 
     name: str
-    adapter: str | None = None
     results: dict[str, Result] = field(default_factory=dict)
     losses: PositionLosses | None = None
+
+    def on_both_sides(self, window: int) -> str:
+        """The mean losses within a window and beyond it, where a bucket of positions ends there."""
+        assert self.losses is not None
+        edges, values = self.losses.edges, self.losses.losses
+        sizes = [end - start for start, end in zip((1, *edges), edges, strict=False)]
+        cut = edges.index(window) + 1
+        within, beyond = (
+            sum(loss * size for loss, size in zip(values[part], sizes[part], strict=True)) / sum(sizes[part])
+            for part in (slice(cut), slice(cut, None))
+        )
+        return f"{self.name}: {within:.3f} within, {beyond:.3f} beyond"
 
 
 def run(args: Arguments) -> Outcome:
@@ -122,10 +114,15 @@ def run(args: Arguments) -> Outcome:
     base, tokenizer = common_base(args.model, args.adapter)
     names = chosen_tasks(args, text)
     output_dir = output_folder(args.output_dir)
+    window = extended_window(args.adapter)
+    if args.chunk_length is None:
+        args.chunk_length = 1024 if window is None else max(args.lengths)
+    if window is not None and window >= args.chunk_length:
+        window = None
+    quantization = args.quantization()
     tasks = make_tasks(names, args, text, tokenizer)
-    for task, lengths in tasks:
-        # What cannot be asked shows before a model is loaded.
-        try_task(task, tokenizer, lengths, args.positions, args.questions)
+    # What cannot be asked shows before a model is loaded.
+    sizes = [try_task(task, tokenizer, lengths, args.positions, args.questions) for task, lengths in tasks]
     num_tokens = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     if args.documents and num_tokens < args.chunk_length:
         logger.warning(
@@ -137,21 +134,27 @@ def run(args: Arguments) -> Outcome:
     if not can_draw:
         logger.warning("Without matplotlib no pictures are drawn: pip install 'peft_moice[plot]'.")
 
-    asked = sum(len(lengths) for _, lengths in tasks) * len(args.positions) * args.questions
-    logger.info("%s questions, put to %d models in turn.", f"{asked:,}", 1 + len(args.adapter))
+    asked = sum(map(len, sizes)) * len(args.positions) * args.questions
+    longest = max((tokens for prompts in sizes for tokens in prompts.values()), default=0)
+    logger.info(
+        "%s questions about prompts of up to %s tokens, put to %d models in turn.",
+        *(f"{asked:,}", f"{longest:,}", 1 + len(args.adapter)),
+    )
     measured: list[Measured] = []
     interrupted = False
     try:
-        model = load_model(base, args.dtype)
+        model = load_model(base, args.dtype, quantization=quantization)
+        if tasks:
+            tell_pace(model, tokenizer, tasks[0], sizes, args)
         for name, adapter in variants(base, args.adapter):
             if isinstance(model, PeftModel):
                 # Virtual tokens are no modules in the base model, which is as it was.
                 model = model.unload() if hasattr(model.base_model, "unload") else model.get_base_model()
             if adapter is not None:
                 model = PeftModel.from_pretrained(model, adapter)
-            measured.append(Measured(name, adapter))
+            measured.append(Measured(name))
             running = text if num_tokens >= args.chunk_length else ""
-            for _ in measure(model, tokenizer, tasks, running, args, measured[-1]):
+            for _ in measure(model, tokenizer, tasks, running, args, measured[-1], window):
                 write(measured, output_dir)
     except KeyboardInterrupt:
         if not any(one.results for one in measured):
@@ -161,15 +164,21 @@ def run(args: Arguments) -> Outcome:
     if can_draw:
         draw(measured, output_dir)
     where = f"Scores{' and pictures' * can_draw} are in {output_dir}."
-    return Outcome(_as_text(measured, where, interrupted), _as_values(measured, output_dir), interrupted)
+    return Outcome(_as_text(measured, where, interrupted, window), _as_values(measured, output_dir), interrupted)
+
+
+def extended_window(adapters: Sequence[str]) -> int | None:
+    """The window that some adapter extends: where the first of its ropes by position ends."""
+    for adapter in adapters:
+        config = PeftConfig.from_pretrained(adapter)
+        experts = config.ropes_by_position() if isinstance(config, MoICEConfig) else ()
+        if experts and experts[0].end is not None:
+            return experts[0].end
+    return None
 
 
 def chosen_tasks(args: Arguments, text: str) -> list[str]:
-    """Names of tasks to run.
-
-    Raises:
-        UsageError: an unknown name, or a task over documents without text.
-    """
+    """Names of tasks to run."""
     with_files = bool(args.key_value_file or args.question_file)
     default = ["needles", "keys"] if args.documents else [] if with_files else ["facts"]
     names = default if args.tasks is None else list(dict.fromkeys(args.tasks))
@@ -198,11 +207,7 @@ def make_tasks(names: list[str], args: Arguments, text: str, tokenizer: Any) -> 
 
 
 def common_base(model: str | None, adapters: Sequence[str]) -> tuple[str, Any]:
-    """Name of the model to measure, which all adapters are of, and its tokenizer.
-
-    Raises:
-        UsageError: adapters are named twice, or have different base models or chat templates.
-    """
+    """Name of the model to measure, which all adapters have to be of, and the tokenizer that they share."""
     if len(set(adapters)) < len(adapters):
         raise UsageError(f"--adapter {' '.join(adapters)} names one twice. Drop it.")
     each: Sequence[str | None] = adapters or [None]
@@ -227,6 +232,24 @@ def variants(base: str, adapters: Sequence[str]) -> list[tuple[str, str | None]]
     return [(name, None), *((f"{name} with {own}", adapter) for own, adapter in zip(names, adapters, strict=True))]
 
 
+def tell_pace(
+    model: Any, tokenizer: Any, first: tuple[Task, list[int]], sizes: list[dict[int, int]], args: Arguments
+) -> None:
+    """Ask one draw of the first task, the shortest, and log how long all take by its pace and their `sizes`: of each
+    task, the tokens of a prompt by length.
+    """
+    task, lengths = first
+    begun = time.perf_counter()
+    grid = {"lengths": [min(lengths)], "positions": args.positions, "num_groups": 1}
+    evaluate(model, tokenizer, task, **grid, batch_size=args.batch_size)
+    seconds = time.perf_counter() - begun
+    all_tokens = sum(sum(prompts.values()) for prompts in sizes) * args.questions * (1 + len(args.adapter))
+    logger.info(
+        "The first %d took %s; all take about %s. Fewer --questions or models, and shorter prompts, take less.",
+        *(len(args.positions), in_words(seconds), in_words(seconds * all_tokens / sizes[0][min(lengths)])),
+    )
+
+
 def measure(
     model: Any,
     tokenizer: Any,
@@ -234,8 +257,9 @@ def measure(
     text: str,
     args: Arguments,
     measured: Measured,
+    window: int | None = None,
 ) -> Iterator[None]:
-    """Fill `measured`, and stop by after every task and length."""
+    """Fill `measured`, and stop by after every task and length. Losses are cut at `window`."""
     for task, lengths in tasks:
         for length in sorted(lengths):
             result = evaluate(
@@ -250,11 +274,20 @@ def measure(
                 name=measured.name,
             )
             before = measured.results.get(task.name)
-            measured.results[task.name] = result if before is None else _joined(before, result)
+            measured.results[task.name] = (
+                result if before is None else replace(before, scores=before.scores + result.scores)
+            )
             yield
     if text:
+        length = args.chunk_length or 1024
+        edges = None if window is None else sorted({window, length, *(2**power for power in range(1, 30))})
         measured.losses = losses_by_position(
-            model, tokenizer, text, chunk_length=args.chunk_length, max_chunks=_MAX_CHUNKS
+            model,
+            tokenizer,
+            text,
+            chunk_length=length,
+            max_chunks=_MAX_CHUNKS,
+            edges=edges and [edge for edge in edges if edge <= length],
         )
         yield
 
@@ -290,7 +323,7 @@ def _by_task(measured: list[Measured]) -> Iterator[tuple[Any, ...]]:
         yield task, *(one.results[task] for one in measured if task in one.results)
 
 
-def _as_text(measured: list[Measured], where: str, interrupted: bool) -> str:
+def _as_text(measured: list[Measured], where: str, interrupted: bool, window: int | None = None) -> str:
     parts = [score_table(list(results)) for _, *results in _by_task(measured)]
     parts += [
         f"perplexity of your documents ({one.losses.chunks * one.losses.edges[-1]:,} tokens), {one.name}: "
@@ -298,6 +331,10 @@ def _as_text(measured: list[Measured], where: str, interrupted: bool) -> str:
         for one in measured
         if one.losses is not None
     ]
+    if window is not None and (read := [one.on_both_sides(window) for one in measured if one.losses is not None]):
+        parts.append(
+            "\n".join([f"loss of your documents, window of {window:,} tokens", *(f"  {line}" for line in read)])
+        )
     base, *adapted = measured
     parts += [verdict(result) for result in base.results.values() if result.positions]
     parts += ["\n".join(lines) for one in adapted if (lines := _changes(one, base))]
@@ -332,10 +369,6 @@ def _as_values(measured: list[Measured], output_dir: Path) -> dict[str, Any]:
         for one in measured
     ]
     return {"output_dir": str(output_dir), "models": models}
-
-
-def _joined(first: Result, second: Result) -> Result:
-    return Result(first.task, first.unit, first.model, first.seed, (*first.scores, *second.scores))
 
 
 def _file_name(task: str) -> str:

@@ -1,7 +1,6 @@
 """`peft-moice merge`: an adapter and its base model as one transformers model."""
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -13,12 +12,12 @@ from .parsing import Outcome, Parser, UsageError
 SUMMARY = "build an adapter into its base model, as a folder that from_pretrained reads"
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments of the command."""
+def parser() -> Parser:
+    """Of the command's arguments."""
     parser = Parser(
         "merge",
         (),
-        usage="ADAPTER OUTPUT_DIR [options]",
+        usage="ADAPTER OUTPUT_DIR [options] [--json]",
         summary=SUMMARY,
         further=(
             ". Routers are no weight update, so they stay routers: whoever loads the model needs `import peft_moice`."
@@ -31,8 +30,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=get_args(Dtype), help="Of the merged weights: float32, bfloat16, float16.", default="auto"
     )
-    parsed: argparse.Namespace = parser.parse(argv)[0]
-    return parsed
+    return parser
 
 
 def run(args: argparse.Namespace) -> Outcome:

@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -11,10 +12,11 @@ from typing import Any, Literal
 import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import CONFIG_NAME
+from transformers.utils.import_utils import is_bitsandbytes_available
 
-from .parsing import UsageError
+from .parsing import UsageError, option
 
 logger = logging.getLogger(__name__)
 
@@ -22,18 +24,36 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 """Of a model's weights; "auto" is the checkpoint's own."""
 
 
+@dataclass(kw_only=True)
+class ModelArguments:
+    """Which base model, and how its weights are held."""
+
+    model: str | None = option("Folder or Hub id. Default: the base of --adapter.", None)
+    dtype: Dtype | None = option(
+        "auto (its own), float32, bfloat16, float16. Default: float32 on a CPU, else auto.", None
+    )
+    load_in_4bit: bool = option("Quantise the base to nf4, with bitsandbytes.", False)
+    load_in_8bit: bool = option("Quantise the base to int8, with bitsandbytes.", False)
+
+    def quantization(self) -> BitsAndBytesConfig | None:
+        """What transformers quantises the base model by; None if it does not."""
+        if not (self.load_in_4bit or self.load_in_8bit):
+            return None
+        if self.load_in_4bit and self.load_in_8bit:
+            raise UsageError("--load_in_4bit and --load_in_8bit exclude each other. Drop one.")
+        if not is_bitsandbytes_available():
+            raise UsageError("--load_in_4bit and --load_in_8bit need bitsandbytes: pip install bitsandbytes")
+        own = torch.bfloat16 if torch.accelerator.is_available() else torch.float32
+        return BitsAndBytesConfig(
+            load_in_4bit=self.load_in_4bit,
+            load_in_8bit=self.load_in_8bit,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=own if self.dtype in (None, "auto") else self.dtype,
+        )
+
+
 def base_name(model: str | None, adapter: str | None, peft_type: str | None = None) -> str:
-    """Name of the base model: as given, or as the adapter's config has it.
-
-    Args:
-        model: as given.
-        adapter: folder or Hub id.
-        peft_type: what the adapter has to be. Default: anything.
-
-    Raises:
-        UsageError: neither says it, or the adapter is of another type.
-        ValueError: there is no such adapter.
-    """
+    """Name of the base model: as given, or as the config of the adapter, which has to be of `peft_type`, has it."""
     base = model
     if adapter is not None:
         check_folder(adapter, "--adapter", ADAPTER_CONFIG_NAME)
@@ -51,12 +71,8 @@ def base_name(model: str | None, adapter: str | None, peft_type: str | None = No
 
 
 def check_folder(name: str, what: str, *files: str) -> None:
-    """Raise a UsageError where `name` is a path that leads to nothing, which else would be looked for on the Hub.
-
-    Args:
-        name: folder or Hub id.
-        what: what it is of, for the message.
-        files: of which a folder has to hold one.
+    """Raise a UsageError where `name` is a path that leads to none of `files`, which else would be looked for on the
+    Hub. `what` it is of, the message says.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -72,11 +88,7 @@ def check_folder(name: str, what: str, *files: str) -> None:
 
 
 def load_tokenizer(model: str, adapter: str | None = None) -> Any:
-    """The tokenizer of a model, with the chat template that its adapter was trained with, if that was saved.
-
-    Raises:
-        UsageError: `model` is a folder without one.
-    """
+    """The tokenizer of a model, with the chat template that its adapter was trained with, if that was saved."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (ValueError, TypeError, OSError, ImportError) as error:
@@ -97,7 +109,12 @@ def load_tokenizer(model: str, adapter: str | None = None) -> Any:
     return tokenizer
 
 
-def load_model(model: str, dtype: Dtype | None = None, adapter: str | None = None) -> Any:
+def load_model(
+    model: str,
+    dtype: Dtype | None = None,
+    adapter: str | None = None,
+    quantization: BitsAndBytesConfig | None = None,
+) -> Any:
     """A causal language model, with an adapter if one is named, on the accelerator if there is one.
 
     Args:
@@ -105,6 +122,7 @@ def load_model(model: str, dtype: Dtype | None = None, adapter: str | None = Non
         dtype: of its weights. Default: float32 on a CPU, where others are slow, and the checkpoint's own on an
             accelerator.
         adapter: folder or Hub id of an adapter of PEFT.
+        quantization: of the base model. Default: as it was saved.
     """
     has_accelerator = torch.accelerator.is_available()
     with nullcontext(model) if adapter is None else _base_alone(model) as base:
@@ -112,6 +130,7 @@ def load_model(model: str, dtype: Dtype | None = None, adapter: str | None = Non
             base,
             dtype=dtype or ("auto" if has_accelerator else "float32"),
             device_map="auto" if has_accelerator else None,
+            quantization_config=quantization,
         )
     loaded.name_or_path = loaded.config._name_or_path = model
     return loaded if adapter is None else PeftModel.from_pretrained(loaded, adapter)

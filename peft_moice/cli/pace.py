@@ -10,12 +10,7 @@ logger = logging.getLogger(__name__)
 
 
 class TellPace(TrainerCallback):
-    """Logs tokens and steps before the first step, and an estimate of the rest after it.
-
-    Args:
-        sequences: number of sequences to train on.
-        tokens: in all of them.
-    """
+    """Logs how many `sequences`, `tokens` in them and steps there are, and after the first step how long all take."""
 
     def __init__(self, sequences: int, tokens: int):
         self.sequences = sequences

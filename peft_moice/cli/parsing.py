@@ -4,7 +4,7 @@ import argparse
 import difflib
 import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, NoReturn
@@ -17,6 +17,12 @@ _LONGEST_CHOICES = 22
 
 class UsageError(Exception):
     """Arguments that do not go, and what to do about it."""
+
+
+def option(help: str, default: Any = MISSING) -> Any:
+    """A field of a dataclass of arguments; one without a default has to be given."""
+    given = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return field(metadata={"help": help}, **given)
 
 
 @dataclass(frozen=True)
@@ -35,11 +41,7 @@ class Outcome:
 
 
 def output_folder(name: str) -> Path:
-    """The folder `name`, made if it is missing.
-
-    Raises:
-        UsageError: nothing can be written into it, which would show at the end of the work.
-    """
+    """The folder `name`, made if it is missing; that nothing can be written there shows now, not after the work."""
     folder = Path(name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,13 +55,8 @@ def output_folder(name: str) -> Path:
 class Parser(HfArgumentParser):
     """Parses dataclasses of arguments; errors are raised as [`UsageError`].
 
-    Args:
-        command: name of the command.
-        dataclass_types: what to parse.
-        usage: the command with what it needs, for the first line of the help.
-        summary: what it does, in a line.
-        further: what its description says behind the summary. Default: a full stop.
-        epilog: what its help ends with.
+    The help of `command` begins with its `usage`, says its `summary` and what is `further` said of it, and ends with
+    `epilog`.
     """
 
     def __init__(
@@ -85,8 +82,8 @@ class Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} ({self.prog} --help explains.)")
 
-    def parse(self, argv: Sequence[str]) -> list[Any]:
-        """The dataclasses, and a namespace of further arguments if there are some.
+    def parse(self, argv: Sequence[str]) -> Any:
+        """The dataclass, or a namespace where there is none; a list of several.
 
         Raises:
             UsageError: an argument is unknown, missing or out of its choices.
@@ -97,14 +94,14 @@ class Parser(HfArgumentParser):
         if unknown:
             near = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, n=1)
             self.error(f"unknown argument {unknown[0]}." + (f" Did you mean {near[0]}?" if near else ""))
-        return parsed
+        return parsed if len(parsed) > 1 else parsed[0]
 
 
 class _OneScreen(argparse.RawDescriptionHelpFormatter):
     """One line for each argument: its name as it is written here, what it is, its choices and its default."""
 
     def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=32, width=_WIDTH)
+        super().__init__(prog, max_help_position=34, width=_WIDTH)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings:

@@ -17,9 +17,9 @@ examples:
   accelerate launch -m peft_moice run lm_eval --model hf --model_args pretrained=MODEL,peft=outputs/routers ..."""
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments of the command."""
-    parser = Parser(
+def parser() -> Parser:
+    """Of the command's arguments."""
+    parser = _BeforeOthers(
         "run",
         (),
         usage="MODULE [its arguments]",
@@ -28,11 +28,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         epilog=_EPILOG,
     )
     parser.add_argument("module", metavar="MODULE", help="Name of an installed module or package.")
-    parsed: argparse.Namespace = parser.parse(argv[:1])[0]
-    parsed.arguments = list(argv[1:])
-    if find_spec(parsed.module.partition(".")[0]) is None:
-        raise UsageError(f"there is no module {parsed.module!r} in this environment; install what has it.")
-    return parsed
+    return parser
+
+
+class _BeforeOthers(Parser):
+    """Parses the first argument alone."""
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        parsed: argparse.Namespace = super().parse(argv[:1])
+        parsed.arguments = list(argv[1:])
+        if find_spec(parsed.module.partition(".")[0]) is None:
+            raise UsageError(f"there is no module {parsed.module!r} in this environment; install what has it.")
+        return parsed
 
 
 def run(args: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,9 +38,9 @@ from ..training.keep_close import check_enough_text, text_ids
 from ..training.loss_parts import DivergedError
 from ..tuner.config import MoICEConfig
 from .interrupts import StopOnSignal
-from .models import Dtype, check_folder, load_tokenizer
+from .models import Dtype, ModelArguments, check_folder, load_tokenizer
 from .pace import TellPace
-from .parsing import Outcome, Parser, UsageError, output_folder
+from .parsing import Outcome, Parser, UsageError, option, output_folder
 from .presets import PRESETS
 
 logger = logging.getLogger(__name__)
@@ -67,36 +67,33 @@ examples
   accelerate launch -m peft_moice train --preset paper --model meta-llama/Llama-2-7b-chat-hf --train_files my.jsonl"""
 
 
+_TEXTS = {
+    "usage": "--model MODEL --train_files FILE ... [--preset NAME] [options] [--json]",
+    "summary": SUMMARY,
+    "epilog": _EPILOG,
+}
+
+
 @dataclass
-class Arguments:
+class Arguments(ModelArguments):
     """Model, routers and loss; data is in DataArguments, the rest in transformers' TrainingArguments."""
 
-    model: str = field(metadata={"help": "Folder or Hub id of the base model."})
-    preset: Literal["retrieval", "chats", "paper"] | None = field(
-        default=None, metadata={"help": "Recipe for the defaults, see below."}
+    model: str = option("Folder or Hub id of the base model.")
+    preset: Literal["retrieval", "chats", "paper"] | None = option("Recipe for the defaults, see below.", None)
+    angles: list[float] | None = option("Base angles as multiples of the model's own, which comes first.", None)
+    top_k: int | None = option("Angles mixed per head and token. Default: all.", None)
+    router_scope: Literal["layer", "head"] = option("What shares a router.", "layer")
+    init: Literal["identity", "normal"] = option(
+        "Start as the base model, or near the equal mixture of all angles.", "normal"
     )
-    angles: list[float] | None = field(
-        default=None, metadata={"help": "Base angles as multiples of the model's own, which comes first."}
-    )
-    top_k: int | None = field(default=None, metadata={"help": "Angles mixed per head and token. Default: all."})
-    router_scope: Literal["layer", "head"] = field(default="layer", metadata={"help": "What shares a router."})
-    init: Literal["identity", "normal"] = field(
-        default="normal", metadata={"help": "Start as the base model, or near the equal mixture of all angles."}
-    )
-    aux_coef: float = field(default=0.3, metadata={"help": "Weight of the balance loss."})
-    keep_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the divergence (KL) from the base model on ordinary text; 0: none."}
-    )
-    keep_files: list[str] = field(
-        default_factory=list, metadata={"help": "Ordinary text. Default: --train_files, without the answers."}
-    )
-    keep_tokens: int = field(default=256, metadata={"help": "Tokens of ordinary text in a micro-batch."})
-    sequences_per_step: int | None = field(
-        default=None, metadata={"help": "Batch over all devices; sets gradient_accumulation_steps."}
-    )
-    dtype: Dtype = field(default="auto", metadata={"help": "Of the base model: auto, float32, bfloat16, float16."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "Of the base model. Default: its own."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace the adapter and checkpoints in --output_dir."})
+    aux_coef: float = option("Weight of the balance loss.", 0.3)
+    keep_weight: float = option("Weight of the divergence (KL) from the base model on ordinary text; 0: none.", 0.0)
+    keep_files: list[str] = option("Ordinary text. Default: --train_files, without the answers.", [])
+    keep_tokens: int = option("Tokens of ordinary text in a micro-batch.", 256)
+    sequences_per_step: int | None = option("Batch over all devices; sets gradient_accumulation_steps.", None)
+    dtype: Dtype = option("Of the base model: auto, float32, bfloat16, float16.", "auto")
+    attn_implementation: str | None = option("Of the base model. Default: its own.", None)
+    overwrite: bool = option("Replace the adapter and checkpoints in --output_dir.", False)
 
 
 @dataclass
@@ -108,53 +105,73 @@ class TrainArguments:
     trainer: TrainingArguments
 
 
-def parse(argv: Sequence[str]) -> TrainArguments:
-    """The arguments of the command."""
-    texts = {
-        "usage": "--model MODEL --train_files FILE ... [--preset NAME] [options] [--json]",
-        "summary": SUMMARY,
-        "epilog": _EPILOG,
-    }
-    parser = Parser("train", (Arguments, DataArguments, TrainingArguments), **texts)
-    if {"-h", "--help"} & set(argv):
-        parser = Parser("train", (Arguments, DataArguments), **texts)
-        parser.add_argument("--output_dir", default="outputs/routers", help="Folder for adapter and card.")
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset")
-    first.add_argument("--num_train_epochs", "--num-train-epochs")
-    known, _ = first.parse_known_args(argv)
-    # A wrong name is left to the whole parser, which lists the right ones.
-    preset = dict(PRESETS.get(known.preset, {}))
-    if known.num_train_epochs is not None:
-        preset.pop("max_steps", None)  # it would win
-    parser.set_defaults(output_dir="outputs/routers", remove_unused_columns=False, **preset)
-    if "--help_all" in argv:
-        parser.print_help()
-        raise SystemExit(0)
-    try:
-        ours, data, trainer = parser.parse(argv)
-    except ValueError as error:
-        if known.preset != "paper" or "bf16" not in str(error):
-            raise
-        raise UsageError(
-            "--preset paper computes in bfloat16 on an accelerator, and there is none. --use_cpu runs it on the CPU, "
-            "where a step of 128 long sequences is slow; --preset retrieval and --preset chats are for small models."
-        ) from None
-    if ours.sequences_per_step is not None:
-        per_pass = trainer.train_batch_size * trainer.world_size
-        if trainer.gradient_accumulation_steps != 1 or ours.sequences_per_step % per_pass:
+def parser() -> Parser:
+    """Of all arguments."""
+    return _AllArguments("train", (Arguments, DataArguments, TrainingArguments), **_TEXTS)
+
+
+def short_parser() -> Parser:
+    """Of the arguments that `--help` shows."""
+    parser = Parser("train", (Arguments, DataArguments), **_TEXTS)
+    parser.add_argument("--output_dir", default="outputs/routers", help="Folder for adapter and card.")
+    return parser
+
+
+class _AllArguments(Parser):
+    """Knows presets, which are defaults."""
+
+    def parse(self, argv: Sequence[str]) -> TrainArguments:
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.add_argument("--preset")
+        first.add_argument("--num_train_epochs", "--num-train-epochs")
+        known, _ = first.parse_known_args(argv)
+        # A wrong name is left to the whole parser, which lists the right ones.
+        preset = dict(PRESETS.get(known.preset, {}))
+        if known.num_train_epochs is not None:
+            preset.pop("max_steps", None)  # it would win
+        if asked := {"-h", "--help", "--help_all"} & {*argv}:
+            shown = self if "--help_all" in asked else short_parser()
+            shown.set_defaults(**preset)
+            shown.print_help()
+            raise SystemExit(0)
+        self.set_defaults(output_dir="outputs/routers", remove_unused_columns=False, **preset)
+        try:
+            ours, data, trainer = super().parse(argv)
+        except ValueError as error:
+            if known.preset != "paper" or "bf16" not in str(error):
+                raise
             raise UsageError(
-                f"--sequences_per_step {ours.sequences_per_step} has to be a multiple of the {per_pass} sequences "
-                "that the devices read at once, and excludes --gradient_accumulation_steps."
-            )
-        trainer.gradient_accumulation_steps = ours.sequences_per_step // per_pass
-    return TrainArguments(ours, data, trainer)
+                "--preset paper computes in bfloat16 on an accelerator, and there is none. --use_cpu runs it on the "
+                "CPU, where a step of 128 long sequences is slow; --preset retrieval and --preset chats are for small "
+                "models."
+            ) from None
+        _settle(ours, trainer)
+        return TrainArguments(ours, data, trainer)
+
+
+def _settle(ours: Arguments, trainer: TrainingArguments) -> None:
+    """What one of them means for the other."""
+    if ours.load_in_4bit and trainer.device.type == "cpu" and trainer.eval_strategy != "no":
+        raise UsageError(
+            "--eval_strategy: on a CPU, bitsandbytes' layers of 4 bit give wrong gradients once they have run in an "
+            "evaluation. Leave it out; --eval_files are measured at the end."
+        )
+    if ours.sequences_per_step is None:
+        return
+    per_pass = trainer.train_batch_size * trainer.world_size
+    if trainer.gradient_accumulation_steps != 1 or ours.sequences_per_step % per_pass:
+        raise UsageError(
+            f"--sequences_per_step {ours.sequences_per_step} has to be a multiple of the {per_pass} sequences that "
+            "the devices read at once, and excludes --gradient_accumulation_steps."
+        )
+    trainer.gradient_accumulation_steps = ours.sequences_per_step // per_pass
 
 
 def run(args: TrainArguments) -> Outcome:
     """Check the data, load the model, train, save."""
     ours, data, training = args.ours, args.data, args.trainer
-    if training.process_index > 0:
+    quiet = training.process_index > 0
+    if quiet:
         logging.getLogger("peft_moice").setLevel(logging.WARNING)
     elif ours.preset is None:
         logger.warning(
@@ -163,21 +180,19 @@ def run(args: TrainArguments) -> Outcome:
             "recipes that do."
         )
     set_seed(training.seed)
-    config = make_config(ours)
+    config, quantization = make_config(ours), ours.quantization()
     check_folder(ours.model, "--model", CONFIG_NAME, ADAPTER_CONFIG_NAME)
     checkpoint = checkpoint_of(args)
     tokenizer = load_tokenizer(ours.model)
     if data.chat_template is not None:
         tokenizer.chat_template = read_text(data.chat_template)
     # Whatever is wrong with the data shows before a large model is loaded.
-    quiet = training.process_index > 0
     train_examples = load_examples(data.train_files, tokenizer, data, training.seed, quiet)
     eval_examples = load_examples(data.eval_files, tokenizer, data, training.seed + 1, quiet)
     keep_ids = ordinary_text(args, tokenizer)
     folder = output_folder(str(training.output_dir))
-    model = AutoModelForCausalLM.from_pretrained(
-        ours.model, dtype=ours.dtype, attn_implementation=ours.attn_implementation
-    )
+    options = {"attn_implementation": ours.attn_implementation, "quantization_config": quantization}
+    model = AutoModelForCausalLM.from_pretrained(ours.model, dtype=ours.dtype, **options)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UsageError(
             f"{ours.model} holds an adapter, without which the routers would be saved. Name the base model alone "
@@ -203,18 +218,14 @@ def run(args: TrainArguments) -> Outcome:
         if "to be installed" not in str(error):
             raise
         raise UsageError(f"--report_to {' '.join(training.report_to or [])}: {error}") from error
-    if checkpoint is None and training.process_index == 0:
+    if checkpoint is None and not quiet:
         for obsolete in sort_checkpoints(str(folder)):
             shutil.rmtree(obsolete)
     return train(trainer, checkpoint)
 
 
 def checkpoint_of(args: TrainArguments) -> str | None:
-    """Where to resume from; None to train from the start.
-
-    Raises:
-        UsageError: there is no checkpoint, or a new training would mix with what another has left.
-    """
+    """Where to resume from; None to train from the start, if that mixes with nothing that another has left."""
     folder, checkpoint = str(args.trainer.output_dir), args.trainer.resume_from_checkpoint
     if checkpoint == "last":
         checkpoint = last_checkpoint(folder)
@@ -239,15 +250,7 @@ def last_checkpoint(folder: str) -> str | None:
 
 
 def check_same_routers(checkpoint: str, config: MoICEConfig) -> None:
-    """Weights of one mixture fit another of as many angles, and would mean something else there.
-
-    Args:
-        checkpoint: folder with routers.
-        config: of the routers to train, resolved.
-
-    Raises:
-        UsageError: they are others.
-    """
+    """Weights of one mixture fit another of as many angles, and would mean something else there."""
     saved = MoICEConfig.from_pretrained(checkpoint)
     for name in ("rope_bases", "top_k", "router_dim", "router_scope", "hidden_act", "init_weights"):
         was, now = getattr(saved, name), getattr(config, name)
@@ -271,11 +274,7 @@ def make_config(ours: Arguments) -> MoICEConfig:
 
 
 def ordinary_text(args: TrainArguments, tokenizer: Any) -> torch.Tensor | None:
-    """Token ids of the text on which the adapted model is kept near the base model; None if it is not.
-
-    Raises:
-        ValueError: there is too little of it.
-    """
+    """Token ids of the text on which the adapted model is kept near the base model; None if it is not."""
     if args.ours.keep_weight == 0:
         return None
     files = args.ours.keep_files
@@ -394,11 +393,7 @@ def _outcome(trainer: "RouterTrainer", interrupted: bool, is_done_before: bool =
 
 
 class RouterTrainer(KeepCloseMixin, BalanceLossMixin, Trainer):
-    """Logs each part of the loss, and writes MoICE's model card.
-
-    Args:
-        recipe: the arguments, for the card.
-    """
+    """Logs each part of the loss, and writes MoICE's model card, which has the arguments, `recipe`, in it."""
 
     def __init__(self, *, recipe: TrainArguments, **kwargs: Any):
         super().__init__(**kwargs)

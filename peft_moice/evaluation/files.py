@@ -1,9 +1,14 @@
-"""Reading data of benchmarks in their original format, JSON lines."""
+"""Files of benchmarks in their original format, JSON lines, and draws from them without repetition."""
 
+import random
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
+from weakref import WeakKeyDictionary
 
 from ..training.data.sources import Source, read_records
+
+T = TypeVar("T")
 
 
 def read_json_lines(file: str | Path, needed: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -23,3 +28,24 @@ def read_json_lines(file: str | Path, needed: tuple[str, ...]) -> list[dict[str,
             raise ValueError(f"{where}: no {missing[0]!r}; an object with {needed} is needed.")
         records.append(record)
     return records
+
+
+class Deck(Generic[T]):
+    """Items in random order, all of them before any comes again.
+
+    Every source of randomness has its own order and its own place in it, so equally seeded ones are dealt the same.
+
+    Args:
+        items: what is dealt, at least one.
+    """
+
+    def __init__(self, items: Sequence[T]):
+        self.items = items
+        self._left: WeakKeyDictionary[random.Random, list[T]] = WeakKeyDictionary()
+
+    def deal(self, rng: random.Random) -> T:
+        """The next item."""
+        left = self._left.setdefault(rng, [])
+        if not left:
+            left += rng.sample(self.items, len(self.items))
+        return left.pop()

@@ -15,7 +15,6 @@ from .encoding import EncodedExample, encode_example
 from .reader import Reader
 from .result import Result, Score
 from .task import POSITIONS, Example, Scoring, Task
-from .trial import check_grid
 
 
 def evaluate(
@@ -75,6 +74,44 @@ def evaluate(
                 progress.update()
     name = getattr(model.config, "_name_or_path", "") if name is None else name
     return Result(task=task.name, unit=task.unit, model=name, seed=seed, scores=tuple(scores))
+
+
+def try_task(
+    task: Task, tokenizer: Any, lengths: Sequence[int], positions: Sequence[float], num_groups: int
+) -> dict[int, int]:
+    """Draw and encode one example at every length.
+
+    Args:
+        task: what is to be asked.
+        tokenizer: the model's tokenizer.
+        lengths: as [`evaluate`] takes them.
+        positions: likewise.
+        num_groups: likewise.
+
+    Returns:
+        Tokens of the example, by length.
+
+    Raises:
+        ValueError: a value out of its range; the task has too little material, or none of an answer has tokens.
+    """
+    check_grid(lengths, positions, num_groups)
+    drawn = {length: task.draw(random.Random(0), length, positions)[0] for length in lengths}
+    return {length: len(encode_example(tokenizer, one, one.answers[0]).input_ids) for length, one in drawn.items()}
+
+
+def check_grid(lengths: Sequence[int], positions: Sequence[float], num_groups: int) -> None:
+    """Raise a ValueError for what [`evaluate`] cannot run over."""
+    if num_groups < 1:
+        raise ValueError(f"`num_groups` is {num_groups}, but has to be at least 1.")
+    if not lengths or min(lengths) < 1:
+        raise ValueError(f"`lengths` has to hold positive numbers, not {list(lengths)}.")
+    for name, values in (("lengths", lengths), ("positions", positions)):
+        if len(set(values)) < len(values):
+            raise ValueError(
+                f"`{name}` names a value twice: {list(values)}. Its questions would count twice; drop one."
+            )
+    if not positions or not all(0 <= position <= 1 for position in positions):
+        raise ValueError(f"`positions` has to hold numbers in 0..1, not {positions!r}.")
 
 
 def score_examples(

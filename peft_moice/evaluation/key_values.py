@@ -4,8 +4,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from .deck import Deck
-from .files import read_json_lines
+from .files import Deck, read_json_lines
 from .task import Example, Scoring, place
 
 _PROMPT = """Extract the value corresponding to the specified key in the JSON object below.

@@ -55,13 +55,12 @@ def plot_positions(
         confidence: of the intervals, for the label of the axis. Default: 0.95.
         title: of the picture; name the model in it, unless the curves do.
     """
-    figure_class = _figure_class()
-    from matplotlib.ticker import PercentFormatter
-
     if not panels or not all(panels.values()) or not positions:
         raise ValueError("There is nothing to draw; give at least one panel, with one curve, and one position.")
     names = _distinct(name for curves in panels.values() for name in curves)
-    figure = figure_class(figsize=(_PANEL[0] * len(panels), _PANEL[1] + 0.4), layout="constrained")
+    figure = _figure(_PANEL[0] * len(panels), _PANEL[1] + 0.4)
+    from matplotlib.ticker import PercentFormatter
+
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, (heading, curves) in zip(axes, panels.items(), strict=True):
         for name, (values, intervals) in curves.items():
@@ -112,11 +111,10 @@ def plot_heat_map(
         unit: what lengths count. Default: "tokens".
         title: of the picture; name the model in it.
     """
-    figure_class = _figure_class()
     if not table or not all(table):
         raise ValueError("There is nothing to draw; give at least one row, with one score.")
     width = max(_PANEL[0], 1.6 + 0.75 * len(positions))
-    figure = figure_class(figsize=(width, 1.6 + 0.45 * len(lengths)), layout="constrained")
+    figure = _figure(width, 1.6 + 0.45 * len(lengths))
     axis = figure.subplots()
     image = axis.imshow(table, vmin=0, vmax=1, cmap="cividis", aspect="auto")
     for row, scores in enumerate(table):
@@ -140,14 +138,13 @@ def plot_expert_load(load: torch.Tensor, *, names: Sequence[str] | None = None, 
         names: of the experts. Default: their numbers.
         title: of the picture; name the model in it.
     """
-    figure_class = _figure_class()
     if load.dim() != 3 or not load.numel():
         raise ValueError(f"`load` has shape {tuple(load.shape)}, but has to be [layers, heads, experts].")
     layers, heads, experts = load.shape
     names = _names_of(experts, names)
     colors = _colors_of(load)
     width, height = 0.9 + max(1.0, 0.16 * heads) * experts, 1.2 + 0.12 * layers
-    figure = figure_class(figsize=(width, height), layout="constrained")
+    figure = _figure(width, height)
     axes = figure.subplots(1, experts, sharey=True, squeeze=False)[0]
     for expert, axis in enumerate(axes):
         values = _array(load[:, :, expert])
@@ -172,14 +169,13 @@ def plot_gates(
         names: of the experts. Default: their numbers.
         title: of the picture; name the model in it.
     """
-    figure_class = _figure_class()
     if gates.dim() != 2 or len(tokens) != len(gates) or not len(tokens):
         raise ValueError(
             f"`gates` has shape {tuple(gates.shape)} and there are {len(tokens)} tokens; give [tokens, experts]."
         )
     if gates.shape[1] > len(_COLORS):
         raise ValueError(f"{gates.shape[1]} experts cannot be told apart; draw at most {len(_COLORS)}.")
-    figure = figure_class(figsize=(9, 3.4), layout="constrained")
+    figure = _figure(9, 3.4)
     axis = figure.subplots()
     names = _names_of(gates.shape[1], names)
     if gates.min() < 0:  # there is nothing to stack, and lines would hide each other
@@ -205,7 +201,6 @@ def plot_losses(losses: Mapping[str, LossByPosition], *, title: str = "") -> "Fi
         losses: by the names of their curves, all over the same positions.
         title: of the picture; name the text in it.
     """
-    figure_class = _figure_class()
     if not losses:
         raise ValueError("There is nothing to draw; give at least one curve.")
     names = _distinct(losses)
@@ -213,7 +208,7 @@ def plot_losses(losses: Mapping[str, LossByPosition], *, title: str = "") -> "Fi
     if any(tuple(curve.centers) != tuple(centers) for curve in losses.values()):
         raise ValueError("The curves were measured over other positions. Measure all with one `chunk_length`.")
     panels = min(2, len(names))
-    figure = figure_class(figsize=(1.7 * _PANEL[0], (0.7 + 0.4 * panels) * _PANEL[1]), layout="constrained")
+    figure = _figure(1.7 * _PANEL[0], (0.7 + 0.4 * panels) * _PANEL[1])
     axes = list(figure.subplots(panels, 1, sharex=True, squeeze=False, height_ratios=(3, 2)[:panels])[:, 0])
     for style, name in enumerate(names):
         look: dict[str, Any] = {"color": _COLORS[style], "marker": _MARKERS[style], "markersize": 4, "label": name}
@@ -243,7 +238,6 @@ def plot_waveforms(head_dim: int, rope_bases: Sequence[float], context_length: i
         context_length: number of distances.
         title: of the picture; name the model in it.
     """
-    figure_class = _figure_class()
     if not 1 <= len(rope_bases) <= len(_COLORS):
         raise ValueError(f"`rope_bases` holds {len(rope_bases)} angles; draw 1 to {len(_COLORS)} in a picture.")
     waveforms = torch.stack([attention_waveform(head_dim, base, context_length) for base in rope_bases])
@@ -252,7 +246,7 @@ def plot_waveforms(head_dim: int, rope_bases: Sequence[float], context_length: i
     sizes = edges.diff().tolist()
     smooth = torch.stack([part.mean(dim=-1) for part in torch.split(waveforms[:, 1:], sizes, dim=-1)], dim=-1).numpy()
     distances = ((edges[:-1] + edges[1:] - 1) / 2).tolist()
-    figure = figure_class(figsize=(9, 6), layout="constrained")
+    figure = _figure(9, 6)
     single, envelope = figure.subplots(2, 1, sharex=True, sharey=True)
     for base, waveform, color in zip(rope_bases, smooth, _COLORS, strict=False):
         single.plot(distances, waveform, color=color, linewidth=0.8, label=f"{base:,g}")
@@ -322,12 +316,12 @@ def _legend_below(figure: "Figure", axes: "Sequence[Axes]") -> None:
     figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=columns, fontsize=9)
 
 
-def _figure_class() -> type["Figure"]:
+def _figure(width: float, height: float) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("Plotting needs matplotlib: pip install 'peft_moice[plot]'.") from error
-    return Figure
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 _GONE = {

@@ -112,10 +112,8 @@ class Result:
         """
         chosen = self.select(length, position)
         values = [getattr(score, field) for score in chosen]
-        draws: dict[tuple[int, int], list[float]] = {}
-        for score, value in zip(chosen, values, strict=True):
-            draws.setdefault((score.length, score.group), []).append(value)
-        groups = list(draws.values()) if len(draws) > 1 else [[value] for value in values]
+        draws = _by_draw(chosen, values)
+        groups = draws if len(draws) > 1 else [[value] for value in values]
         means = [fmean(group) for group in groups]
         independent = len(groups) == len(values) and set(values) <= {0.0, 1.0}
         if field == "score" and (independent or len(set(means)) == 1):
@@ -138,12 +136,11 @@ class Result:
                 f"{self.model} and {before.model} were not asked the same questions. Measure both with one task, "
                 "seed, `lengths`, `positions` and `num_groups`."
             )
-        draws: dict[tuple[int, int], list[float]] = {}
-        for after, other in zip(self.scores, before.scores, strict=True):
-            draws.setdefault((after.length, after.group), []).append(after.score - other.score)
+        changes = [after.score - other.score for after, other in zip(self.scores, before.scores, strict=True)]
+        draws = _by_draw(self.scores, changes)
         mean = self.mean() - before.mean()
-        if len({fmean(draw) for draw in draws.values()}) > 1:
-            return mean, bootstrap_interval(list(draws.values()), confidence)
+        if len({*map(fmean, draws)}) > 1:
+            return mean, bootstrap_interval(draws, confidence)
         (low, high), (low_before, high_before) = (result.interval(confidence=confidence) for result in (self, before))
         below = hypot(self.mean() - low, high_before - before.mean())
         above = hypot(high - self.mean(), before.mean() - low_before)
@@ -213,3 +210,11 @@ class Result:
     def load(cls, file: str | Path) -> "Result":
         """Read what [`save`] wrote."""
         return cls.from_dict(json.loads(Path(file).read_text(encoding="utf-8")))
+
+
+def _by_draw(scores: Sequence[Score], values: Sequence[float]) -> list[list[float]]:
+    """`values` of questions, those of a draw together."""
+    draws: dict[tuple[int, int], list[float]] = {}
+    for score, value in zip(scores, values, strict=True):
+        draws.setdefault((score.length, score.group), []).append(value)
+    return list(draws.values())

@@ -48,9 +48,11 @@ def merged_parameters(config: Any, layer_type: str | None, parameters: Mapping[s
 
 @torch.no_grad()
 def frequencies_under(
-    rotary: type[nn.Module], config: Any, layer_type: str | None, parameters: Mapping[str, Any]
+    rotary: type[nn.Module], config: Any, layer_type: str | None, parameters: Mapping[str, Any], first: int = 0
 ) -> tuple[torch.Tensor, float]:
     """Inverse frequencies `[P]` in float64 and the attention scaling with `parameters` in place of the model's own.
+
+    Those of longrope are its long ones for queries whose positions begin at `first` behind its original length.
 
     Raises:
         ValueError: transformers cannot make a rope of them.
@@ -63,6 +65,8 @@ def frequencies_under(
     try:
         with torch.device("cpu"):
             module = rotary(config)
+            if parameters and merged.get("rope_type") == "longrope" and first > 0:
+                _rotate_at(module, layer_type, first)
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(
             f"transformers cannot make a rope of {merged}: {type(error).__name__} {error}. Name what the rope type "
@@ -95,7 +99,12 @@ def inverse_frequencies(
     """
     module = rotary_with_theta(rotary, config, layer_type, rope_theta)
     if is_long:
-        options = {} if layer_type is None else {"layer_type": layer_type}
         with torch.device("cpu"):
-            module(torch.zeros(1, 1, 1), torch.tensor([[original_length(config, layer_type)]]), **options)
+            _rotate_at(module, layer_type, original_length(config, layer_type) or 0)
     return _read(module, layer_type)
+
+
+def _rotate_at(module: nn.Module, layer_type: str | None, position: int) -> None:
+    """Let rope types that change at run time come to the angles that hold at `position`."""
+    options = {} if layer_type is None else {"layer_type": layer_type}
+    module(torch.zeros(1, 1, 1), torch.tensor([[position]]), **options)

@@ -107,7 +107,8 @@ class LayerRope:
         near, far, factors = [], [], []
         for expert in experts:
             if isinstance(expert, RopeExpert):
-                found = [frequencies_under(*build, dict(rope)) for rope in (expert.near, expert.far or expert.near)]
+                both = expert.near, expert.far or expert.near
+                found = [frequencies_under(*build, dict(rope), expert.first) for rope in both]
                 near.append(found[0][0] - own)
                 far.append(found[1][0] - own)
                 # Cosines and sines carry a rope's attention scaling, so that scores have its square.

@@ -4,6 +4,9 @@ Up to its original length such a model rotates queries and keys by its short fac
 rotary embeddings, each as fixed as any. Transformers chooses between them in every pass, by the highest position in
 the batch, and leaves the keys in a cache as they are. A sequence that grows beyond the original length in the middle
 has keys of both kinds, which no further rotation can make agree; it is refused.
+
+Where queries have ropes by their positions, the rotary embedding is held at its short factors ([`rotary_hooks`]), so
+that all keys carry these, and sequences may grow.
 """
 
 from dataclasses import dataclass
@@ -33,7 +36,7 @@ class _Factors:
     num_keys: int
 
 
-def rope_of_pass(rope: LayerRope, positions: Positions, mixes: bool = True) -> LayerRope:
+def rope_of_pass(rope: LayerRope, positions: Positions, mixes: bool = True, is_held: bool = False) -> LayerRope:
     """`rope` under the factors that the model uses in this pass; with other rope types, `rope` as it is.
 
     Waits for the device at prompts that fill a cache, not at single tokens, and not without a cache.
@@ -42,6 +45,7 @@ def rope_of_pass(rope: LayerRope, positions: Positions, mixes: bool = True) -> L
         rope: the layer's rotary embedding.
         positions: where the tokens of the pass stand.
         mixes: whether angles are mixed in this pass; if not, nothing is refused.
+        is_held: whether the model uses its short factors at any length.
 
     Raises:
         ValueError: keys in the cache carry other factors than the model uses now, or it cannot be told whether.
@@ -49,14 +53,14 @@ def rope_of_pass(rope: LayerRope, positions: Positions, mixes: bool = True) -> L
     if rope.original_length is None:
         return rope
     if positions.ids is None:
-        if not mixes:
+        if is_held or not mixes:
             return rope
         raise ValueError(
             "The positions of this pass did not reach the attention layer, so MoICE cannot tell which factors of the "
             "rope type 'longrope' the model uses. Run without compilation, remove the adapter, or choose a rope type "
             "with fixed angles."
         )
-    if mixes and positions.is_paged:
+    if mixes and positions.is_paged and not is_held:
         raise ValueError(
             "With the rope type 'longrope', continuous batching rotates the keys of all sequences by the factors that "
             "suit the longest one, and MoICE cannot tell which keys in the cache carry which. Use `generate`."
@@ -65,11 +69,13 @@ def rope_of_pass(rope: LayerRope, positions: Positions, mixes: bool = True) -> L
     if positions.cache is not None:
         # After a graph break, plain Python may go on with what compiled code began.
         watch = _watch_compiled if torch.compiler.is_compiling() or positions.note is None else _watch
-        is_long = watch(positions, rope.original_length, mixes)
+        is_long = watch(positions, rope.original_length, mixes, is_held)
+    if is_held:
+        return rope
     return rope.with_factors(positions.ids.max() >= rope.original_length if is_long is None else is_long)
 
 
-def _watch(positions: Positions, original_length: int, mixes: bool) -> bool:
+def _watch(positions: Positions, original_length: int, mixes: bool, is_held: bool) -> bool:
     """Whether this pass uses the long factors, after comparing them with those of the keys in the cache."""
     cache, ids = positions.cache, positions.ids
     assert cache is not None and ids is not None and positions.note is not None
@@ -85,7 +91,7 @@ def _watch(positions: Positions, original_length: int, mixes: bool) -> bool:
     ):
         return before.kind != "short"
     if before is not None and num_queries == 1 and on_device:
-        return _watch_static(positions, original_length, before, mixes)
+        return _watch_static(positions, original_length, before, mixes, is_held)
 
     past = int(past)
     if before is None or num_queries > 1:
@@ -94,7 +100,7 @@ def _watch(positions: Positions, original_length: int, mixes: bool) -> bool:
     else:
         shift = before.shift
         length = past + num_queries + shift
-    kind = "long" if length > original_length else "short"
+    kind = "long" if length > original_length and not is_held else "short"
     if past > 0:
         kind_before = "long" if length - num_queries > original_length else "short"
         kind_before = kind_before if before is None else before.kind
@@ -104,17 +110,17 @@ def _watch(positions: Positions, original_length: int, mixes: bool) -> bool:
             kind = "both"
     now = noted[original_length] = _Factors(kind, shift, ids, past + num_queries)
     if on_device:
-        _watch_static(positions, original_length, now, mixes)
+        _watch_static(positions, original_length, now, mixes, is_held)
     return kind != "short"
 
 
-def _watch_static(positions: Positions, original_length: int, factors: _Factors, mixes: bool) -> bool:
+def _watch_static(positions: Positions, original_length: int, factors: _Factors, mixes: bool, is_held: bool) -> bool:
     """As [`_watch`], where the device alone knows how many keys there are: none may be able to outgrow its factors."""
     assert positions.cache is not None
-    if mixes and factors.kind == "both":
-        raise ValueError(_disagreement("both", "long", original_length))
+    if mixes and factors.kind in ({"both", "long"} if is_held else {"both"}):
+        raise ValueError(_disagreement(factors.kind, "short" if is_held else "long", original_length))
     capacity = _capacity(positions)
-    if mixes and factors.kind == "short" and capacity + factors.shift > original_length:
+    if mixes and not is_held and factors.kind == "short" and capacity + factors.shift > original_length:
         raise ValueError(
             f"A static cache of {capacity} places can outgrow the model's original length of {original_length} "
             "tokens unseen, where the rope type 'longrope' changes to its long factors while keys in the cache keep "
@@ -123,7 +129,7 @@ def _watch_static(positions: Positions, original_length: int, factors: _Factors,
     return factors.kind != "short"
 
 
-def _watch_compiled(positions: Positions, original_length: int, mixes: bool) -> bool | None:
+def _watch_compiled(positions: Positions, original_length: int, mixes: bool, is_held: bool) -> bool | None:
     """As [`_watch`], by what can be told without looking at the device; None where only the device knows."""
     cache, ids, past = positions.cache, positions.ids, positions.past
     assert cache is not None and ids is not None
@@ -131,12 +137,12 @@ def _watch_compiled(positions: Positions, original_length: int, mixes: bool) -> 
     before: _Factors | None = None if note is None else note.longrope.get(original_length)
     if isinstance(past, torch.Tensor):
         if before is not None:
-            return _watch_static(positions, original_length, before, mixes)
+            return _watch_static(positions, original_length, before, mixes, is_held)
         fits = _capacity(positions) <= original_length
     else:
         length = past + ids.shape[-1]
         if before is not None:
-            kind = "long" if length + before.shift > original_length else "short"
+            kind = "long" if length + before.shift > original_length and not is_held else "short"
             if mixes and past > 0 and kind != before.kind:
                 raise ValueError(_disagreement(before.kind, kind, original_length))
             return None if past == 0 else kind == "long"

@@ -12,10 +12,12 @@ from torch import nn
 from ..attention import MixtureCall, bypassed, known_implementation
 from ..attention.interface import KEYWORD
 from ..rope import LayerRope, RotationTable
+from ..rope.layer_rope import Experts
 from ..rope.longrope import rope_of_pass
 from ..rope.positions import Positions, positions_of_pass
 from ..rope.rotary_hooks import attach_rotary_hooks
 from ..rope.rules import RopeExpert, active, longest
+from ..rope.turned_keys import TurnedKeys
 from .router import MoICERouter
 from .spec import RouterSpec
 
@@ -175,7 +177,7 @@ class LayerMixture:
         has_routers = len(self.shares) > 0  # torch 2.11 cannot trace the truth of a list
         mixes = has_routers or self.by_position is not None
         positions = positions_of_pass(layer_idx, args, kwargs, mixes)
-        rope = rope_of_pass(self.rope, positions, mixes)
+        rope = rope_of_pass(self.rope, positions, mixes, self.by_position is not None)
         chosen = self._ropes_of(positions)
         if not all(expert.is_own for expert in chosen):
             return self._call_by_position(chosen, rope, positions)
@@ -195,24 +197,12 @@ class LayerMixture:
 
     def _call_by_position(self, chosen: tuple[RopeExpert, ...], rope: LayerRope, positions: Positions) -> MixtureCall:
         """The call of a pass in which queries have the ropes `chosen` by their positions."""
-        inner = self.rope_bases() if self.shares and any(expert.is_own for expert in chosen) else ()
-        others = tuple(expert for expert in chosen if not (inner and expert.is_own))
+        inner, others = self._inner_and_others(chosen)
 
         def gate(query: torch.Tensor) -> Gating:
-            ids = positions.of_queries(query)[..., None]  # [B or 1, S, 1]
-            starts = torch.tensor([expert.first for expert in chosen], device=ids.device)
-            last = ((ids >= starts).sum(dim=-1, keepdim=True) - 1).clamp(min=0)
-            holds = (last == torch.arange(len(chosen), device=ids.device)).float()[:, None]
-            holds = holds.expand(query.shape[0], query.shape[1], -1, -1)  # [B, H, S, chosen]
-            if not inner:
-                return Gating(holds, None, [])
-            gating = self.gate(query, inner)
-            # By numbers, not by booleans: the sizes of graphs must not depend on values.
-            inside = [index for index, expert in enumerate(chosen) if expert.is_own]
-            outside = [index for index, expert in enumerate(chosen) if not expert.is_own]
-            own, rest = holds[..., inside].sum(dim=-1, keepdim=True), holds[..., outside]
-            picked = None if gating.picked is None else torch.cat((gating.picked & (own > 0), rest > 0), dim=-1)
-            return Gating(torch.cat((gating.gates * own, rest), dim=-1), picked, gating.records)
+            if len(chosen) == 1 and not inner:
+                return Gating(query.new_ones((), dtype=torch.float32).expand(*query.shape[:3], 1), None, [])
+            return self.gate_by_position(query, positions.of_queries(query), chosen)
 
         top_k = self._top_k() if inner else 1
         rotations = rope.table((*inner, *others))
@@ -222,7 +212,40 @@ class LayerMixture:
         rows += [rows_of[expert] for expert in others]
         known = tuple(found for found in rows if found is not None)
         known_rows = known if len(known) == rotations.num_experts else None
-        return MixtureCall(gate, rotations, positions, top_k, self.implementation(), known_rows)
+        turned = None if inner or torch.compiler.is_compiling() else TurnedKeys.before_pass(positions)
+        return MixtureCall(gate, rotations, positions, top_k, self.implementation(), known_rows, turned)
+
+    def _inner_and_others(self, chosen: tuple[RopeExpert, ...]) -> tuple[tuple[float, ...], tuple[RopeExpert, ...]]:
+        """The base angles of the routers where some of `chosen` leave queries to these, and the rest of `chosen`."""
+        inner = self.rope_bases() if self.shares and any(expert.is_own for expert in chosen) else ()
+        return inner, tuple(expert for expert in chosen if not (inner and expert.is_own))
+
+    def experts_by_position(self) -> Experts:
+        """Those of queries at any positions: the routers' base angles, then the ropes of [`gate_by_position`]."""
+        if self.by_position is None:
+            return self.rope_bases()
+        inner, others = self._inner_and_others(self.by_position.experts)
+        return (*inner, *others)
+
+    def gate_by_position(self, query: torch.Tensor, ids: torch.Tensor, chosen: tuple[RopeExpert, ...]) -> Gating:
+        """The gates for queries `[B, H, S, D]` at `ids` `[B or 1, S]`, each of which has one of the ropes `chosen`.
+
+        Routers decide for those with the model's own, if there are routers; their angles come first.
+        """
+        inner, _ = self._inner_and_others(chosen)
+        starts = torch.tensor([expert.first for expert in chosen], device=ids.device)
+        last = ((ids[..., None] >= starts).sum(dim=-1, keepdim=True) - 1).clamp(min=0)
+        holds = (last == torch.arange(len(chosen), device=ids.device)).float()[:, None]
+        holds = holds.expand(query.shape[0], query.shape[1], -1, -1)  # [B, H, S, chosen]
+        if not inner:
+            return Gating(holds, None, [])
+        gating = self.gate(query, inner)
+        # By numbers, not by booleans: the sizes of graphs must not depend on values.
+        inside = [index for index, expert in enumerate(chosen) if expert.is_own]
+        outside = [index for index, expert in enumerate(chosen) if not expert.is_own]
+        own, rest = holds[..., inside].sum(dim=-1, keepdim=True), holds[..., outside]
+        picked = None if gating.picked is None else torch.cat((gating.picked & (own > 0), rest > 0), dim=-1)
+        return Gating(torch.cat((gating.gates * own, rest), dim=-1), picked, gating.records)
 
     def _call_of_routers(self, rope: LayerRope, positions: Positions) -> MixtureCall:
         rope_bases = self.rope_bases()
@@ -319,10 +342,15 @@ def mixes_angles(model: nn.Module) -> bool:
     )
 
 
+def has_ropes_by_position(model: nn.Module) -> bool:
+    """Whether the queries of some layer of `model` have ropes by their positions in its next pass."""
+    return any(isinstance(module, MixesAngles) and module.by_position() is not None for module in model.modules())
+
+
 def watch_positions(model: nn.Module) -> None:
     """Let the layers of `model` that mix angles learn what its rotary embeddings are given. May be called again."""
     ropes = [module.rope for module in model.modules() if isinstance(module, MixesAngles)]
-    attach_rotary_hooks(model, ropes, mixes_angles)
+    attach_rotary_hooks(model, ropes, mixes_angles, has_ropes_by_position)
 
 
 @functools.cache

@@ -33,16 +33,16 @@ class MoICECallback(TrainerCallback):
 
     Trainer's own log (and so its `log_history`) receives, over all layers and processes:
 
-    - `moice/balance_loss`: the balance loss, about K (`top_k`) with even loads, N if the same experts always win;
+    - `moice/balance_loss`, where K < N: about K (`top_k`) with even loads, N if the same experts always win;
     - `moice/entropy`: mean entropy of the routers' probabilities in nats, 0 to log N;
-    - `moice/max_load`: load of the most used expert, K/N to 1, so always 1 with K = N;
+    - `moice/max_load`, where K < N: load of the most used expert, K/N to 1;
     - `moice/drift`: how far the mean gates have moved since the first step (half the sum of absolute differences, mean
       over layers), 0 to 1, or more where identity scales are beyond 1.
 
     What `report_to` names (TensorBoard, ...) receives the same per layer, as `moice/layer_<index>/...`, with
-    `load_<expert>` (share of tokens and heads that picked the expert) and `gate_<expert>` (its mean gate). Padding
-    counts nowhere. Only steps that are logged are measured, over all their micro-batches; where Trainer logs by epoch,
-    it is the last step of each.
+    `gate_<expert>` (its mean gate) and, where K < N, `load_<expert>` (share of tokens and heads that picked it).
+    Padding counts nowhere. Only steps that are logged are measured, over all their micro-batches; where Trainer logs
+    by epoch, it is the last step of each.
 
     At the start, one line tells Python's log (`logging`, level INFO) what trains, the base angles and K. With
     [`BalanceLossMixin`], Trainer's log also has the balance loss apart from the rest of the loss.
@@ -109,17 +109,22 @@ class MoICECallback(TrainerCallback):
             gates = sums.gates()
             drift = (gates - torch.tensor(self.start[name], device=gates.device)).abs().sum(dim=-1) / 2
             pooled = sums.pooled()
-            summary[f"{prefix}/balance_loss"] = pooled.balance_loss().item()
+            # Where every expert is picked, these are constants.
+            selects = pooled.loads().min().item() < 1
+            if selects:
+                summary[f"{prefix}/balance_loss"] = pooled.balance_loss().item()
+                summary[f"{prefix}/max_load"] = pooled.loads().max().item()
             summary[f"{prefix}/entropy"] = pooled.entropy().item()
-            summary[f"{prefix}/max_load"] = pooled.loads().max().item()
             summary[f"{prefix}/drift"] = drift.mean().item()
             for row, index in enumerate(sums.layer_indices):
                 layer = f"{prefix}/layer_{index:02d}"
                 for expert in range(sums.num_experts):
-                    details[f"{layer}/load_{expert}"] = sums.loads()[row, expert].item()
+                    if selects:
+                        details[f"{layer}/load_{expert}"] = sums.loads()[row, expert].item()
                     details[f"{layer}/gate_{expert}"] = sums.gates()[row, expert].item()
+                if selects:
+                    details[f"{layer}/balance_loss"] = sums.balance_loss()[row].item()
                 details[f"{layer}/entropy"] = sums.entropy()[row].item()
-                details[f"{layer}/balance_loss"] = sums.balance_loss()[row].item()
                 details[f"{layer}/drift"] = drift[row].item()
         # The method of the base class: trainers that extend it flush metrics of their own.
         Trainer.log(self.trainer, summary)

@@ -14,7 +14,7 @@ NEAR = 0.75
 
 
 def extend(
-    model: nn.Module, factor: float = 4.0, *, near: int | None = None, adapter_name: str | None = None
+    model: nn.Module, factor: float | None = None, *, near: int | None = None, adapter_name: str | None = None
 ) -> PeftModel:
     """Let a model read texts of `factor` times its window, without training and without a change within the window.
 
@@ -22,10 +22,14 @@ def extend(
     model's own angles; for keys farther away, angles go on more slowly from there (Self-Extend, Jin et al., ICML 2024,
     without its floors), so that no angle leaves what the model was trained on.
 
+    Models whose own rope is longrope (Phi) have factors for longer texts already: queries below the original length
+    then have the short ones, later ones the long ones, over one cache, so that sequences may grow across it.
+
     Args:
         model: a model, or a `PeftModel` with MoICE adapters, next to which the extension becomes active: their routers
             then decide within the window. Adapters of another tuner, such as LoRA, stay in effect below it.
-        factor: the new length as a multiple of the window, above 1. It costs nothing within.
+        factor: the new length as a multiple of the window, above 1. It costs nothing within. Default: 4; to be left
+            out, as `near`, for longrope.
         near: distance in tokens. Default: three quarters of the window.
         adapter_name: name of the adapter. Default: "default", beside other adapters of MoICE "extension".
 
@@ -47,7 +51,7 @@ def extend(
     return model
 
 
-def extension_config(config: Any, factor: float, *, near: int | None = None) -> MoICEConfig:
+def extension_config(config: Any, factor: float | None = None, *, near: int | None = None) -> MoICEConfig:
     """The adapter that [`extend`] adds, from a model's config alone.
 
     Args:
@@ -57,7 +61,15 @@ def extension_config(config: Any, factor: float, *, near: int | None = None) -> 
     Raises:
         ValueError: see [`extend`].
     """
-    window = window_of(config)
+    longrope = _longrope_of(config)
+    if longrope is not None:
+        if factor is not None or near is not None:
+            raise ValueError(
+                f"`factor` is {factor!r} and `near` {near!r}, but the model's own rope is 'longrope', whose long "
+                "factors say how far it reaches. Leave both out."
+            )
+        return _of_longrope(*longrope)
+    factor, window = 4.0 if factor is None else factor, window_of(config)
     if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 1 < factor <= 1024:
         raise ValueError(f"`factor` is {factor!r}, but has to be a number above 1, such as 4, and at most 1024.")
     near = int(NEAR * window) if near is None else near
@@ -77,16 +89,44 @@ def extension_config(config: Any, factor: float, *, near: int | None = None) -> 
     return MoICEConfig(ropes=ropes, task_type=TaskType.CAUSAL_LM)
 
 
+def _of_longrope(window: int, length: int) -> MoICEConfig:
+    beyond = [window, length if length > window else None]
+    ropes: list[dict[str, Any]] = [
+        {"query_positions": [0, window]},
+        {"query_positions": beyond, "rope_type": "longrope"},
+    ]
+    return MoICEConfig(ropes=ropes, task_type=TaskType.CAUSAL_LM)
+
+
+def _ropes_in(config: Any) -> list[dict[str, Any]]:
+    """The rope parameters of a model, by layer type where it has several."""
+    parameters = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    return [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+
+
+def _longrope_of(config: Any) -> tuple[int, int] | None:
+    """Where a model's rope is longrope, the number of tokens for its short factors, and for its long ones."""
+    lengths = {
+        int(rope["original_max_position_embeddings"])
+        for rope in _ropes_in(config)
+        if rope.get("rope_type") == "longrope"
+    }
+    if len(lengths) != 1:
+        return None
+    return lengths.pop(), int(config.get_text_config(decoder=True).max_position_embeddings)
+
+
 def window_of(config: Any) -> int:
-    """The number of tokens that a model was trained for.
+    """The number of tokens that a model was trained for; with longrope, that its short factors were trained for.
 
     Raises:
         ValueError: its config does not say, or its rope has been changed for longer texts already.
     """
+    longrope = _longrope_of(config)
+    if longrope is not None:
+        return longrope[0]
     text: Any = config.get_text_config(decoder=True)
-    parameters = getattr(text, "rope_parameters", None) or {}
-    by_type = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
-    types = sorted({kind.get("rope_type", "default") for kind in by_type} - {"default"})
+    types = sorted({kind.get("rope_type", "default") for kind in _ropes_in(config)} - {"default"})
     if types and types != ["llama3"]:
         raise ValueError(
             f"The model's own rope is {types}, which serves longer texts already. Write the rules that you want "

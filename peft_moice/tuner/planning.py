@@ -11,6 +11,7 @@ from torch import nn
 from ..probing import LayerPlan, LayerProbe, attention_module_names, explain_no_targets
 from ..rope import LayerRope
 from ..rope.frequencies import frequencies_under, merged_parameters, original_length, rope_parameters
+from ..rope.rules import longest
 from .beside_routers import check_beside_routers
 from .config import MoICEConfig
 from .layer import MoICELayer
@@ -66,6 +67,7 @@ def plan_layers(config: MoICEConfig, model: nn.Module) -> PlanOf:
         config.resolve_bases(thetas)
     if config.ropes is not None:
         _check_ropes(config, [plan_of(name).rope for name in names])
+        _check_longrope_is_whole(names, model, plan_of)
     check_beside_routers(config, model, names)
     return plan_of
 
@@ -88,7 +90,8 @@ def _choose_targets(config: MoICEConfig, model: nn.Module, plan_of: PlanOf) -> l
             "Indices of layers start at 0; leave out what excludes the modules that you want to adapt."
         )
     if config.ropes is not None:
-        sliding = {name for name in names if _slides(model.get_submodule(name))}
+        length = longest(config.ropes_by_position())
+        sliding = {name for name in names if _slides(model.get_submodule(name), length)}
         if names and len(sliding) == len(names):
             raise ValueError(
                 "Every attention module of the model sees a sliding window of keys, which longer texts do not make "
@@ -108,13 +111,16 @@ def _choose_targets(config: MoICEConfig, model: nn.Module, plan_of: PlanOf) -> l
     return _targeted(config, model)
 
 
-def _slides(attention: nn.Module) -> bool:
-    """Whether an attention module sees a sliding window of keys, which no longer text makes longer."""
+def _slides(attention: nn.Module, length: int | None) -> bool:
+    """Whether an attention module sees a sliding window of keys, which texts of up to `length` do not make longer."""
     config: Any = attention.config
     kinds, index = getattr(config, "layer_types", None), getattr(attention, "layer_idx", None)
     if kinds is not None and isinstance(index, int) and index < len(kinds):
         return bool(kinds[index] == "sliding_attention")
-    return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    window = getattr(config, "sliding_window", None)
+    # That of some models (Phi) is longer than their texts.
+    reached = config.max_position_embeddings if length is None else length
+    return window is not None and window < reached and getattr(config, "use_sliding_window", True)
 
 
 def _check_ropes(config: MoICEConfig, ropes: list[LayerRope | None]) -> None:
@@ -123,7 +129,9 @@ def _check_ropes(config: MoICEConfig, ropes: list[LayerRope | None]) -> None:
         if rope is None:
             continue
         own: Any = rope.config
-        if original_length(own, rope.layer_type) is not None:
+        if rope.original_length is not None:
+            _check_over_longrope(config, rope.original_length)
+        elif original_length(own, rope.layer_type) is not None:
             kind = rope_parameters(own, rope.layer_type)["rope_type"]
             raise ValueError(
                 f"The model's own rope type {kind!r} changes its angles with the length of the text, while keys in a "
@@ -137,12 +145,36 @@ def _check_ropes(config: MoICEConfig, ropes: list[LayerRope | None]) -> None:
                     f"was trained for {own.max_position_embeddings}. Let `distances` be cut below that."
                 )
             for parameters in (expert.near, expert.far or ()):
-                frequencies_under(rope.rotary, own, rope.layer_type, dict(parameters))
+                frequencies_under(rope.rotary, own, rope.layer_type, dict(parameters), expert.first)
         # Merging states a new length in the model's config, which these would be read from.
         for rule in config.ropes or ():
             merged = merged_parameters(own, rope.layer_type, rule)
             if "rope_type" in rule and "original_max_position_embeddings" in merged:
                 rule["original_max_position_embeddings"] = merged["original_max_position_embeddings"]
+
+
+def _check_over_longrope(config: MoICEConfig, length: int) -> None:
+    """Raise a ValueError if a rule goes on with the short factors of a model of rope type longrope beyond `length`."""
+    for expert in config.ropes_by_position():
+        is_long = dict(expert.near).get("rope_type") not in (None, "longrope") or expert.first >= length
+        if (expert.end is None or expert.end > length) and not (expert.near and is_long):
+            raise ValueError(
+                f"The model's own rope is 'longrope', whose short factors hold for its first {length} tokens, and "
+                f"`ropes` go on with them: {expert.in_words()}. Let a range of `query_positions` end at {length}, and "
+                "name {'rope_type': 'longrope'} in the next, for its long factors, as `extend` does."
+            )
+
+
+def _check_longrope_is_whole(names: list[str], model: nn.Module, plan_of: PlanOf) -> None:
+    """Raise a ValueError if layers without `ropes` would be left with the short factors of longrope."""
+    if any((rope := plan_of(name).rope) and rope.original_length is not None for name in names):
+        for name in attention_module_names(model):
+            rope = plan_of(name.removesuffix(".base_layer")).rope
+            if name.removesuffix(".base_layer") not in names and rope and rope.original_length is not None:
+                raise ValueError(
+                    f"`ropes` leave out {name}, but keep the rotary embedding that it shares at the short factors of "
+                    "'longrope'. Leave out `target_modules`, `layers_to_transform` and `exclude_modules`."
+                )
 
 
 def _targeted(config: MoICEConfig, model: nn.Module) -> list[str]:

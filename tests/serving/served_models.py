@@ -11,6 +11,7 @@ from peft import get_peft_model
 from tiny_models import VOCABULARY, decide, load, save_tiny_model, wide_config
 from transformers import AutoTokenizer
 
+from peft_moice import MoICEConfig
 from peft_moice.routing.mixture import RouterRecord
 
 ROOT = Path(__file__).parents[2]
@@ -28,12 +29,20 @@ SHAPE = {
 
 PICKING = {"top_k": 2}
 MIXING = {"top_k": 4, "router_scope": "head", "init_weights": "identity"}
+ROPES = [
+    {"query_positions": [0, 100]},
+    {"query_positions": [100, 205], "rope_type": "linear", "factor": 2.0},
+    {"query_positions": [205, None], "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 100},
+]
+"""The prompts of 97 and 200 tokens come to others in their answers."""
 ALL_MODELS = {
     f"{family} {name}": (family, {}, routers)
     for family in ("llama", "qwen2", "qwen3", "mistral", "gemma3", "phi3")
     for name, routers in (("K < N, per layer", PICKING), ("K = N, per head", MIXING))
 } | {
     "some layers": ("llama", {}, {"layers_to_transform": [1]}),
+    "ropes by position": ("llama", {}, {"ropes": ROPES}),
+    "ropes by position around routers": ("qwen3", {}, {**MIXING, "ropes": ROPES}),
     "one key head": ("llama", {"num_key_value_heads": 1}, {"top_k": 1, "router_scope": "head"}),
 }
 """Per name: family, what of its shape differs, and the adapter's config."""
@@ -101,8 +110,14 @@ def serve_on_disk(folder: Path, family: str, shape: dict, adapter: dict) -> Serv
     base = load(base_folder)
     torch.nn.init.normal_(base.get_output_embeddings().weight, std=0.5)
     base.save_pretrained(base_folder)
-    model = get_peft_model(load(base_folder), wide_config(**adapter)).eval()
+    routers = {name: value for name, value in adapter.items() if name != "ropes"}
+    ropes = [MoICEConfig(ropes=adapter["ropes"])] if "ropes" in adapter else []
+    first, *others = ropes if ropes and not routers else [wide_config(**routers), *ropes]
+    model = get_peft_model(load(base_folder), first).eval()
     decide(model)
+    for other in others:
+        model.add_adapter("ropes", other)
+        model.base_model.set_adapter(["default", "ropes"])
     model.save_pretrained(folder / "adapter")
     model.merge_and_unload().save_pretrained(folder / "merged")
     AutoTokenizer.from_pretrained(base_folder).save_pretrained(folder / "merged")

@@ -4,4 +4,6 @@ import sys
 from pathlib import Path
 
 RESEARCH = Path(__file__).parents[1]
-sys.path[:0] = [str(RESEARCH), str(RESEARCH.parents[1] / "tests")]
+EXAMPLES = RESEARCH.parent
+sys.path[:0] = [str(RESEARCH), str(EXAMPLES.parent / "tests")]
+sys.path += [str(folder) for folder in (RESEARCH / "paper", EXAMPLES, EXAMPLES / "benchmarks")]

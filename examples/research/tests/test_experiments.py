@@ -10,14 +10,11 @@ from pathlib import Path
 
 import beyond
 import compare
-import controls
 import depth
 import forms
 import frozen
 import measure
-import methods
 import objectives
-import per_head
 import pytest
 import short_context
 import torch
@@ -25,11 +22,14 @@ import trained
 from byte_models import CHAT_TEMPLATE, byte_tokenizer, tiny_llama
 from exams import Exam
 from matplotlib.colors import to_hex
+from methods import METHODS, ms_poe, routers, score_mean, static
+from models import number_of_parameters, without_adapter
 from peft import LoraConfig, get_peft_model
 from pictures import plot_choices, plot_tradeoff
 from tiny_models import load, logits_of, save_tiny_model, token_ids
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from peft_moice import MoICELayer
 from peft_moice.evaluation import Result, evaluate, gates_along, perplexity
 
 
@@ -66,6 +66,45 @@ def test_the_rate_rises_over_the_warm_up_and_falls_after_it():
     assert compare.schedule(0.0, 0.0) == 1.0 and compare.schedule(1.0, 0.2) == pytest.approx(0.0)
 
 
+def test_runs_are_made_once_and_go_on_after_a_stop(tmp_path, monkeypatch, capsys):
+    folder, out = save_tiny_model(tmp_path / "tiny", vocab_size=256, num_hidden_layers=1), tmp_path / "runs.jsonl"
+    byte_tokenizer(CHAT_TEMPLATE).save_pretrained(folder)
+    with gzip.open(tmp_path / "leval-coursera.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"input": "abcdefgh" * 640}))
+    words = f"--model {folder} --data {tmp_path} --out {out} --steps 1 --keep_weight 0 --tasks perplexity --rate 1e-2"
+    monkeypatch.setattr(compare, "docstrings", lambda: forms.docstrings()[:100_000])
+    monkeypatch.setattr(sys, "argv", ["compare.py", *words.split(), "--method", "base", "routers", "--seed", "0", "1"])
+
+    def run(*more: str) -> list[dict]:
+        compare.main(compare.parser().parse_args([*sys.argv[1:], *more]))
+        return compare.read(out)
+
+    runs = run()
+    expected = [("base", 0.0, 0), ("routers", 1e-2, 0), ("routers", 1e-2, 1)]
+    assert [(record["method"], record["rate"], record["seed"]) for record in runs] == expected
+    assert runs[1]["losses"] != runs[2]["losses"] and runs[1]["perplexity"] != runs[0]["perplexity"]
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| r")]
+    assert row.startswith("| routers: five angles, 1 steps, KL weight 0 | 0.01 | 2 |")
+    last = runs.pop()
+    out.write_text("".join(json.dumps(record) + "\n" for record in runs))
+    assert run() == [*runs, {**last, "seconds": compare.read(out)[-1]["seconds"]}]
+    assert [record["steps"] for record in run("--steps", "2", "--seed", "1")] == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("--method base", "need --data"),
+        ("--method base lora --tasks json --save f", "these are 2"),
+        ("--method lora --tasks json", "Give its learning rate"),
+    ],
+)
+def test_runs_that_would_measure_nothing_are_refused(folder, tmp_path, words, reason):
+    words = f"--model {folder} --out {tmp_path / 'runs.jsonl'} {words}"
+    with pytest.raises(ValueError, match=reason):
+        compare.main(compare.parser().parse_args(words.split()))
+
+
 def fill(model: torch.nn.Module) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -74,24 +113,30 @@ def fill(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize("name", [name for name in methods.METHODS if name not in methods.UNTRAINED])
-def test_every_method_starts_as_the_base_model_and_can_be_switched_off(folder, name):
+UNTRAINED = ("base", "equal", "ms_poe", "positional_interpolation", "attention_buckets", "single")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_that_is_trained_starts_as_the_base_model_and_can_be_switched_off(folder, name):
     base = logits_of(load(folder))
-    make, options = methods.METHODS[name]
+    make, options = METHODS[name]
     model = make(load(folder), options).eval()
+    if not number_of_parameters(model):
+        assert name.startswith(UNTRAINED)
+        return
     if not options.get("from_equal"):
         torch.testing.assert_close(logits_of(model), base, rtol=1e-4, atol=1e-5)
     fill(model)
     assert (logits_of(model) - base).abs().max() > 1e-3
-    with methods.without_adapter(model):
+    with without_adapter(model):
         torch.testing.assert_close(logits_of(model), base, rtol=1e-4, atol=1e-5)
     assert (logits_of(model) - base).abs().max() > 1e-3
 
 
 def test_a_temperature_scales_the_query(folder, monkeypatch):
     """All gates on an expert of temperature t: the model with queries t times as long."""
-    monkeypatch.setitem(methods.EXPERTS, "hot", [(1.0, 1.0), (1.0, 1.7)])
-    model = methods.mixture(load(folder), {"experts": "hot", "static": True}).eval()
+    monkeypatch.setitem(routers.EXPERTS, "hot", [(1.0, 1.0), (1.0, 1.7)])
+    model = static.make(load(folder), {"experts": "hot"}).eval()
     for name, parameter in model.named_parameters():
         if "head_logits" in name:
             parameter.data[:, 1] = 50.0
@@ -105,8 +150,8 @@ def test_a_temperature_scales_the_query(folder, monkeypatch):
 
 
 def test_static_gates_are_the_same_for_every_token(folder):
-    model = fill(methods.mixture(load(folder), {"experts": "angles", "static": True}))
-    layer = next(module for module in model.modules() if isinstance(module, methods.MoICELayer))
+    model = fill(static.make(load(folder), {}))
+    layer = next(module for module in model.modules() if isinstance(module, MoICELayer))
     router = layer.moice_router["default"]
     gates = router.gates(router(torch.randn(2, 4, 7, 16)), 5)
     assert torch.equal(gates, gates[:1, :, :1].expand_as(gates))
@@ -114,7 +159,7 @@ def test_static_gates_are_the_same_for_every_token(folder):
 
 
 def test_frozen_gates_are_the_means_of_the_trained_ones(folder):
-    model = fill(methods.mixture(load(folder), {"experts": "angles"})).eval()
+    model = fill(routers.make(load(folder), {})).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = (
         "{% for m in messages %}w{{ loop.index + 4 }} w{{ m.content | length % 50 + 9 }} {% endfor %}"
@@ -143,16 +188,16 @@ class TestTrained:
         args = arguments("--model", folder, "--adapter", str(tmp_path / "lora"))
         torch.testing.assert_close(logits_of(trained.load(args)[0]), logits_of(adapted))
         assert trained.named(args) == f"{Path(folder).name} with lora"
-        make, options = methods.METHODS["routers"]
+        make, options = METHODS["routers"]
         routers = fill(make(load(folder), options))
         torch.save({n: p.detach() for n, p in routers.named_parameters() if p.requires_grad}, tmp_path / "saved")
         args = arguments("--model", folder, "--method", "routers", "--load", str(tmp_path / "saved"))
         torch.testing.assert_close(logits_of(trained.load(args)[0]), logits_of(routers))
 
     @pytest.mark.parametrize("words", [("--method", "routers"), ("--load", "f"), ("--adapter", "a", "--load", "f")])
-    def test_refuses_half_of_what_it_needs(self, words):
+    def test_refuses_half_of_what_it_needs(self, folder, words):
         with pytest.raises(ValueError, match="--method with --load, or --adapter alone"):
-            trained.load(arguments("--model", "none", *words))
+            trained.load(arguments("--model", folder, *words))
 
 
 def write_exam(file: Path) -> Path:
@@ -225,18 +270,23 @@ def test_losses_beyond_a_length_are_those_of_the_tokens_there(folder, tmp_path, 
     assert record["losses"] == pytest.approx(found, rel=1e-5) and record["documents"] == 2
 
 
-def test_one_base_for_all_heads_is_the_model_with_this_rope_theta(folder):
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("single_2", {"rope_theta": 20000.0}), ("positional_interpolation", {"rope_type": "linear", "factor": 2.0})],
+)
+def test_one_rope_for_all_heads_is_that_of_a_model_with_this_config(folder, name, changes):
     config = AutoConfig.from_pretrained(folder)
-    config.rope_parameters["rope_theta"] *= 2.0
+    assert config.rope_parameters["rope_theta"] == 10000.0
+    config.rope_parameters |= changes
     expected = AutoModelForCausalLM.from_pretrained(folder, config=config)
-    actual = methods.METHODS["single_2"][0](load(folder), {"multiplier": 2.0})
+    make, options = METHODS[name]
     ids = token_ids(length=40)
-    torch.testing.assert_close(logits_of(actual, ids), logits_of(expected, ids), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits_of(make(load(folder), options), ids), logits_of(expected, ids))
 
 
-@pytest.mark.parametrize("name", ["geometry_per_head", "buckets", "ms_poe"])
+@pytest.mark.parametrize("name", ["geometry_per_head", "attention_buckets", "ms_poe"])
 def test_reading_on_from_a_cache_gives_what_reading_whole_gives(folder, name):
-    make, options = methods.METHODS[name]
+    make, options = METHODS[name]
     model = make(load(folder), options).eval()
     if name == "geometry_per_head":
         fill(model)
@@ -251,46 +301,46 @@ def test_reading_on_from_a_cache_gives_what_reading_whole_gives(folder, name):
 
 def test_buckets_follow_the_surest_model(folder):
     """The average of two bases lies between them, nearer to the surer."""
-    model = methods.METHODS["buckets"][0](load(folder), {"multipliers": [1.0, 4.0]}).eval()
+    model = METHODS["attention_buckets"][0](load(folder), {"multipliers": [1.0, 4.0]}).eval()
     ids = token_ids(length=30)
-    each = [methods.METHODS["single_2"][0](load(folder), {"multiplier": m}) for m in (1.0, 4.0)]
+    each = [METHODS["single"][0](load(folder), {"multiplier": m}) for m in (1.0, 4.0)]
     probs = torch.stack([logits_of(one, ids).softmax(-1) for one in each])
     weights = probs.amax(-1, keepdim=True).softmax(0)
     torch.testing.assert_close(logits_of(model, ids).exp(), (weights * probs).sum(0), rtol=1e-4, atol=1e-6)
 
 
 def test_ms_poe_divides_positions_by_every_ratio_once_and_spares_the_first_layers(folder):
-    model = methods.METHODS["ms_poe"][0](load(folder), {})
+    model = METHODS["ms_poe"][0](load(folder), {})
     ratios = [layer.self_attn.head_geometry.positions.exp() for layer in model.model.layers]
     heads = len(ratios[0])
     expected = 1.2 + 0.6 * torch.arange(heads) / heads
     for index, of_layer in enumerate(ratios):
-        wanted = torch.ones(heads) if index < per_head.MS_POE_FIRST_LAYER else expected
+        wanted = torch.ones(heads) if index < ms_poe.FIRST_LAYER else expected
         torch.testing.assert_close(of_layer.sort().values, wanted)
 
 
-@pytest.mark.parametrize("how", controls.SCORE_MIXTURES)
+@pytest.mark.parametrize("how", score_mean.SCORE_MIXTURES)
 def test_scores_of_equal_experts_mix_to_themselves(folder, monkeypatch, how):
-    monkeypatch.setitem(methods.EXPERTS, "same", [(1.0, 1.0), (1.0, 1.0)])
+    monkeypatch.setitem(routers.EXPERTS, "same", [(1.0, 1.0), (1.0, 1.0)])
     base = logits_of(load(folder))
-    model = methods.mixture(load(folder), {"experts": "same", "static": True, "equal": True, "scores": how})
+    model = score_mean.make(load(folder), {"experts": "same", "equal": True, "scores": how})
     torch.testing.assert_close(logits_of(model), base, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("how", controls.SCORE_MIXTURES)
+@pytest.mark.parametrize("how", score_mean.SCORE_MIXTURES)
 def test_mixed_scores_differ_from_mixed_probabilities(folder, how):
-    equal = methods.mixture(load(folder), {"experts": "angles", "static": True, "equal": True})
-    scores = methods.mixture(load(folder), {"experts": "angles", "static": True, "equal": True, "scores": how})
+    equal = static.make(load(folder), {"equal": True})
+    scores = score_mean.make(load(folder), {"equal": True, "scores": how})
     assert (logits_of(equal) - logits_of(scores)).abs().max() > 1e-4
 
 
 def test_heads_frozen_to_their_best_have_one_expert_each(folder):
-    model = fill(methods.mixture(load(folder), {"experts": "angles", "static": True})).eval()
-    layer = next(module for module in model.modules() if isinstance(module, methods.MoICELayer))
+    model = fill(static.make(load(folder), {})).eval()
+    layer = next(module for module in model.modules() if isinstance(module, MoICELayer))
     router = layer.moice_router["default"]
     query = torch.randn(1, layer.num_heads, 3, layer.head_dim)
     before = router.gates(router(query), 5)
-    methods.freeze_to_best(model)
+    static.freeze_to_best(model)
     after = router.gates(router(query), 5)
     assert torch.equal(after.argmax(-1), before.argmax(-1))
     assert torch.equal(after.sort(-1).values[..., -1], torch.ones_like(after[..., 0]))
@@ -303,8 +353,8 @@ def test_lora_of_equal_size_has_as_many_parameters_as_routers(tmp_path):
     folder = save_tiny_model(tmp_path, num_hidden_layers=10, **shape)
     sizes = []
     for name in ("routers", "lora_q_equal"):
-        make, options = methods.METHODS[name]
-        sizes.append(methods.number_of_parameters(make(load(folder), options)))
+        make, options = METHODS[name]
+        sizes.append(number_of_parameters(make(load(folder), options)))
     assert abs(sizes[0] - sizes[1]) <= 576
 
 
@@ -318,7 +368,7 @@ class First(random.Random):
 @pytest.mark.parametrize("name", ["best_position", "perturbed_positions"])
 def test_a_model_is_no_distance_from_itself_and_some_distance_elsewhere(tmp_path, name):
     folder, tokenizer = save_tiny_model(tmp_path, vocab_size=256), byte_tokenizer()
-    model = methods.mixture(load(folder), {"experts": "angles"}).eval()
+    model = routers.make(load(folder), {}).eval()
     text_ids = torch.arange(1200) % 90
     objective = objectives.OBJECTIVES[name]
     draws = [objectives.Draw(rng, "", text_ids, 1, True) for rng in (First(0), random.Random(1))]

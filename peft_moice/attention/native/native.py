@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ...rope import RotationTable
-from ..call import AttentionCall
+from ..call import AttentionCall, why_not_now
 from ..first_order import FirstOrder
 from . import graphs
 from .kernel import TYPES, differentiate, first_position, forward
@@ -24,7 +24,7 @@ def why_not(call: AttentionCall) -> str | None:
         return f"it is for the CPU, and the queries are on {call.query.device.type!r}"
     if 0 in (*call.query.shape, *call.value.shape):
         return "there is nothing to attend to"
-    reason = call.why_not_plain() or (None if in_graph else _why_not_now())
+    reason = call.why_not_plain() or (None if in_graph else why_not_now())
     if reason is not None:
         return reason
     if max(call.query.shape[-1], call.value.shape[-1]) > _MAX_HEAD_DIM:
@@ -39,18 +39,6 @@ def why_not(call: AttentionCall) -> str | None:
     if call.rotations.far is not None and (in_graph or call.needs_gradients()):
         return "it has no gradients, and no operator for torch.compile, of ropes by distance"
     return _why_not_loaded()
-
-
-def _why_not_now() -> str | None:
-    """The reason why nothing but PyTorch's own operations may run here, or None."""
-    if torch.compiler.is_compiling():
-        return "it cannot be traced by torch.compile"
-    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        return "it cannot be traced by torch.jit.trace"
-    # The transforms of torch.func (grad, vmap, jvp, ...) are active where there is a level of them.
-    if torch._C._functorch.maybe_current_level() is not None:
-        return "torch.func cannot transform it"
-    return None
 
 
 def _why_not_loaded() -> str | None:

@@ -1,11 +1,11 @@
-"""The routers of an attention module in vLLM, and the attention function that applies them.
+"""The routers and ropes by position of an attention module in vLLM, and the attention function that applies them.
 
 The N experts are further heads of one call of vLLM's attention, as in `attention/folded.py`. vLLM computes many
 sequences in one row and tells every token's place in its own. Rotations by that place are right whatever the cache
 holds.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ ATTENTION_NAME = "moice_vllm"
 
 
 class ServedRouters(nn.ModuleList):
-    """The routers of one attention module, for the query heads of this process.
+    """The routers of one attention module, for the query heads of this process, and its ropes by position.
 
     Args:
         layer: what the config says of them.
@@ -50,27 +50,43 @@ class ServedRouters(nn.ModuleList):
         self.name = layer.name
         self.specs = layer.specs
         self.rope = layer.rope
-        self.rope_bases = LayerMixture(shares_of(self, self.specs), layer.rope).rope_bases()
-        table = layer.rope.table(self.rope_bases)
+        self.by_position = layer.by_position
+        self.experts = self._mixture().experts_by_position()
+        table = layer.rope.table(self.experts)
         self.layout, self.is_identity = table.layout, table.is_identity
-        cos, sin = table.cos_sin(max_length, device)  # [N, T, P]
+        # What attention scaling, as YaRN has it, makes of scores.
+        self.factors = (1.0,) * self.num_experts if table.far is None else table.far.factors[: self.num_experts]
+        cos, sin = (x[: self.num_experts] for x in table.cos_sin(max_length, device))  # [N, T, P]
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
     @property
     def num_experts(self) -> int:
-        """N, the number of base angles that some router of the layer can pick."""
-        return len(self.rope_bases)
+        """N, the number of base angles that some router of the layer can pick, and of ropes by position."""
+        return len(self.experts)
 
-    def _rotated(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """`x` `[1, H, S, D]` under each of the N experts, `[1, N · H, S, D]`, for tokens at `positions` `[S]`."""
+    def _rotated(self, x: torch.Tensor, positions: torch.Tensor, factors: Sequence[float]) -> torch.Tensor:
+        """`x` `[1, H, S, D]` under each of the N experts and times its factor, `[1, N · H, S, D]`, for tokens at
+        `positions` `[S]`."""
         cos: Any = self.cos
         sin: Any = self.sin
         rotated = [
-            x if unchanged else rotate(x, cos[expert, positions], sin[expert, positions], self.layout)
-            for expert, unchanged in enumerate(self.is_identity)
+            x
+            if unchanged and factor == 1
+            else rotate(x, cos[expert, positions] * factor, sin[expert, positions] * factor, self.layout)
+            for expert, (unchanged, factor) in enumerate(zip(self.is_identity, factors, strict=True))
         ]
         return torch.cat(rotated, dim=1)
+
+    def _mixture(self) -> LayerMixture:
+        return LayerMixture(shares_of(self, self.specs), self.rope, by_position=self.by_position)
+
+    def _gates(self, query: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """`[H, S, N]` for queries `[1, H, S, D]` at `ids` `[1, S]`."""
+        mixture = self._mixture()
+        if self.by_position is None:
+            return mixture.gate(query, mixture.rope_bases()).gates[0]
+        return mixture.gate_by_position(query, ids, self.by_position.experts).gates[0]
 
     def mix(
         self, attend: Callable[..., Any], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any
@@ -93,8 +109,9 @@ class ServedRouters(nn.ModuleList):
                 f"The attention module {self.name!r} does not tell where its tokens stand (`position_ids` of one "
                 "dimension), so MoICE cannot rotate them. This model is not served by vLLM; use transformers."
             )
-        gates = LayerMixture(shares_of(self, self.specs), self.rope).gate(query, self.rope_bases).gates[0]  # [H, T, N]
-        queries, keys = self._rotated(query, ids[0]), self._rotated(key, ids[0])
+        gates = self._gates(query, ids)
+        queries = self._rotated(query, ids[0], self.factors)
+        keys = self._rotated(key, ids[0], (1.0,) * self.num_experts)
         output, _ = attend(queries, keys, value.repeat(1, self.num_experts, 1, 1), None, **options)
         output = output.view(gates.shape[1], self.num_experts, gates.shape[0], -1)  # [T, N, H, D]
         return torch.einsum("htn,tnhd->thd", gates, output.float()).to(query.dtype)[None]

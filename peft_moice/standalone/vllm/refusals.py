@@ -58,8 +58,10 @@ def _reason(config: Any) -> str | None:
     if config.get_text_config() is not config:
         return "it takes more than text"
     _, layers, ropes = read_description(getattr(config, "moice", None))
-    if ropes:
-        return "it has ropes by position, which vLLM's attention cannot choose for each query"
+    if any(expert.far is not None for expert in ropes):
+        return (
+            "it has ropes by the distance of keys, of which vLLM's attention knows nothing (by position alone it can)"
+        )
     for name, layer in layers.items():
         layer.own_theta(config, name)
         parameters = rope_parameters(config, layer.layer_type)

@@ -1,15 +1,22 @@
-"""Attention Buckets (arXiv 2312.04455): the model under several rope bases, the surest prediction weighing most."""
+"""Attention Buckets (Chen et al., arXiv 2312.04455): the model under several rope bases, the surest weighing most.
+
+Option: `multipliers` of the model's own base (those of the five angles of `routers`).
+"""
 
 import copy
-import math
 
 import torch
-from per_head import per_head
+from models import rotary_of
 from torch import nn
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from methods.routers import ANGLES
+from methods.single import under
 from peft_moice.evaluation.reader import cache_keyword
+from peft_moice.tuner.config import RELEASED_MULTIPLIERS
+
+VARIANTS = {"attention_buckets_released": {"multipliers": RELEASED_MULTIPLIERS}}
 
 
 class Buckets(nn.Module):
@@ -20,26 +27,26 @@ class Buckets(nn.Module):
 
     def __init__(self, model: nn.Module, multipliers: list[float]):
         super().__init__()
-        self.model = per_head(model, {})
-        self.config, self.multipliers = model.config, multipliers
+        self.model, self.config = model, model.config
+        self.rotary = rotary_of(model)
+        self.inv_freqs = [under(self.rotary.inv_freq, multiplier) for multiplier in multipliers]
         self.caches: list[DynamicCache] = []
         self.passed: DynamicCache | None = None
 
     def forward(self, input_ids: torch.Tensor, past_key_values=None, use_cache=None, logits_to_keep=0):
-        caches: list[DynamicCache | None] = [None] * len(self.multipliers)
+        caches: list[DynamicCache | None] = [None] * len(self.inv_freqs)
         if past_key_values is not None:
             if past_key_values is not self.passed:
                 self.passed = past_key_values
-                self.caches = [past_key_values, *(copy.deepcopy(past_key_values) for _ in self.multipliers[1:])]
+                self.caches = [past_key_values, *(copy.deepcopy(past_key_values) for _ in self.inv_freqs[1:])]
             caches = [*self.caches]
             length = past_key_values.get_seq_length()
             for cache in self.caches[1:]:
                 if cache.get_seq_length() > length:
                     cache.crop(length - cache.get_seq_length())
         log_probs = []
-        for multiplier, cache in zip(self.multipliers, caches, strict=True):
-            for layer in self.model.model.layers:
-                layer.self_attn.head_geometry.base.data.fill_(math.log(multiplier))
+        for inv_freq, cache in zip(self.inv_freqs, caches, strict=True):
+            self.rotary.inv_freq = inv_freq
             options = {"use_cache": cache is not None, "logits_to_keep": logits_to_keep}
             out = self.model(input_ids=input_ids, **options, **{cache_keyword(self.model): cache})
             log_probs.append(out.logits.float().log_softmax(-1))
@@ -48,5 +55,6 @@ class Buckets(nn.Module):
         return CausalLMOutputWithPast(logits=(stacked + weights).logsumexp(0))
 
 
-def buckets(model: nn.Module, options: dict) -> nn.Module:
-    return Buckets(model.requires_grad_(False), options["multipliers"])
+def make(model: nn.Module, options: dict) -> nn.Module:
+    multipliers = options.get("multipliers", [angle for angle, _ in ANGLES])
+    return Buckets(model.requires_grad_(False), multipliers)

@@ -1,9 +1,13 @@
-"""Other ways to mix the scores of several bases, as implementations of the operator: controls of the mixture."""
+"""Routers that mix the scores of several bases before one softmax, not probabilities: a control of this project.
+
+Options: those of `routers`, or with `equal` those of `static`; `scores`, "mean" by the gates or "greatest" ("mean").
+"""
 
 from types import ModuleType
 
 import torch
 
+from methods import routers, static
 from peft_moice import MoICELayer
 from peft_moice.attention import operator
 from peft_moice.attention.call import AttentionCall
@@ -44,13 +48,18 @@ class ScoreMixture(ModuleType):
 
 
 SCORE_MIXTURES = {"mean": ScoreMixture("score_mean", False), "greatest": ScoreMixture("score_greatest", True)}
+VARIANTS = {
+    "equal_score_mean": {"equal": True},
+    "equal_score_greatest": {"equal": True, "scores": "greatest"},
+}
 
 
-def mix_scores(adapted: torch.nn.Module, how: str) -> None:
-    """Let every adapted layer of `adapted` mix scores in place of probabilities."""
-    implementation = SCORE_MIXTURES[how]
+def make(model: torch.nn.Module, options: dict) -> torch.nn.Module:
+    adapted = (static if options.get("equal") else routers).make(model, options)
+    implementation = SCORE_MIXTURES[options.get("scores", "mean")]
     operator.IMPLEMENTATIONS[implementation.__name__] = implementation
     for layer in adapted.modules():
         if isinstance(layer, MoICELayer):
             for spec in layer.router_specs["default"]:
                 spec.implementation = implementation.__name__
+    return adapted

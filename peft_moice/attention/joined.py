@@ -1,0 +1,141 @@
+"""Attention over keys that come in parts, joined by the log-sum-exps of their scores: each key is scored once.
+
+PyTorch's operators give log-sum-exps, without gradients. It promises neither the operators nor what they return, so
+one is taken only for kinds of tensors for which it has given right results.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.functional import pad
+
+from .call import AttentionCall
+
+_HIDDEN = -3e4
+"""Added to scores of hidden keys. Finite in every dtype, so that rows that see nothing have a log-sum-exp."""
+
+Operator = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+"""Maps `(query, key, value, bias, is_causal, scale)` of H heads to the output and log-sum-exps `[B, H, S or more]`."""
+
+
+class Part(NamedTuple):
+    """Queries `[B, H, S, D]`, and keys and values `[B, G, T, D]` that they see.
+
+    Attributes:
+        sees: "all"; of as many keys as queries those "up to" the query's own number, or those "after" it.
+        mask: `[B or 1, 1 or H, S, T]`, boolean or additive, or None.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    sees: str = "all"
+    mask: torch.Tensor | None = None
+
+
+def operator_of(call: AttentionCall) -> Operator | None:
+    """The operator that gives log-sum-exps for the tensors of `call`, or None."""
+    tensors = (call.query, call.key, call.value)
+    if call.key.shape[-1] != call.value.shape[-1] or any(type(tensor) is not torch.Tensor for tensor in tensors):
+        return None
+    return _operator(call.query.device, call.query.dtype, call.query.shape[-1], call.attention_mask is not None)
+
+
+def attend(parts: Sequence[Part], operator: Operator, scaling: float) -> torch.Tensor:
+    """One softmax over the keys of all parts, whose queries are the same: `[B, S, H, D]`. The first is not "after"."""
+    joined, sums = _attend(parts[0], operator, scaling)
+    for number, part in enumerate(parts[1:], start=2):
+        output, further = _attend(part, operator, scaling)
+        weight = (further - sums).sigmoid()[..., None]
+        joined = torch.lerp(joined.to(weight.dtype), output.to(weight.dtype), weight)
+        if number < len(parts):
+            sums = torch.logaddexp(sums, further)
+    return joined.transpose(1, 2).to(parts[0].query.dtype)
+
+
+def _attend(part: Part, operator: Operator, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+    query, key, value, sees, mask = part
+    if sees == "after":
+        # Backwards, these are the keys up to the query's own number; the last query sees none.
+        mask = None if mask is None else mask[:, :, :-1, 1:].flip(2, 3)
+        backwards = query[:, :, :-1].flip(2), key[:, :, 1:].flip(2), value[:, :, 1:].flip(2)
+        output, sums = _attend(Part(*backwards, "up to", mask), operator, scaling)
+        return pad(output.flip(2), (0, 0, 0, 1)), pad(sums.flip(2), (0, 1), value=-torch.inf)
+    shape, group = query.shape, query.shape[1] // key.shape[1]
+    if sees == "all" and mask is None:
+        # Queries in any order: those of heads with the same keys may follow each other.
+        query = query.reshape(shape[0], key.shape[1], group * shape[2], shape[3])
+    else:
+        key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+    bias = None if mask is None else _bias(mask, query)
+    output, sums = operator(query, key, value, bias, sees == "up to", scaling)
+    return output.reshape(shape), sums[..., : query.shape[2]].reshape(shape[:3])
+
+
+def _bias(mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """`[B, H, S, T]` in the dtype of `query`. Rows begin at multiples of 16 entries, as operators for GPUs want it."""
+    bias = torch.where(mask, 0.0, _HIDDEN) if mask.dtype == torch.bool else mask.clamp(min=_HIDDEN)
+    bias = bias.to(query.dtype)
+    num_keys = bias.shape[-1]
+    bias = pad(bias, (0, -num_keys % 16))[..., :num_keys]
+    return bias.expand(*query.shape[:3], -1)
+
+
+def _on_cpu(query: Any, key: Any, value: Any, bias: Any, is_causal: bool, scale: float) -> Any:
+    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return operator(query, key, value, 0.0, is_causal, attn_mask=bias, scale=scale)
+
+
+def _flash(query: Any, key: Any, value: Any, bias: Any, is_causal: bool, scale: float) -> Any:
+    if bias is not None:
+        raise NotImplementedError("it takes no masks")
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, scale=scale)[:2]
+
+
+def _efficient(query: Any, key: Any, value: Any, bias: Any, is_causal: bool, scale: float) -> Any:
+    operator = torch.ops.aten._scaled_dot_product_efficient_attention
+    return operator(query, key, value, bias, True, 0.0, is_causal, scale=scale)[:2]
+
+
+_OPERATORS: dict[str, tuple[Operator, ...]] = {"cpu": (_on_cpu,), "cuda": (_flash, _efficient)}
+
+
+@functools.cache
+def _operator(device: torch.device, dtype: torch.dtype, size: int, has_mask: bool) -> Operator | None:
+    """The first operator that is right for heads of `size`."""
+    for operator in _OPERATORS.get(device.type, ()):
+        try:
+            if _is_right(operator, device, dtype, size, has_mask):
+                return operator
+        except (RuntimeError, TypeError, AttributeError):  # this PyTorch or this device has none
+            continue
+    return None
+
+
+def _is_right(operator: Operator, device: torch.device, dtype: torch.dtype, size: int, has_mask: bool) -> bool:
+    generator, tolerance = torch.Generator("cpu").manual_seed(0), 1e-4 if dtype.itemsize > 2 else 3e-2
+    for sees, num_queries in (("all", 3), ("up to", 67), ("after", 67)):
+        shapes = ((2, 4, num_queries, size), (2, 2, 67, size), (2, 2, 67, size))
+        tensors = [torch.randn(s, generator=generator, dtype=torch.float32, device="cpu") for s in shapes]
+        query, key, value = (x.to(device, dtype) for x in tensors)
+        seen = torch.ones(2, 1, num_queries, 67, dtype=torch.bool, device=device)
+        seen[1, :, :, :20] = not has_mask
+        output, sums = _attend(Part(query, key, value, sees, seen if has_mask else None), operator, size**-0.5)
+        order = torch.arange(67, device=device)
+        if sees != "all":
+            seen = seen & ((order[:, None] >= order) == (sees == "up to"))
+        scores = query.double() @ key.double().repeat_interleave(2, 1).mT * size**-0.5
+        scores = scores.masked_fill(~seen, -torch.inf)
+        expected = scores.softmax(-1).nan_to_num() @ value.double().repeat_interleave(2, 1)
+        # A query that sees no key has any output, and nothing of it is taken.
+        sees_some = seen.any(-1, keepdim=True)
+        if not torch.allclose(output.double() * sees_some, expected * sees_some, rtol=0.0, atol=tolerance):
+            return False
+        wrong = (sums.double() - scores.logsumexp(-1)).abs() > tolerance
+        if bool((wrong & sees_some[..., 0]).any()) or not bool(
+            (sums[~sees_some[..., 0].expand_as(sums)] < -2e4).all()
+        ):
+            return False
+    return True
