@@ -152,11 +152,8 @@ def moice_attention_forward(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, **options: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         # Without an eager function in the modeling file, transformers finds only what the interface itself holds.
-        function = intercepted._moice_interface.get_interface(name, intercepted._moice_eager)
-        found: tuple[torch.Tensor, torch.Tensor | None] = function(
-            _AttentionView(module, config), q, k, v, mask, **options
-        )
-        return found
+        function: Attend = intercepted._moice_interface.get_interface(name, intercepted._moice_eager)
+        return function(_AttentionView(module, config), q, k, v, mask, **options)
 
     if moice is None:
         return attend(query, key, value, attention_mask, **kwargs)
