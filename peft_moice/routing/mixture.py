@@ -274,7 +274,7 @@ class MixesAngles(nn.Module):
     rope: LayerRope
     layer_idx: int | None
     recorder: Recorder | None = None
-    _mixture: tuple[tuple[Any, ...], LayerMixture] | None = None
+    _mixture: LayerMixture | None = None
 
     def shares(self) -> list[RouterShare]:
         """The routers that take part in a forward pass."""
@@ -284,19 +284,15 @@ class MixesAngles(nn.Module):
         """The ropes by position that take part."""
         raise NotImplementedError
 
-    def mixing_state(self) -> tuple[Any, ...]:
-        """What [`shares`] and [`by_position`] follow from, as objects that are cheap to get and to compare."""
-        raise NotImplementedError
-
-    def mixture(self) -> LayerMixture:
-        """The mixture of [`shares`], which is worked out once until [`mixing_state`] changes."""
+    def mixture(self) -> "LayerMixture":
+        """The mixture of [`shares`], in which what follows from them is worked out once until they change."""
+        shares, by_position = self.shares(), self.by_position()
         if torch.compiler.is_compiling():
-            return LayerMixture(self.shares(), self.rope, by_position=self.by_position())
-        state, known = (id(self.rope), *self.mixing_state()), self._mixture
-        if known is None or known[0] != state:
-            mixture = LayerMixture(self.shares(), self.rope, by_position=self.by_position())
-            self._mixture = known = state, mixture
-        return known[1]
+            return LayerMixture(shares, self.rope, by_position=by_position)
+        known = self._mixture
+        if known is None or known.rope is not self.rope or (known.shares, known.by_position) != (shares, by_position):
+            self._mixture = known = LayerMixture(shares, self.rope, by_position=by_position)
+        return known
 
     def mix(
         self,

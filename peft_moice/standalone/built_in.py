@@ -57,9 +57,6 @@ class BuiltInRouters(MixesAngles, nn.ModuleList):
     def shares(self) -> list[RouterShare]:
         return shares_of(self, self.router_specs)
 
-    def mixing_state(self) -> tuple[Any, ...]:
-        return [*self._modules.values()], [*self.router_specs], self.ropes_by_position
-
     def install(self, attention: nn.Module) -> None:
         """Make `attention` apply the routers. Undone by [`remove`][BuiltInRouters.remove]."""
         intercept(attention)

@@ -122,12 +122,6 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
             return None
         return self._by_position_of(self.active_adapters)
 
-    def mixing_state(self) -> tuple[Any, ...]:
-        # Not by properties and attributes of modules, whose look-up takes longer than all of this.
-        routers: Any = self._modules["moice_router"]
-        found = [(name, router, *router._modules.values()) for name, router in routers._modules.items()]
-        return self._disable_adapters, [*self.merged_adapters], [*self._active_adapter], found
-
     def _by_position_of(self, adapter_names: list[str]) -> RopesByPosition | None:
         """The ropes by position among those adapters.
 
@@ -142,7 +136,7 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
         return self.ropes_by_position[found[0]] if found else None
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
-        if self._disable_adapters and self.merged:
+        if self.disable_adapters and self.merged:
             self.unmerge()
         if adapter_names is not None and not self.disable_adapters:
             hidden_states = args[0] if args else kwargs["hidden_states"]
@@ -161,11 +155,10 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
             mixture = LayerMixture(shares, self.rope, own_weight)
         else:
             mixture = self.mixture()
-        base_layer = self.base_layer
         if self.merged:
             # Routers built into the attention module look at the pass themselves.
-            return base_layer(*args, **kwargs)
-        return self.mix(mixture, base_layer, getattr(base_layer, "layer_idx", None), args, kwargs)
+            return self.base_layer(*args, **kwargs)
+        return self.mix(mixture, self.base_layer, getattr(self.base_layer, "layer_idx", None), args, kwargs)
 
     def _shares_of(self, adapter_names: list[str]) -> list[RouterShare]:
         """The routers of those adapters that this layer has, in equal shares per adapter."""
