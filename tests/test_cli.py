@@ -148,12 +148,16 @@ class TestErrors:
 
         describe = COMMANDS["info"].run
         monkeypatch.setattr(COMMANDS["info"], "run", run)
-        before = logging.getLogger("transformers.utils.generic").level, warnings.filters[:]
+
+        def settings():
+            bars = transformers.utils.logging.is_progress_bar_enabled()
+            return bars, logging.getLogger("transformers.utils.generic").level, warnings.filters[:]
+
+        before = settings()
         capsys.readouterr()
         assert main(["info", adapter]) == 0
         assert capsys.readouterr().err == ""
-        assert (logging.getLogger("transformers.utils.generic").level, warnings.filters) == before
-        assert transformers.utils.logging.is_progress_bar_enabled()
+        assert settings() == before
 
     def test_the_log_is_as_it_was_afterwards(self, capsys, tmp_path):
         logger = logging.getLogger("peft_moice")

@@ -240,8 +240,8 @@ def tell_pace(
     """
     task, lengths = first
     begun = time.perf_counter()
-    grid = {"lengths": [min(lengths)], "positions": args.positions, "num_groups": 1}
-    evaluate(model, tokenizer, task, **grid, batch_size=args.batch_size)
+    positions, batch_size = args.positions, args.batch_size
+    evaluate(model, tokenizer, task, lengths=[min(lengths)], positions=positions, num_groups=1, batch_size=batch_size)
     seconds = time.perf_counter() - begun
     all_tokens = sum(sum(prompts.values()) for prompts in sizes) * args.questions * (1 + len(args.adapter))
     logger.info(

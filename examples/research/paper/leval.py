@@ -1,8 +1,8 @@
 """L-Eval (An et al., ACL 2024): its closed tasks by its own rules, open ones by F1 and ROUGE.
 
-The order of prompts and the rules are those of `Baselines/llama2-chat-test.py`, `Baselines/LEval_config.py` and `Evaluation/` of
-https://github.com/OpenLMLab/LEval, quirks included. What models write is kept in its format, so that its scripts and
-its judges (README.md) read it, too.
+The order of prompts and the rules are those of `Baselines/llama2-chat-test.py`, `Baselines/LEval_config.py` and
+`Evaluation/` of https://github.com/OpenLMLab/LEval, quirks included. What models write is kept in its format, so that
+its scripts and its judges (README.md) read it, too.
 """
 
 import json

@@ -6,7 +6,7 @@ from typing import Any
 from methods import METHODS
 from transformers import Trainer, set_seed
 
-from peft_moice.cli.train import parse
+from peft_moice.cli.train import parser
 from peft_moice.training import KeepCloseMixin
 from peft_moice.training.data import load_examples, make_collator
 from peft_moice.training.data.sources import read_text
@@ -42,7 +42,7 @@ def train(model: Any, tokenizer: Any, arguments: Sequence[str]) -> float | None:
         tokenizer: its own.
         arguments: of `peft-moice train`, without a model; `--angles` and the like are `make`'s.
     """
-    args = parse(["--model", "given", *arguments])
+    args = parser().parse(["--model", "given", *arguments])
     ours, data, training = args.ours, args.data, args.trainer
     set_seed(training.seed)
     if data.chat_template is not None:
