@@ -41,7 +41,7 @@ class Arguments:
         default="outputs/lost_in_the_middle", metadata={"help": "Folder for adapter, results and picture."}
     )
     angles: list[float] = field(
-        default_factory=lambda: [1.0, 0.25, 0.5, 2.0, 4.0],
+        default_factory=lambda: [1.0, 1.5, 2.0, 3.0, 4.0],
         metadata={"help": "Base angles as multiples of the model's own, which comes first."},
     )
     top_k: int | None = field(default=None, metadata={"help": "Angles mixed per head and token. Default: all."})

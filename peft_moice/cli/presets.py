@@ -18,7 +18,7 @@ _OURS: dict[str, Any] = {
 
 PRESETS: dict[str | None, dict[str, Any]] = {
     None: {},
-    # The recipe of examples/repair_lost_in_the_middle.py, apart from its angles, for passages.
+    # The recipe of examples/repair_lost_in_the_middle.py, for passages.
     "retrieval": {**_OURS, "data_format": "documents", "questions": 4, "max_steps": 40},
     # The same for chats, as often as they are given; what users say in them is the text that stays as it was.
     "chats": {**_OURS, "num_train_epochs": 1},
