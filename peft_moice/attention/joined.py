@@ -75,12 +75,9 @@ def _attend(part: Part, operator: Operator, scaling: float) -> tuple[torch.Tenso
 
 
 def _bias(mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """`[B, H, S, T]` in the dtype of `query`. Rows begin at multiples of 16 entries, as operators for GPUs want it."""
+    """`[B, H, S, T]` in the dtype of `query`."""
     bias = torch.where(mask, 0.0, _HIDDEN) if mask.dtype == torch.bool else mask.clamp(min=_HIDDEN)
-    bias = bias.to(query.dtype)
-    num_keys = bias.shape[-1]
-    bias = pad(bias, (0, -num_keys % 16))[..., :num_keys]
-    return bias.expand(*query.shape[:3], -1)
+    return bias.to(query.dtype).expand(*query.shape[:3], -1)
 
 
 def _on_cpu(query: Any, key: Any, value: Any, bias: Any, is_causal: bool, scale: float) -> Any:
@@ -88,18 +85,8 @@ def _on_cpu(query: Any, key: Any, value: Any, bias: Any, is_causal: bool, scale:
     return operator(query, key, value, 0.0, is_causal, attn_mask=bias, scale=scale)
 
 
-def _flash(query: Any, key: Any, value: Any, bias: Any, is_causal: bool, scale: float) -> Any:
-    if bias is not None:
-        raise NotImplementedError("it takes no masks")
-    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, scale=scale)[:2]
-
-
-def _efficient(query: Any, key: Any, value: Any, bias: Any, is_causal: bool, scale: float) -> Any:
-    operator = torch.ops.aten._scaled_dot_product_efficient_attention
-    return operator(query, key, value, bias, True, 0.0, is_causal, scale=scale)[:2]
-
-
-_OPERATORS: dict[str, tuple[Operator, ...]] = {"cpu": (_on_cpu,), "cuda": (_flash, _efficient)}
+_OPERATORS: dict[str, tuple[Operator, ...]] = {"cpu": (_on_cpu,)}
+"""By device. Those for GPUs join them when one has run them."""
 
 
 @functools.cache
