@@ -17,7 +17,7 @@ _HIDDEN = -3e4
 """Added to scores of hidden keys. Finite in every dtype, so that rows that see nothing have a log-sum-exp."""
 
 Operator = Callable[..., tuple[torch.Tensor, torch.Tensor]]
-"""Maps `(query, key, value, bias, is_causal, scale)` of H heads to the output and log-sum-exps `[B, H, S or more]`."""
+"""Maps `(query, key, value, bias, is_causal, scale)` of H heads to the output and log-sum-exps `[B, H, S]`."""
 
 
 class Part(NamedTuple):
@@ -71,7 +71,7 @@ def _attend(part: Part, operator: Operator, scaling: float) -> tuple[torch.Tenso
         key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
     bias = None if mask is None else _bias(mask, query)
     output, sums = operator(query, key, value, bias, sees == "up to", scaling)
-    return output.reshape(shape), sums[..., : query.shape[2]].reshape(shape[:3])
+    return output.reshape(shape), sums.reshape(shape[:3])
 
 
 def _bias(mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
@@ -85,20 +85,14 @@ def _on_cpu(query: Any, key: Any, value: Any, bias: Any, is_causal: bool, scale:
     return operator(query, key, value, 0.0, is_causal, attn_mask=bias, scale=scale)
 
 
-_OPERATORS: dict[str, tuple[Operator, ...]] = {"cpu": (_on_cpu,)}
-"""By device. Those for GPUs join them when one has run them."""
-
-
 @functools.cache
 def _operator(device: torch.device, dtype: torch.dtype, size: int, has_mask: bool) -> Operator | None:
-    """The first operator that is right for heads of `size`."""
-    for operator in _OPERATORS.get(device.type, ()):
-        try:
-            if _is_right(operator, device, dtype, size, has_mask):
-                return operator
-        except (RuntimeError, TypeError, AttributeError):  # this PyTorch or this device has none
-            continue
-    return None
+    """The operator, if it is right for heads of `size`. There is one for the CPU; those for GPUs nobody has run."""
+    try:
+        is_right = device.type == "cpu" and _is_right(_on_cpu, device, dtype, size, has_mask)
+    except (RuntimeError, TypeError, AttributeError):  # this PyTorch has none
+        is_right = False
+    return _on_cpu if is_right else None
 
 
 def _is_right(operator: Operator, device: torch.device, dtype: torch.dtype, size: int, has_mask: bool) -> bool:

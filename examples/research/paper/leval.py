@@ -99,7 +99,7 @@ def letters_of(written: str, several: bool) -> str:
         return written
     if not several and (first := re.search("[ABCD]", written)):
         return first[0]
-    leading = re.match("[ABCD]*", written)[0]  # type: ignore[index]
+    leading = written[: len(written) - len(written.lstrip("ABCD"))]
     if len(leading) <= 1:
         marked = re.findall(r"[A-D](?=[\s.)])", written[len(leading) :].split("Question")[0])
         leading += "".join(marked)
