@@ -4,12 +4,14 @@ import json
 import math
 import platform
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
+import transformers
 
+import peft_moice
 from peft_moice.evaluation import Result, Score
 
 
@@ -17,7 +19,7 @@ def write(file: Path, record: dict[str, Any]) -> None:
     """Append `record`, with versions, device and command."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     about = {
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "peft_moice")},
+        "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft, peft_moice)},
         "python": platform.python_version(),
         "device": device,
         "command": " ".join(["python examples/research/paper", *map(_without_folder, sys.argv[1:])]),
