@@ -1,12 +1,14 @@
 """Models with ropes by position and distance: the base model within its window, exact beyond it."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 from families import tiny_model, tokens
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from position_models import assert_close as close
+from representatives import slow_but
 from tiny_models import decide, load, logits_of, save_tiny_model, token_ids, wide_config
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
@@ -233,31 +235,28 @@ class TestBeyond:
         close(logits_of(extended(folder, rules, attn_implementation=attention), ids), expected)
         assert not torch.allclose(expected[:, 40:], logits_of(load(folder), ids)[:, 40:], atol=1e-2)
 
-    @pytest.mark.parametrize("attention", ATTENTIONS)
-    @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
-    def test_pieces_equal_the_whole(self, folder, rules, attention):
-        ids, model = token_ids(length=70), extended(folder, rules, attn_implementation=attention)
-        whole = logits_of(model, ids)
+    @pytest.mark.parametrize(
+        ("rules", "attention"),
+        slow_but(
+            [("by distance", "sdpa"), ("mixed", "eager")],
+            itertools.product(RULES, ["eager", "sdpa", "flex_attention"]),
+        ),
+    )
+    def test_every_way_and_any_pieces_equal_the_reference(self, folder, rules, attention):
+        ids, batch = token_ids(length=70), left_padded((70, 45, 20))
+        real, reference = batch["attention_mask"].bool(), extended(folder, RULES[rules], "reference")
+        whole, padded = logits_of(reference, ids), reference(**batch).logits[real]
+        for name in ("reference", "auto", "delegated", "native")[: 4 if attention == "sdpa" else 3]:
+            model = extended(folder, RULES[rules], name, attn_implementation=attention)
+            close(logits_of(model, ids), whole)
+            close(model(**batch).logits[real], padded)
+            close(in_chunks(model, ids, [40, 1, 1, 5]), whole)
+        model = extended(folder, RULES[rules], attn_implementation=attention)
         for sizes in ([10, 35], [31, 1, 1], [32, 18], [33, 16, 3, *[1] * 17]):
             close(in_chunks(model, ids, sizes), whole)
-        if attention == "flex_attention":  # transformers gives static caches another model's logits there
-            return
-        static = StaticCache(config=model.config, max_cache_len=96)
-        close(in_chunks(model, ids, [28, 1, 10, *[1] * 20], cache=static), whole)
-
-    @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
-    @pytest.mark.parametrize("attention", ATTENTIONS)
-    def test_implementations_agree(self, folder, rules, attention):
-        ids, batch = token_ids(length=70), left_padded((70, 45, 20))
-        models = [extended(folder, rules, "reference")]
-        names = ("delegated", "native") if attention == "sdpa" else ("delegated",)
-        models += [extended(folder, rules, name, attn_implementation=attention) for name in names]
-        results = [
-            (m(**batch).logits[batch["attention_mask"].bool()], in_chunks(m, ids, [40, 1, 1, 5])) for m in models
-        ]
-        for other in results[1:]:
-            for actual, expected in zip(other, results[0], strict=True):
-                close(actual, expected)
+        if attention != "flex_attention":  # transformers gives static caches another model's logits there
+            static = StaticCache(config=model.config, max_cache_len=96)
+            close(in_chunks(model, ids, [28, 1, 10, *[1] * 20], cache=static), whole)
 
 
 class TestCachesAndPositions:
@@ -395,15 +394,14 @@ class TestTraining:
 class TestFamilies:
     @pytest.mark.parametrize(
         ("family", "options"),
-        [
-            ("llama", {}),
-            ("qwen2", {}),
-            ("qwen3", {}),
-            ("phi", {}),  # rotates half of a head
-            ("gpt_neox", {}),
-            ("glm", {"interleaved": True}),
-            ("gemma3_text", {"kind": "full_attention"}),
-        ],
+        slow_but(
+            [("phi", {}), ("gemma3_text", {"kind": "full_attention"})],
+            [
+                *((family, {}) for family in ("llama", "qwen2", "qwen3", "phi", "gpt_neox")),  # phi: half of a head
+                ("glm", {"interleaved": True}),
+                ("gemma3_text", {"kind": "full_attention"}),
+            ],
+        ),
         ids=lambda value: value if isinstance(value, str) else "",
     )
     def test_is_exact(self, family, options):
