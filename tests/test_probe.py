@@ -125,18 +125,15 @@ def test_a_weighted_norm_after_the_rotation_is_refused_even_while_its_weights_ar
         get_peft_model(model, config())
 
 
+LONGER = {"factor": 4.0, "original_max_position_embeddings": 32}
+
+
 @pytest.mark.parametrize(
     "rope_parameters",
     [
         {"rope_type": "linear", "factor": 4.0},
-        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
-        {
-            "rope_type": "llama3",
-            "factor": 4.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 32,
-        },
+        {"rope_type": "yarn", **LONGER},
+        {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **LONGER},
         {"rope_type": "proportional", "factor": 2.0, "partial_rotary_factor": 0.5},
     ],
     ids=lambda parameters: parameters["rope_type"],

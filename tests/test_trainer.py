@@ -22,7 +22,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
 from peft_moice import BalanceLossMixin
-from peft_moice.routing.router import balance_loss
+from peft_moice.routing.router import balance_loss, select_experts
 from peft_moice.training.callback import MoICECallback
 from peft_moice.training.hooks import hooks_of
 
@@ -221,56 +221,47 @@ def test_callback_logs_what_the_routers_do(llama, tmp_path):
     trainer = trainer_of(model, tmp_path, logging_strategy="steps", max_steps=3, **arguments)
     trainer.args.logging_dir = str(tmp_path / "runs")
     trainer.add_callback(MoICECallback(trainer))
-    collected = []
+    collected, masks = [], []
     for layer in layers_of(model):
-        layer.moice_router["default"].register_forward_hook(
-            lambda router, args, logits: collected.append((logits.detach(), router.gates(logits, 2).detach()))
-        )
-    masks = []
+        layer.moice_router["default"].register_forward_hook(lambda *call: collected.append(call[2].detach()))
     model.get_base_model().register_forward_pre_hook(
-        lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+        lambda module, args, kwargs: masks.append(kwargs["attention_mask"].bool()), with_kwargs=True
     )
     trainer.train()
 
-    def rows_of(step: int, kind: int) -> list[torch.Tensor]:
-        """Logits (kind 0) or gates (1) `[rows, N]` of each of three layers, over the four passes of a step."""
+    def rows_of(step: int) -> list[torch.Tensor]:
+        """Logits `[1, 1, rows, N]` of each of three layers, over the four passes of a step."""
         passes = slice(4 * step, 4 * step + 4)
+        of_layers = [zip(collected[layer::3][passes], masks[passes], strict=True) for layer in range(3)]
         return [
-            torch.cat(
-                [
-                    part[kind].transpose(1, 2)[mask.bool()].flatten(0, 1)
-                    for part, mask in zip(collected[layer::3][passes], masks[passes], strict=True)
-                ]
-            )
-            for layer in range(3)
+            torch.cat([logits.transpose(1, 2)[mask].flatten(0, 1) for logits, mask in parts])[None, None]
+            for parts in of_layers
         ]
 
-    kept = rows_of(2, 0)
+    def mean_gates(step: int) -> torch.Tensor:
+        return torch.stack([select_experts(rows, 2).mean((0, 1, 2)) for rows in rows_of(step)])
+
     histories = [entry for entry in trainer.state.log_history if "moice/balance_loss" in entry]
     assert [entry["step"] for entry in histories] == [1, 2, 3]
-    last = histories[-1]
-    pooled = torch.cat(kept)
-    assert last["moice/balance_loss"] == pytest.approx(balance_loss([pooled[None, None]], 2).item(), rel=1e-5)
-    probs = pooled.softmax(-1)
-    assert last["moice/entropy"] == pytest.approx(torch.special.entr(probs).sum(-1).mean().item(), rel=1e-5)
-    assert histories[0]["moice/drift"] == 0.0
-    moved = [(last - first) for first, last in zip(*([g.mean(0) for g in rows_of(s, 1)] for s in (0, 2)), strict=True)]
-    drift = torch.stack(moved).abs().sum(-1).mean().item() / 2
-    assert last["moice/drift"] == pytest.approx(drift, rel=1e-4)
-    assert drift > 1e-3
     assert not any("layer" in key for entry in trainer.state.log_history for key in entry)
+    last, pooled = histories[-1], torch.cat(rows_of(2), dim=2)
+    assert last["moice/balance_loss"] == pytest.approx(balance_loss([pooled], 2).item(), rel=1e-5)
+    entropy = torch.special.entr(pooled.softmax(-1)).sum(-1).mean().item()
+    assert last["moice/entropy"] == pytest.approx(entropy, rel=1e-5)
+    drift = (mean_gates(2) - mean_gates(0)).abs().sum(-1).mean().item() / 2
+    assert drift > 1e-3 and histories[0][DRIFT] == 0.0
+    assert last[DRIFT] == pytest.approx(drift, rel=1e-4)
 
     events = EventAccumulator(str(next(tmp_path.rglob("events.*")).parent))
     events.Reload()
-    for index, rows_of_layer in enumerate(kept):
-        picks = torch.nn.functional.one_hot(rows_of_layer.topk(2).indices, 4).sum(1).float().mean(0)
-        gates = layers_of(model)[index].moice_router["default"].gates(rows_of_layer[None, None], 2)[0, 0].mean(0)
-        for expert in range(4):
-            prefix = f"train/moice/layer_{index:02d}"
-            assert events.Scalars(f"{prefix}/load_{expert}")[-1].value == pytest.approx(picks[expert].item(), rel=1e-5)
-            assert events.Scalars(f"{prefix}/gate_{expert}")[-1].value == pytest.approx(gates[expert].item(), rel=1e-5)
-        balance = balance_loss([rows_of_layer[None, None]], 2).item()
-        assert events.Scalars(f"{prefix}/balance_loss")[-1].value == pytest.approx(balance, rel=1e-5)
+    for index, rows in enumerate(rows_of(2)):
+        picks = torch.nn.functional.one_hot(rows.topk(2).indices, 4).sum(-2).float().mean((0, 1, 2))
+        expected = {"balance_loss": balance_loss([rows], 2)}
+        expected |= {f"load_{expert}": picks[expert] for expert in range(4)}
+        expected |= {f"gate_{expert}": mean_gates(2)[index, expert] for expert in range(4)}
+        for name, value in expected.items():
+            logged = events.Scalars(f"train/moice/layer_{index:02d}/{name}")[-1].value
+            assert logged == pytest.approx(value.item(), rel=1e-5)
 
 
 def test_callback_says_once_what_trains_and_changes_nothing(llama, tmp_path, expected, caplog):
