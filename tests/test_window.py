@@ -358,7 +358,7 @@ class TestCachesAndPositions:
 
 
 class TestTraining:
-    @pytest.mark.parametrize("attention", ["eager", "sdpa"])
+    @pytest.mark.parametrize("attention", slow_but(["sdpa"], ["eager", "sdpa"]))
     @pytest.mark.parametrize("rules", [None, MIXED], ids=["by distance", "mixed"])
     @torch.enable_grad()
     def test_lora_below_gets_the_gradients_of_the_reference(self, folder, rules, attention):
