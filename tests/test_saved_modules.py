@@ -4,7 +4,17 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny_models import adapted_model, assert_logits, decide, layers_of, load, logits_of, token_ids, wide_config
+from tiny_models import (
+    adapted_model,
+    assert_logits,
+    decide,
+    layers_of,
+    load,
+    logits_of,
+    token_ids,
+    train_step,
+    wide_config,
+)
 from transformers import AutoModelForCausalLM
 from versions import needs_transformers
 
@@ -33,14 +43,6 @@ def change(model: PeftModel, adapter_name: str = "default") -> None:
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
 
 
-def train(model: torch.nn.Module, ids: torch.Tensor | None = None) -> None:
-    ids = token_ids() if ids is None else ids
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
-    model.train()(input_ids=ids, labels=ids).loss.backward()
-    optimizer.step()
-    model.eval()
-
-
 def test_the_same_modules_are_trained_as_with_lora(qwen3):
     lora = get_peft_model(load(qwen3), LoraConfig(target_modules=["q_proj"], modules_to_save=NAMES))
     model = adapted(qwen3)
@@ -58,7 +60,7 @@ def test_the_same_modules_are_trained_as_with_lora(qwen3):
 def test_they_are_saved_and_reloaded(qwen3, tmp_path):
     model = adapted(qwen3)
     before = logits_of(model)
-    train(model)
+    train_step(model, token_ids())
     expected = logits_of(model)
     assert (expected - before).abs().max() > 0.01
     model.save_pretrained(tmp_path)
@@ -134,7 +136,7 @@ def test_trainable_token_indices(llama, tmp_path):
     model = adapted_model(llama, trainable_token_indices=[3, 5])
     ids = token_ids()
     ids[:, :2] = torch.tensor([3, 5])
-    train(model, ids)
+    train_step(model, ids)
     expected = logits_of(model, ids)
     embeddings = model.get_input_embeddings()
     before = load(llama).get_input_embeddings()

@@ -17,6 +17,7 @@ from tiny_models import (
     logits_of,
     router_state,
     token_ids,
+    train_step,
     two_adapters,
     wide_config,
 )
@@ -115,22 +116,16 @@ def test_loading_puts_routers_where_they_belong(llama, adapter, dtype, autocast,
 
 
 def test_training_resumes_from_a_loaded_adapter(llama, tmp_path):
-    def train_step(model, seed: int) -> None:
-        optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.5)
-        model.zero_grad()
-        model(token_ids(seed=seed), labels=token_ids(seed=seed)).loss.backward()
-        optimizer.step()
-
-    model = adapted_model(llama).train()
+    model = adapted_model(llama)
     start = router_state(model)
-    train_step(model, seed=0)
+    train_step(model, token_ids(seed=0))
     model.save_pretrained(tmp_path)
-    train_step(model, seed=1)
+    train_step(model, token_ids(seed=1))
     assert all(not torch.equal(weight, start[name]) for name, weight in router_state(model).items())
 
-    resumed = PeftModel.from_pretrained(load(llama), tmp_path, is_trainable=True).train()
+    resumed = PeftModel.from_pretrained(load(llama), tmp_path, is_trainable=True)
     assert {name for name, p in resumed.named_parameters() if p.requires_grad} == set(router_state(resumed))
     assert not resumed.peft_config["default"].inference_mode
-    train_step(resumed, seed=1)
+    train_step(resumed, token_ids(seed=1))
     for name, weight in router_state(model).items():
         assert torch.equal(router_state(resumed)[name], weight)
