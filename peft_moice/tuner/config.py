@@ -14,7 +14,7 @@ from peft.utils import PeftType, TaskType
 from ..files.atomic import staged
 from ..files.weights import names_of_weights
 from ..hub.card import adapter_part, put_card, shared_name
-from ..rope.rules import RopeExpert, experts_of
+from ..rope.rules import Base, RopeExpert, are_for_routers, experts_of
 from ..routing.spec import (
     PEFT_TYPE_NAME,
     Bases,
@@ -127,6 +127,7 @@ class MoICEConfig(PeftConfig):
         self._check_targets()
         if self.ropes is not None:
             self._check_ropes()
+        if self.ropes is not None:
             return
         self._check_angles()
         self._check_router()
@@ -223,15 +224,19 @@ class MoICEConfig(PeftConfig):
         """
         if self.ropes is not None:
             return
-        if self.rope_bases is None:
-            multipliers = self.base_multipliers or RELEASED_MULTIPLIERS
-            bases = {kind: [multiplier * own for multiplier in multipliers] for kind, own in own_thetas.items()}
+        if self.rope_bases is None or (isinstance(self.rope_bases, list) and {} in self.rope_bases):
+            bases = {kind: self._bases_over(own) for kind, own in own_thetas.items()}
             of_types = {kind: of_type for kind, of_type in bases.items() if kind is not None}
-            self.rope_bases = bases.get(None, of_types)
+            self.rope_bases = checked_bases(bases.get(None, of_types))
             self.base_multipliers = None
             return
         for member in self.members or [{"rope_bases": self.rope_bases}]:
             _check_own_base(member["rope_bases"], own_thetas)
+
+    def _bases_over(self, own: float) -> list[Base]:
+        if self.rope_bases is None:
+            return [multiplier * own for multiplier in self.base_multipliers or RELEASED_MULTIPLIERS]
+        return [own if base == {} else base for base in bases_of(self.rope_bases, None)]
 
     def _check_targets(self) -> None:
         for name in ("target_modules", "exclude_modules"):
@@ -284,8 +289,13 @@ class MoICEConfig(PeftConfig):
             raise ValueError("`layers_pattern` has no effect without `layers_to_transform`; set both or neither.")
 
     def _check_ropes(self) -> None:
-        experts_of(self.ropes)
         given = [name for name in _OF_ROUTERS if getattr(self, name)]
+        if are_for_routers(self.ropes):
+            if given:
+                raise ValueError(f"`ropes` and {given} both say what routers choose among. Leave one of them out.")
+            self.rope_bases, self.ropes = checked_angles(self.ropes, "ropes", ropes=True), None
+            return
+        experts_of(self.ropes)
         if given:
             raise ValueError(
                 f"`ropes` are ropes without routers, and {given} say what routers do. Make two adapters: that with "
@@ -346,7 +356,7 @@ def _check_own_base(rope_bases: Bases, own_thetas: dict[str | None, float]) -> N
         )
     for layer_type, own in own_thetas.items():
         bases = bases_of(rope_bases, layer_type)
-        if len(bases) > 1 and not math.isclose(bases[0], own, rel_tol=1e-6):
+        if len(bases) > 1 and (isinstance(bases[0], dict) or not math.isclose(bases[0], own, rel_tol=1e-6)):
             where = "" if layer_type is None else f" in layers of type {layer_type!r}"
             lists = "" if len(own_thetas) == 1 or isinstance(rope_bases, dict) else ", in one list per layer type"
             raise ValueError(
