@@ -215,6 +215,8 @@ def test_what_else_is_refused(folder, tmp_path):
         MoICEConfig(rope_bases=[10000.0, {**LINEAR, "query_positions": [8, None]}])
     with pytest.raises(ValueError, match="twice"):
         adapted(folder, [{}, {"rope_theta": 10000.0}])
+    with pytest.raises(ValueError, match="first of `rope_bases`"):
+        get_peft_model(load(folder), MoICEConfig(rope_bases=[20000.0, {}]))
     with pytest.raises(ValueError, match="llama3"):
         adapted(folder, [{}, {"rope_type": "llama3", "factor": 2.0}])
     own = {"rope_theta": 1e4, "original_max_position_embeddings": WINDOW, **LONGROPE, "long_factor": [9.0] * 4}

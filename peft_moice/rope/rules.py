@@ -242,6 +242,8 @@ def _parameters_of(rule: dict[str, Any], where: str) -> Parameters:
         if not (0 < value < math.inf) or (name == "factor" and value < 1):
             least = "at least 1" if name == "factor" else "positive and finite"
             raise ValueError(f"`{name}` of `{where}` is {value}, but has to be {least}.")
+    if not isinstance(parameters.get("truncate", True), bool):
+        raise TypeError(f"`truncate` of `{where}` has to be true or false, not {shortened(parameters['truncate'])}.")
     for name in ("short_factor", "long_factor"):
         factors = parameters.get(name, [1.0])
         if not isinstance(factors, (list, tuple)) or not all(

@@ -50,7 +50,8 @@ class MoICEConfig(PeftConfig):
     5e-2 in its place.
 
     Args:
-        rope_bases: absolute base angles (`rope_theta` values) of the N experts. The first has to be the model's own; a
+        rope_bases: absolute base angles (`rope_theta` values) of the N experts, or the ropes of some of them as dicts,
+            see `ropes`. The first has to be the model's own; a
             single angle may be any, which runs the model under another `rope_theta`. For models with angles per layer
             type, a dict from layer type to such a list. Default: `base_multipliers` times the model's own. All other
             rope parameters are kept; with longrope, an angle holds for the short and for the long factors.
@@ -82,7 +83,11 @@ class MoICEConfig(PeftConfig):
             `query_positions` and `distances` `[first, end]` in which it holds (default: all; an end may be None). The
             ranges of query positions follow each other from 0 on; for one of them, distances may be cut once, into
             near keys, under the model's own rope, and far ones, whose angles go on from the border where they were.
-            [`extend`] writes the usual ones. Such an adapter has no parameters. Default: None.
+            [`extend`] writes the usual ones. Such an adapter has no parameters. Several ropes without ranges are the
+            experts of routers instead: `{}` first, the model's own, and each of them fixed at any length. They become
+            `rope_bases`, whose angles are the short form of `{"rope_theta": ...}`. A rope with an attention scaling
+            (YaRN without `"attention_factor": 1.0`) rules out the implementations "folded" and "triton", and models
+            whose own rope changes with the length (longrope, dynamic) are refused. Default: None.
         implementation: "auto" (default), or the name of the attention implementation to force, see
             [`attention.mixed_attention`].
         members: routers of an adapter that is a mean of others, written by
@@ -127,7 +132,7 @@ class MoICEConfig(PeftConfig):
         self._check_targets()
         if self.ropes is not None:
             self._check_ropes()
-        if self.ropes is not None:
+        if self.ropes is not None:  # Routers choose among the rest, which `rope_bases` holds by now.
             return
         self._check_angles()
         self._check_router()
@@ -229,7 +234,6 @@ class MoICEConfig(PeftConfig):
             of_types = {kind: of_type for kind, of_type in bases.items() if kind is not None}
             self.rope_bases = checked_bases(bases.get(None, of_types))
             self.base_multipliers = None
-            return
         for member in self.members or [{"rope_bases": self.rope_bases}]:
             _check_own_base(member["rope_bases"], own_thetas)
 
