@@ -131,6 +131,14 @@ def test_a_mixture_equals_plain_attention_in_float64(implementation, temperature
     close(seen["output"].double(), expected, 3e-5)
 
 
+@pytest.mark.parametrize("implementation", ["folded", "native"])
+def test_rules_by_position_without_a_scaling_are_tables_like_any(implementation, folder):
+    rules = [{"query_positions": [0, 9]}, {"query_positions": [9, None], **YARN}]
+    expected = adapted(folder, rules, implementation="reference")
+    model = adapted(folder, rules, implementation=implementation)
+    close(logits_of(model, IDS), logits_of(expected, IDS))
+
+
 def test_gradients_reach_every_weight_of_the_routers_and_are_the_references(folder):
     gradients = []
     for implementation in ("reference", "auto"):

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..rope.layer_rope import Experts
-from ..rope.rules import expert_in_words
+from ..rope.rules import Ropes, expert_in_words
 from ..routing.mixture import LayerMixture, MixesAngles, RouterRecord, in_columns
 from ..standalone.built_in import ROUTERS_NAME
 from .gates import records_along
@@ -31,7 +30,7 @@ class Explanation:
 
     tokens: list[str]
     gates: torch.Tensor
-    rope_bases: list[Experts]
+    rope_bases: list[Ropes]
     layers: list[str]
 
     def plot(self, layer: int | None = None, head: int | None = None) -> "Figure":
@@ -108,7 +107,7 @@ def explain(model: Any, tokenizer: PreTrainedTokenizerBase, text: str) -> Explan
     )
 
 
-def _weighted(rope_bases: Experts, layer: MixesAngles, record: RouterRecord) -> torch.Tensor:
+def _weighted(rope_bases: Ropes, layer: MixesAngles, record: RouterRecord) -> torch.Tensor:
     """The gates `[H, S, N]` of one router over all base angles of its layer, times its share."""
     columns = [rope_bases.index(base) for base in record.share.spec.bases_of(layer.rope.layer_type)]
     return record.share.weight * in_columns(record.gates[0].float().cpu(), columns, len(rope_bases))

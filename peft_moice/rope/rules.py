@@ -17,6 +17,8 @@ Parameters = tuple[tuple[str, Any], ...]
 """Rope parameters over the model's own, sorted by name, with tuples for lists; none for the model's own rope."""
 Base = float | dict[str, Any]
 """An expert of routers as configs hold it: a base angle, or rope parameters over the model's own."""
+Ropes = tuple[float | Parameters, ...]
+"""The experts of routers as tables of rotations name them."""
 
 _RANGES = ("query_positions", "distances")
 _TYPES = ("default", "linear", "yarn", "llama3", "longrope", "proportional")
@@ -141,22 +143,20 @@ def checked_rope(rope: dict[str, Any], where: str) -> Base:
 
 
 def expert_of(base: Base) -> float | Parameters:
-    """An expert of routers as tables of rotations name it."""
+    """The member of [`Ropes`] that stands for `base`."""
     if not isinstance(base, dict):
         return base
     return tuple(sorted((name, tuple(value) if isinstance(value, list) else value) for name, value in base.items()))
 
 
-def expert_in_words(expert: float | Parameters | RopeExpert) -> str:
-    """An expert for people."""
-    if isinstance(expert, RopeExpert):
-        return expert.in_words()
+def expert_in_words(expert: float | Parameters) -> str:
+    """An expert of routers for people."""
     return _parameters_in_words(expert) if isinstance(expert, tuple) else f"{expert:.12g}"
 
 
-def order_of(expert: object) -> tuple[float, str]:
+def order_of(expert: float | Parameters) -> tuple[float, str]:
     """By what experts of several routers are sorted: base angles first, the smallest before the others."""
-    return (expert, "") if isinstance(expert, float) else (math.inf, repr(expert))
+    return (math.inf, repr(expert)) if isinstance(expert, tuple) else (expert, "")
 
 
 def rules_of(experts: Sequence[RopeExpert]) -> list[dict[str, Any]]:

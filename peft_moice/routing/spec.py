@@ -9,8 +9,7 @@ from typing import Any
 
 from transformers.activations import ACT2FN
 
-from ..rope.layer_rope import Experts
-from ..rope.rules import Base, checked_rope, expert_of
+from ..rope.rules import Base, Ropes, checked_rope, expert_of
 
 PEFT_TYPE_NAME = "MOICE"
 """Name of the `PeftType` member that `tuner/registration.py` adds."""
@@ -85,7 +84,7 @@ class RouterSpec:
             )
         return spec
 
-    def bases_of(self, layer_type: str | None) -> Experts:
+    def bases_of(self, layer_type: str | None) -> Ropes:
         """The N experts in layers of `layer_type` (None where the model has one set for all)."""
         return tuple([expert_of(base) for base in bases_of(self.rope_bases, layer_type)])
 
@@ -95,7 +94,7 @@ class RouterSpec:
         return count_experts(self.rope_bases)
 
 
-def count_experts(rope_bases: Bases) -> int:
+def count_experts(rope_bases: Bases | list[float]) -> int:
     """Number N of experts that base angles stand for; the most of any layer type."""
     return max(map(len, rope_bases.values())) if isinstance(rope_bases, dict) else len(rope_bases)
 
