@@ -179,6 +179,13 @@ def test_the_pace_of_the_first_draw_counts_for_all_by_their_tokens(model, caplog
     assert "The first 5 took 1 seconds; all take about 36 seconds." in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.034, "0.034 seconds"), (75, "75 seconds"), (600, "10 minutes"), (9000, "2.5 hours")]
+)
+def test_durations_in_the_units_that_people_say(seconds, words):
+    assert measure.in_words(seconds) == words
+
+
 @pytest.mark.parametrize("calls", [1, 2, 4])
 def test_ctrl_c_keeps_what_is_finished(model, adapter, options, tmp_path, capsys, monkeypatch, calls):
     """The first call is for the pace, the fourth the first of the adapter."""
