@@ -25,8 +25,7 @@ from peft_moice.evaluation import (
     sample_facts,
     wilson_interval,
 )
-from peft_moice.evaluation.encoding import encode_example
-from peft_moice.evaluation.grid import contained
+from peft_moice.evaluation.grid import contained, encode_example
 from peft_moice.evaluation.reader import Reader
 
 
@@ -163,14 +162,6 @@ class TestFactsByPosition:
             model.train(mode)
             evaluate(model, tokenizer, Facts(), lengths=[2], num_groups=1)
             assert model.training is mode
-
-
-@pytest.mark.parametrize(
-    ("name", "instead"), [("position_sweep", r"Facts\(\), lengths="), ("perplexities", "once for each `chunk_length`")]
-)
-def test_names_that_went_say_what_to_call(name, instead):
-    with pytest.raises(ImportError, match=instead):
-        exec(f"from peft_moice.evaluation import {name}", {})
 
 
 class TestPerplexity:
@@ -317,11 +308,11 @@ def test_reader_writes_what_greedy_decoding_does():
 @pytest.mark.parametrize("opening", ["", "It is ", 'It is "'])
 def test_encoded_answers_start_where_the_model_goes_on(chat_template, opening):
     tokenizer = byte_tokenizer(chat_template)
-    encoded = encode_example(tokenizer, Example("Which?", ("42",), 0.0, 1, opening), "42")
-    answer = tokenizer.decode(encoded.input_ids[encoded.start :])
+    ids, start = encode_example(tokenizer, Example("Which?", ("42",), 0.0, 1, opening), "42")
+    answer = tokenizer.decode(ids[start:])
     assert answer.strip() == "42"
-    assert tokenizer.decode(encoded.input_ids).endswith(f"{opening}42")
-    assert ("<assistant>" in tokenizer.decode(encoded.input_ids)) == (chat_template is not None)
+    assert tokenizer.decode(ids).endswith(f"{opening}42")
+    assert ("<assistant>" in tokenizer.decode(ids)) == (chat_template is not None)
 
 
 def test_an_end_that_the_tokenizer_puts_behind_the_text_is_no_answer():
@@ -331,8 +322,8 @@ def test_an_end_that_the_tokenizer_puts_behind_the_text_is_no_answer():
         single="$A <end>", special_tokens=[("<end>", tokenizer.eos_token_id)]
     )
     assert tokenizer("42")["input_ids"][-1] == tokenizer.eos_token_id
-    encoded = encode_example(tokenizer, Example("Which?", ("42",), 0.0, 1), "42")
-    assert tokenizer.decode(encoded.input_ids[encoded.start :]) == "42"
+    ids, start = encode_example(tokenizer, Example("Which?", ("42",), 0.0, 1), "42")
+    assert tokenizer.decode(ids[start:]) == "42"
 
 
 class TestEvaluate:

@@ -11,7 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..probing.evaluation_mode import evaluating
-from .encoding import EncodedExample, encode_example
+from ..training.data.sequences import encode_marked, render_chat
 from .reader import Reader
 from .result import Result, Score
 from .task import POSITIONS, Example, Scoring, Task
@@ -96,7 +96,7 @@ def try_task(
     """
     check_grid(lengths, positions, num_groups)
     drawn = {length: task.draw(random.Random(0), length, positions)[0] for length in lengths}
-    return {length: len(encode_example(tokenizer, one, one.answers[0]).input_ids) for length, one in drawn.items()}
+    return {length: len(encode_example(tokenizer, one, one.answers[0])[0]) for length, one in drawn.items()}
 
 
 def check_grid(lengths: Sequence[int], positions: Sequence[float], num_groups: int) -> None:
@@ -114,6 +114,24 @@ def check_grid(lengths: Sequence[int], positions: Sequence[float], num_groups: i
         raise ValueError(f"`positions` has to hold numbers in 0..1, not {positions!r}.")
 
 
+def encode_example(tokenizer: Any, example: Example, answer: str) -> tuple[list[int], int]:
+    """Token ids of a prompt, in the tokenizer's chat template if it has one, with an answer to it; and the index of
+    the first token of the answer.
+
+    Raises:
+        ValueError: the tokenizer is a slow one, its chat template refuses the prompt, or the answer is empty.
+    """
+    messages = [{"role": "user", "content": example.prompt}]
+    before = render_chat(tokenizer, messages, add_generation_prompt=True) + example.opening
+    ids, is_answer = encode_marked(tokenizer, before + answer, [(len(before), len(before) + len(answer))])
+    # Tokens of words may begin with the space before them. Some tokenizers put an end of the text behind it, which is
+    # no part of the answer, and stands for no characters.
+    tokens = [index for index, belongs in enumerate(is_answer) if belongs]
+    if not tokens or not answer.strip():
+        raise ValueError(f"The answer {answer!r} has no tokens. Give answers that are not empty.")
+    return ids[: tokens[-1] + 1], tokens[0]
+
+
 def score_examples(
     reader: Reader,
     tokenizer: Any,
@@ -125,16 +143,17 @@ def score_examples(
 ) -> list[Score]:
     """Ask the questions of a draw."""
     encoded = [[encode_example(tokenizer, example, text) for text in _texts(task, example)] for example in examples]
-    read = iter(reader.logits_of([(one.input_ids, one.start) for texts in encoded for one in texts], batch_size))
+    read = iter(reader.logits_of([one for texts in encoded for one in texts], batch_size))
     scores = []
     for example, texts in zip(examples, encoded, strict=True):
-        (loss, tokens, exact), *others = [_compare(next(read), one) for one in texts]
+        (loss, tokens, exact), *others = [_compare(next(read), ids[start:]) for ids, start in texts]
         if task.scoring == "exact":
             score = float(exact)
         elif task.scoring == "choice":
             score = float(all(loss < other for other, _, _ in others))
         else:
-            score = _write(reader, tokenizer, task.scoring, example, texts[0], max_new_tokens)
+            ids, start = texts[0]
+            score = _write(reader, tokenizer, task.scoring, example, ids[:start], max_new_tokens)
         scores.append(Score(group, example.length, example.position, score, loss, tokens))
     return scores
 
@@ -164,16 +183,16 @@ def _holds(text: str, answer: str) -> bool:
     return bool(answer) and answer in text
 
 
-def _compare(logits: torch.Tensor, encoded: EncodedExample) -> tuple[float, float, bool]:
+def _compare(logits: torch.Tensor, answer: list[int]) -> tuple[float, float, bool]:
     """Loss of an answer, the share of its tokens that are first choices, and whether all are."""
-    target = torch.tensor(encoded.input_ids[encoded.start :], device=logits.device)
+    target = torch.tensor(answer, device=logits.device)
     hits = logits[:-1].argmax(-1) == target
     loss = nn.functional.cross_entropy(logits[:-1], target).item()
     return loss, hits.float().mean().item(), bool(hits.all())
 
 
 def _write(
-    reader: Reader, tokenizer: Any, scoring: Scoring, example: Example, encoded: EncodedExample, max_new_tokens: int
+    reader: Reader, tokenizer: Any, scoring: Scoring, example: Example, prompt: list[int], max_new_tokens: int
 ) -> float:
     """The score of what the model writes after a prompt, which ends as soon as nothing can change the score."""
 
@@ -182,7 +201,7 @@ def _write(
         return contained(scoring, example.answers, text) == 1 or (scoring == "any" and "\n" in text)
 
     end = _end_tokens(reader.model, tokenizer)
-    written = reader.write(encoded.input_ids[: encoded.start], max_new_tokens, end, is_settled)
+    written = reader.write(prompt, max_new_tokens, end, is_settled)
     return contained(scoring, example.answers, tokenizer.decode(written))
 
 
