@@ -1,26 +1,25 @@
 """`MoICECallback`: what the routers do during training, in the logs of transformers' Trainer."""
 
-import json
 import logging
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from ..hub.push import add_to_card
+from ..routing.describing import router_in_a_line
 from ..routing.mixture import RouterRecord
-from .balance_outside import BalanceLossMixin
-from .describing import describe_training
-from .hooks import RouterHooks, hooks_of
-from .pass_records import PassRecords
+from .balance_outside import BalanceLossMixin, create_card
+from .hooks import hooks_of
+from .pass_records import PassRecords, mixing_layers
 
 logger = logging.getLogger(__name__)
 
-_START_FILE = "moice_callback.json"
+_START = "moice/start"
+"""Where Trainer's state, and so a checkpoint, keeps the mean gates of the first step."""
 
 
 class MoICECallback(TrainerCallback):
@@ -54,28 +53,22 @@ class MoICECallback(TrainerCallback):
     """
 
     def __init__(self, trainer: Trainer):
-        self.trainer = trainer
+        self.trainer: Any = trainer
         self.statistics = RouterStatistics()
         self.start: dict[str, list[list[float]]] | None = None
         if not isinstance(trainer, BalanceLossMixin):
-            create = partial(_create_model_card, trainer, trainer.create_model_card)
+            create = partial(create_card, trainer, trainer.create_model_card)
             trainer.create_model_card = create  # type: ignore[method-assign]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._hooks().observer = self.statistics
+        hooks_of(self.trainer.model).observer = self.statistics
         if self.trainer.is_world_process_zero():
-            assert self.trainer.model is not None
             logger.info("%s", describe_training(self.trainer.model))
-        if state.global_step == 0:
-            self.start = None  # of a training before this one
-        elif self.start is None:
-            path = self._start_path(args, state)
-            if path.is_file():
-                self.start = json.loads(path.read_text())
-            else:
-                logger.warning("%s is missing, so moice/drift counts from step %d.", path, state.global_step)
+        self.start = state.stateful_callbacks.get(_START)  # type: ignore[union-attr]  # a dict by now
+        if self.start is None and state.global_step > 0:
+            logger.warning("The checkpoint knows no gates, so moice/drift counts from step %d.", state.global_step)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -90,6 +83,7 @@ class MoICECallback(TrainerCallback):
             # The first step, or adapters that were not active in it.
             seen = {name: sums.gates().tolist() for name, sums in self._reduced().items()}
             self.start = {**seen, **(self.start or {})}
+            state.stateful_callbacks[_START] = self.start  # type: ignore[index, call-overload]
 
     def on_log(
         self,
@@ -103,29 +97,22 @@ class MoICECallback(TrainerCallback):
             return
         reduced = self._reduced()
         self.statistics.clear()
-        summary, details = {}, {}
-        for name, sums in reduced.items():
-            prefix = "moice" if len(reduced) == 1 else f"moice/{name}"
-            gates = sums.gates()
-            drift = (gates - torch.tensor(self.start[name], device=gates.device)).abs().sum(dim=-1) / 2
-            pooled = sums.pooled()
-            # Where every expert is picked, these are constants.
-            selects = pooled.loads().min().item() < 1
-            if selects:
+        summary: dict[str, float] = {}
+        details: dict[str, float] = {}
+        for router, sums in reduced.items():
+            prefix = "moice" if len(reduced) == 1 else f"moice/{router}"
+            gates, loads, pooled = sums.gates(), sums.loads(), sums.pooled()
+            drift = (gates - torch.tensor(self.start[router], device=gates.device)).abs().sum(dim=-1) / 2
+            by_layer = {"entropy": sums.entropy(), "drift": drift}
+            by_layer |= {f"gate_{expert}": gates[:, expert] for expert in range(sums.num_experts)}
+            summary |= {f"{prefix}/entropy": pooled.entropy().item(), f"{prefix}/drift": drift.mean().item()}
+            if pooled.loads().min() < 1:  # where every expert is picked, these are constants
                 summary[f"{prefix}/balance_loss"] = pooled.balance_loss().item()
                 summary[f"{prefix}/max_load"] = pooled.loads().max().item()
-            summary[f"{prefix}/entropy"] = pooled.entropy().item()
-            summary[f"{prefix}/drift"] = drift.mean().item()
+                by_layer["balance_loss"] = sums.balance_loss()
+                by_layer |= {f"load_{expert}": loads[:, expert] for expert in range(sums.num_experts)}
             for row, index in enumerate(sums.layer_indices):
-                layer = f"{prefix}/layer_{index:02d}"
-                for expert in range(sums.num_experts):
-                    if selects:
-                        details[f"{layer}/load_{expert}"] = sums.loads()[row, expert].item()
-                    details[f"{layer}/gate_{expert}"] = sums.gates()[row, expert].item()
-                if selects:
-                    details[f"{layer}/balance_loss"] = sums.balance_loss()[row].item()
-                details[f"{layer}/entropy"] = sums.entropy()[row].item()
-                details[f"{layer}/drift"] = drift[row].item()
+                details |= {f"{prefix}/layer_{index:02d}/{name}": by_layer[name][row].item() for name in by_layer}
         # The method of the base class: trainers that extend it flush metrics of their own.
         Trainer.log(self.trainer, summary)
         reporters: tuple[type[TrainerCallback], ...] = tuple(INTEGRATION_TO_CALLBACK.values())
@@ -133,20 +120,11 @@ class MoICECallback(TrainerCallback):
             if isinstance(callback, reporters):
                 callback.on_log(args, state, control, logs=details, model=self.trainer.model)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        path = self._start_path(args, state)
-        if self.start is not None and state.is_world_process_zero and path.parent.is_dir():
-            path.write_text(json.dumps(self.start))
-
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._hooks().observer = None
+        hooks_of(self.trainer.model).observer = None
         self.statistics.clear()
-
-    def _hooks(self) -> RouterHooks:
-        assert self.trainer.model is not None
-        return hooks_of(self.trainer.model)
 
     def _reduced(self) -> "dict[str, LayerSums]":
         """The sums over all processes, on the CPU."""
@@ -155,16 +133,19 @@ class MoICECallback(TrainerCallback):
             for name, sums in self.statistics.sums.items()
         }
 
-    def _start_path(self, args: TrainingArguments, state: TrainerState) -> Path:
-        """Where a checkpoint keeps the mean gates of the first step."""
-        return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / _START_FILE
 
-
-def _create_model_card(trainer: Trainer, create: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    create(*args, **kwargs)
-    if trainer.is_world_process_zero():
-        assert trainer.model is not None
-        add_to_card(trainer.model, str(trainer.args.output_dir))
+def describe_training(model: nn.Module) -> str:
+    """One line about what trains in a model: parameters, layers, base angles and K of its active adapters."""
+    if isinstance(model, PeftModel):
+        trainable, total = model.get_nb_trainable_parameters()
+    else:
+        counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+        trainable, total = sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
+    layers = [layer for layer in mixing_layers(model) if layer.shares()]
+    specs = {share.name: share.spec for layer in layers for share in layer.shares()}
+    routers = "; ".join(map(router_in_a_line, specs.values()))
+    share = f"{trainable:,} of {total:,} parameters ({trainable / max(total, 1):.3%})"
+    return f"training {share}; routers in {len(layers)} layers: {routers}"
 
 
 def _is_logged(args: TrainingArguments, state: TrainerState, step: int) -> bool:
