@@ -129,9 +129,7 @@ def run(args: Arguments) -> Outcome:
             "(--chunk_length %d).",
             *(num_tokens, args.chunk_length),
         )
-    can_draw = importlib.util.find_spec("matplotlib") is not None
-    if not can_draw:
-        logger.warning("Without matplotlib no pictures are drawn: pip install 'peft_moice[plot]'.")
+    is_drawn = can_draw()
 
     asked = sum(map(len, sizes)) * len(args.positions) * args.questions
     longest = max((tokens for prompts in sizes for tokens in prompts.values()), default=0)
@@ -160,10 +158,18 @@ def run(args: Arguments) -> Outcome:
             raise
         interrupted = True
     write(measured, output_dir)
-    if can_draw:
+    if is_drawn:
         draw(measured, output_dir)
-    where = f"Scores{' and pictures' * can_draw} are in {output_dir}."
+    where = f"Scores{' and pictures' * is_drawn} are in {output_dir}."
     return Outcome(_as_text(measured, where, interrupted, window), _as_values(measured, output_dir), interrupted)
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is there; a warning where it is not."""
+    is_there = importlib.util.find_spec("matplotlib") is not None
+    if not is_there:
+        logger.warning("Without matplotlib no pictures are drawn: pip install 'peft_moice[plot]'.")
+    return is_there
 
 
 def extended_window(adapters: Sequence[str]) -> int | None:

@@ -70,7 +70,7 @@ def search_angles(
     far (mean distance in tokens).
 
     For D = 128, `rope_theta` = 10000 and N = 7 it finds five of the official release's seven angles at a context of
-    2,048 tokens and four at 4,096; `peft-moice angles` prints the comparison.
+    2,048 tokens and four at 4,096.
 
     Args:
         head_dim: number D of rotated dimensions.
