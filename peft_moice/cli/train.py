@@ -19,7 +19,6 @@ from transformers import (
     AutoModelForCausalLM,
     Trainer,
     TrainerCallback,
-    TrainerControl,
     TrainerState,
     TrainingArguments,
     set_seed,
@@ -336,9 +335,7 @@ class NothingToDo(Exception):
 class RaiseIfDone(TrainerCallback):
     """Raises NothingToDo, because Trainer would do one step more."""
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
             raise NothingToDo
 

@@ -60,9 +60,7 @@ class MoICECallback(TrainerCallback):
             create = partial(create_card, trainer, trainer.create_model_card)
             trainer.create_model_card = create  # type: ignore[method-assign]
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         hooks_of(self.trainer.model).observer = self.statistics
         if self.trainer.is_world_process_zero():
             logger.info("%s", describe_training(self.trainer.model))
@@ -70,15 +68,11 @@ class MoICECallback(TrainerCallback):
         if self.start is None and state.global_step > 0:
             logger.warning("The checkpoint knows no gates, so moice/drift counts from step %d.", state.global_step)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.statistics.clear()
         self.statistics.enabled = self.start is None or _is_logged(args, state, state.global_step + 1)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self.statistics.sums.keys() - (self.start or {}).keys():
             # The first step, or adapters that were not active in it.
             seen = {name: sums.gates().tolist() for name, sums in self._reduced().items()}
@@ -120,9 +114,7 @@ class MoICECallback(TrainerCallback):
             if isinstance(callback, reporters):
                 callback.on_log(args, state, control, logs=details, model=self.trainer.model)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         hooks_of(self.trainer.model).observer = None
         self.statistics.clear()
 
