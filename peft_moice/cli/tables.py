@@ -35,20 +35,15 @@ def difference(name: str, after: Result, before: Result) -> str:
 
 def verdict(result: Result) -> str:
     """What the scores of one model say about positions, at the length where they differ most."""
-    gaps = {}
-    for length in result.lengths:
-        scores = {position: result.mean(length=length, position=position) for position in result.positions}
-        best, worst = max(scores, key=lambda at: scores[at]), min(scores, key=lambda at: scores[at])
-        gaps[length] = (scores[best] - scores[worst], best, worst)
-    length = max(gaps, key=lambda at: gaps[at][0])
-    _, best, worst = gaps[length]
+    length = max(result.lengths, key=result.gap)
+    scores = {position: result.mean(length=length, position=position) for position in result.positions}
+    best, worst = max(scores, key=lambda at: scores[at]), min(scores, key=lambda at: scores[at])
     high, low = (result.interval(length=length, position=position) for position in (best, worst))
     where = f"{result.task}, {length:,} {result.unit}"
     if low[1] < high[0]:
         return (
-            f"{where}: {result.model} answers right {result.mean(length=length, position=best):.0%} at {best:.0%} of "
-            f"the prompt and {result.mean(length=length, position=worst):.0%} at {worst:.0%}. It loses what stands "
-            "there, which routers may repair."
+            f"{where}: {result.model} answers right {scores[best]:.0%} at {best:.0%} of the prompt and "
+            f"{scores[worst]:.0%} at {worst:.0%}. It loses what stands there, which routers may repair."
         )
     if result.mean(length=length) < 0.1:
         return f"{where}: {result.model} hardly answers anywhere. Ask something easier, or less at once."

@@ -12,11 +12,7 @@ T = TypeVar("T")
 
 
 def read_json_lines(file: str | Path, needed: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The objects of a file `*.jsonl` or `*.jsonl.gz`.
-
-    Args:
-        file: the file.
-        needed: fields that each object has to have.
+    """The objects of a file `*.jsonl` or `*.jsonl.gz`, each of which has to have the fields `needed`.
 
     Raises:
         ValueError: the file is missing or damaged, a line is not an object with these fields, or the file is empty.

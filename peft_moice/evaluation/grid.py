@@ -79,17 +79,7 @@ def evaluate(
 def try_task(
     task: Task, tokenizer: Any, lengths: Sequence[int], positions: Sequence[float], num_groups: int
 ) -> dict[int, int]:
-    """Draw and encode one example at every length.
-
-    Args:
-        task: what is to be asked.
-        tokenizer: the model's tokenizer.
-        lengths: as [`evaluate`] takes them.
-        positions: likewise.
-        num_groups: likewise.
-
-    Returns:
-        Tokens of the example, by length.
+    """Tokens of one example of a task at every length, drawn and encoded as [`evaluate`] will do it.
 
     Raises:
         ValueError: a value out of its range; the task has too little material, or none of an answer has tokens.
@@ -169,18 +159,14 @@ def contained(scoring: Scoring, answers: Sequence[str], written: str) -> float:
     """The score of a text with the scorings "any" and "all"."""
     if scoring == "any":
         line = written.partition("\n")[0]
-        return float(any(_holds(normalized(line), normalized(answer)) for answer in answers))
-    return sum(_holds(written.lower(), answer.lower()) for answer in answers) / len(answers)
+        return float(any(part in normalized(line) for part in filter(None, map(normalized, answers))))
+    return sum(bool(answer) and answer.lower() in written.lower() for answer in answers) / len(answers)
 
 
 def normalized(text: str) -> str:
     """Lower case without punctuation, articles and repeated spaces, as SQuAD's metric compares answers."""
     text = "".join(char for char in text.lower() if char not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
-def _holds(text: str, answer: str) -> bool:
-    return bool(answer) and answer in text
 
 
 def _compare(logits: torch.Tensor, answer: list[int]) -> tuple[float, float, bool]:

@@ -115,17 +115,8 @@ def perplexity(
 ) -> float:
     """Perplexity of `text`, cut into consecutive chunks that are read independently.
 
-    Every token of a chunk but the first is predicted from those before it in the chunk.
-
-    Args:
-        model: a causal language model of transformers.
-        tokenizer: its tokenizer.
-        text: text of at least one chunk; a rest shorter than a chunk is dropped.
-        chunk_length: number of tokens in a chunk, at least 2. Default: 1024.
-        max_chunks: number of chunks to read. Default: all.
-
-    Raises:
-        ValueError: the text is shorter than one chunk, or a value is out of its range.
+    Every token of a chunk but the first is predicted from those before it in the chunk. Arguments and errors are those
+    of [`losses_by_position`]; `chunk_length` is 1024 by default.
     """
     return losses_by_position(model, tokenizer, text, chunk_length=chunk_length, max_chunks=max_chunks).perplexity
 

@@ -52,8 +52,8 @@ class Reader:
     def logits_of(self, sequences: list[tuple[list[int], int]], batch_size: int = 1) -> list[torch.Tensor]:
         """What [`logits`] gives for each of several `ids` and `first`.
 
-        Up to `batch_size` neighbours are read in one pass where that takes hardly more tokens than one by one, as with
-        short questions about one long text. The keys and values of the text are held as often meanwhile.
+        Up to `batch_size` neighbours are read in one pass where they are short questions about one long text, whose
+        keys and values are held as often meanwhile.
         """
         found: list[torch.Tensor] = []
         while len(found) < len(sequences):
@@ -83,17 +83,9 @@ class Reader:
         return written
 
     def _is_worth(self, batch: list[tuple[list[int], int]]) -> bool:
-        """Whether a pass over all takes at most a tenth more tokens than one pass for each."""
-        if not self._goes_back:
-            return False
-        one_by_one, before = 0, self._ids
-        for ids, first in batch:
-            one_by_one += len(ids) - common_length(before, ids[: first - 1])
-            before = ids
+        """Whether what all begin with, which one pass reads once, is longer than what follows in all of them."""
         shared = _shared(batch)
-        begun = common_length(self._ids, batch[0][0][:shared])
-        together = shared - begun + len(batch) * max(len(ids) - shared for ids, _ in batch)
-        return shared > 0 and together <= 1.1 * one_by_one
+        return self._goes_back and len(batch) * max(len(ids) - shared for ids, _ in batch) < shared
 
     def _read_together(self, batch: list[tuple[list[int], int]]) -> list[torch.Tensor]:
         """Logits of sequences that begin alike, from one pass over what follows."""

@@ -124,15 +124,9 @@ def adapter_part(
     source: str = UNNAMED_FOLDER,
     parameters: int | None = None,
 ) -> CardPart:
-    """What a card says about an adapter.
-
-    Args:
-        specs: its routers.
-        ropes: its ropes by position. Default: none.
-        base_model: Hub id of the base model, if it has one.
-        is_causal_lm: whether it was made for a causal language model.
-        source: what the snippet loads. Default: a placeholder.
-        parameters: number of the routers' parameters, if known.
+    """What a card says about an adapter: its routers, its ropes by position, the Hub id of its base model if it has
+    one, whether it was made for a causal language model, and the number of its parameters, if known. The snippet loads
+    `source`, by default a placeholder.
     """
     load = "import peft_moice  # registers MoICE with PEFT; without it PEFT raises KeyError: 'MOICE'\n"
     if is_causal_lm and base_model:
@@ -172,13 +166,8 @@ def merged_part(
     base_model: str | None,
     auto_class: str,
 ) -> CardPart:
-    """What a card says about a whole model with routers built in.
-
-    Args:
-        specs: all kinds of routers in it.
-        ropes: its ropes by position. Default: none.
-        base_model: Hub id of the model that they were built into, if it has one.
-        auto_class: name of the auto class that loads it, such as "AutoModelForCausalLM".
+    """What a card says about a whole model with routers built in: all kinds of them, its ropes by position, the Hub id
+    of the model that they were built into if it has one, and the name of the auto class that loads it.
     """
     load = (
         "import peft_moice  # registers the model type\n"
