@@ -132,6 +132,7 @@ def test_arguments_that_do_not_go(model, tmp_path, capsys):
     assert "Did you mean --learning_rate?" in error(capsys, arguments(model, folder, file, learning_rat=1))
     assert "`top_k` is 9" in error(capsys, arguments(model, folder, file, top_k=9))
     assert "sequences_per_step 5 has to be" in error(capsys, arguments(model, folder, file, sequences_per_step=5))
+    assert "use_cpu" in error(capsys, arguments(model, folder, file, preset="paper", use_cpu=None))
     line = error(capsys, arguments(model, folder, file, report_to="clearml"))
     assert line.startswith("peft-moice train: --report_to clearml: ") and "pip install clearml" in line
     line = error(capsys, arguments(model, folder, file, keep_weight=1.0))
@@ -194,8 +195,10 @@ class TestPresets:
         assert "| Steps | 6 |" in (folder / "README.md").read_text()  # 12 chats, two at once
 
     def test_without_a_preset_ours_are_named(self, model, tmp_path, capsys):
-        run(arguments(model, tmp_path / "out", write_data(tmp_path, "messages"), max_steps=1))
-        assert "small models barely move. --preset retrieval" in capsys.readouterr().err
+        run(arguments(model, tmp_path / "out", write_data(tmp_path, "prompt_answer"), max_steps=1))
+        said = capsys.readouterr().err
+        assert "small models barely move. --preset retrieval" in said
+        assert "12 sequences of 9 tokens in the mean." in said
 
     def test_arguments_override(self, model, tmp_path):
         argv = arguments(

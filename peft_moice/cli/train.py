@@ -177,6 +177,9 @@ def run(args: TrainArguments) -> Outcome:
     train_examples = load_examples(data.train_files, tokenizer, data, training.seed, quiet)
     eval_examples = load_examples(data.eval_files, tokenizer, data, training.seed + 1, quiet)
     keep_ids = ordinary_text(args, tokenizer)
+    tokens = sum(len(sequence["input_ids"]) for row in train_examples for sequence in row)
+    sequences = sum(map(len, train_examples))
+    logger.info("%s sequences of %s tokens in the mean.", f"{sequences:,}", f"{tokens / sequences:,.0f}")
     folder = output_folder(str(training.output_dir))
     options = {"attn_implementation": ours.attn_implementation, "quantization_config": quantization}
     model = AutoModelForCausalLM.from_pretrained(ours.model, dtype=ours.dtype, **options)
