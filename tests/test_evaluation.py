@@ -183,7 +183,7 @@ class TestPerplexity:
 
     def test_refuses_bad_values(self):
         model, tokenizer = tiny_llama(), byte_tokenizer()
-        with pytest.raises(ValueError, match="700 tokens, fewer than one chunk of 701"):
+        with pytest.raises(ValueError, match="700 tokens, fewer than a chunk of 701"):
             perplexity(model, tokenizer, self.TEXT, chunk_length=701)
         with pytest.raises(ValueError, match="chunk_length"):
             perplexity(model, tokenizer, self.TEXT, chunk_length=1)

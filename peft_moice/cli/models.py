@@ -95,8 +95,7 @@ def load_tokenizer(model: str, adapter: str | None = None) -> Any:
         if not Path(model).is_dir():
             raise
         raise UsageError(
-            f"{model}: no tokenizer can be read from this folder ({error}) Save the model's there, with "
-            "`tokenizer.save_pretrained`."
+            f"{model}: no tokenizer can be read from this folder ({error}) Save one with `tokenizer.save_pretrained`."
         ) from error
     if adapter is not None:
         try:

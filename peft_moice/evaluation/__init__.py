@@ -4,8 +4,8 @@ A task draws questions, [`evaluate`] asks a model, a [`Result`] holds scores and
 language model of transformers, adapted or not.
 """
 
+from .explaining import gates_along
 from .facts import EncodedChat, FactList, Facts, encode_chat, sample_facts
-from .gates import gates_along
 from .grid import evaluate
 from .intervals import bootstrap_interval, wilson_interval
 from .key_values import KeyValues

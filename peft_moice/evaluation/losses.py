@@ -59,8 +59,7 @@ def chunks_of(tokenizer: Any, text: str, length: int, max_chunks: int | None = N
     chunks = torch.tensor(tokens, device="cpu")[: len(tokens) // length * length].view(-1, length)[:max_chunks]
     if not len(chunks):
         raise ValueError(
-            f"The text has {len(tokens)} tokens, fewer than one chunk of {length}. Give more text or lower "
-            "`chunk_length`."
+            f"The text has {len(tokens)} tokens, fewer than a chunk of {length}. Give more, or lower `chunk_length`."
         )
     return chunks
 

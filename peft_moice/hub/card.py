@@ -222,15 +222,7 @@ def plain(value: Any) -> str:
 
 def python_string(text: str) -> str:
     """A literal of Python for `text` that cannot end the block of code that it stands in."""
-    return '"' + "".join(map(_in_literal, text)) + '"'
-
-
-def _in_literal(character: str) -> str:
-    if character in '"\\':
-        return f"\\{character}"
-    if character in "`<" or not character.isprintable():
-        return f"\\U{ord(character):08x}"
-    return character
+    return repr(text).replace("`", r"\x60").replace("<", r"\x3c")
 
 
 def _metadata(library: str, base_model: str | None, tags: list[str], is_causal_lm: bool) -> ModelCardData:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from ..routing.describing import router_in_a_line
@@ -82,14 +82,7 @@ class MoICECallback(TrainerCallback):
             self.start = {**seen, **(self.start or {})}
             state.stateful_callbacks[_START] = self.start  # type: ignore[index, call-overload]
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if "loss" not in (logs or {}) or not self.statistics.sums or self.start is None:
             return
         reduced = self._reduced()
