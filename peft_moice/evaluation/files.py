@@ -30,9 +30,6 @@ class Deck(Generic[T]):
     """Items in random order, all of them before any comes again.
 
     Every source of randomness has its own order and its own place in it, so equally seeded ones are dealt the same.
-
-    Args:
-        items: what is dealt, at least one.
     """
 
     def __init__(self, items: Sequence[T]):

@@ -15,9 +15,6 @@ class Reader:
 
     Models whose layers keep something else than keys and values (linear attention, ...), or prompts of virtual tokens,
     cannot go back, so they read every sequence whole.
-
-    Args:
-        model: a causal language model of transformers.
     """
 
     def __init__(self, model: Any):
@@ -31,11 +28,8 @@ class Reader:
         self._cache: Any = None
 
     def logits(self, ids: list[int], first: int) -> torch.Tensor:
-        """Logits `[len(ids) - first + 1, vocabulary]` in float32 after each token from index `first` - 1 on.
-
-        Args:
-            ids: the sequence.
-            first: index of the first token to predict, at least 1.
+        """Logits `[len(ids) - first + 1, vocabulary]` in float32 after each token from index `first` - 1 on, where
+        `first` is the index of the first token to predict, at least 1.
         """
         # The token that the first prediction follows is read anew.
         shared = common_length(self._ids, ids[: first - 1]) if self._goes_back else 0

@@ -10,10 +10,8 @@ from packaging.version import Version
 
 
 def add_to_loss(outputs: Any, extra: torch.Tensor) -> Any:
-    """`outputs` with `extra` added to the loss; a warning where there is none, and `extra` can be learned from.
-
-    The loss is `outputs` itself if that is a scalar, the entry or attribute `loss`, or a scalar at the start of a
-    tuple.
+    """`outputs` with `extra` added to the loss, which is what [`add_balance_loss`] says; a warning where there is
+    none, and `extra` can be learned from.
     """
     if isinstance(outputs, torch.Tensor) and outputs.dim() == 0:
         return _sum(outputs, extra)

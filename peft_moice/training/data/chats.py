@@ -37,13 +37,8 @@ class BadRecord(Exception):
 def read_chats(
     source: Source, data_format: str = "auto", columns: Mapping[str, str] | None = None
 ) -> Iterator[tuple[str, Chat]]:
-    """Chats of a source, and where they stand.
-
-    Args:
-        source: what to read.
-        data_format: "messages", "sharegpt", "prompt_answer", "question_answer" or "alpaca". Default: "auto", by the
-            columns of the first record.
-        columns: the record's own name of a column, by the name that the format has. Default: the same names.
+    """Chats of a source, and where they stand. The format "auto" is told by the columns of the first record; `columns`
+    has the record's own name of a column, by the name that the format has.
 
     Raises:
         ValueError: a record is not in the format, naming source, line and reason.
