@@ -68,11 +68,11 @@ class TestHelp:
             printed = capsys.readouterr().out
             assert all(text in printed for text in expected)
 
-    def test_defaults_of_0_and_1_are_said_like_others(self, capsys):
+    def test_a_default_of_0_is_said_like_others(self, capsys):
         with pytest.raises(SystemExit):
             main(["measure", "--help"])
         printed = capsys.readouterr().out
-        for option, default in (("--seed", "0"), ("--batch_size", "1"), ("--questions", "8")):
+        for option, default in (("--seed", "0"), ("--questions", "8")):
             assert re.search(rf"  {option} N .* \[{default}\]\n", printed)
 
     def test_version(self, capsys):

@@ -67,7 +67,6 @@ class Arguments(ModelArguments):
     items: list[int] = option("Facts or pairs in a prompt.", [16, 30, 45])
     positions: list[float] = option("0 first to 1 last.", list(POSITIONS))
     questions: int = option("Questions at each position and length.", 8)
-    batch_size: int = option("Questions read at once; more is faster on a GPU.", 1)
     key_value_file: str | None = option("kv-retrieval-*.jsonl.gz, --items pairs each.", None)
     question_file: str | None = option("nq-open-oracle.jsonl.gz, --passages each.", None)
     passages: list[int] = option("Passages in a prompt of questions.", [10])
@@ -245,8 +244,7 @@ def tell_pace(
     """
     task, lengths = first
     begun = time.perf_counter()
-    positions, batch_size = args.positions, args.batch_size
-    evaluate(model, tokenizer, task, lengths=[min(lengths)], positions=positions, num_groups=1, batch_size=batch_size)
+    evaluate(model, tokenizer, task, lengths=[min(lengths)], positions=args.positions, num_groups=1)
     seconds = time.perf_counter() - begun
     all_tokens = sum(sum(prompts.values()) for prompts in sizes) * args.questions * (1 + len(args.adapter))
     logger.info(
@@ -282,7 +280,6 @@ def measure(
                 lengths=[length],
                 positions=tuple(args.positions),
                 num_groups=args.questions,
-                batch_size=args.batch_size,
                 seed=args.seed,
                 name=measured.name,
             )

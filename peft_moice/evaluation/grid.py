@@ -3,6 +3,7 @@
 import random
 import re
 import string
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ def evaluate(
     positions: Sequence[float] = POSITIONS,
     num_groups: int = 16,
     max_new_tokens: int = 48,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     seed: int = 0,
     name: str | None = None,
 ) -> Result:
@@ -42,8 +43,7 @@ def evaluate(
             before is not asked again, so a small file may give fewer. Default: 16.
         max_new_tokens: the most that the model writes, where the task's scoring reads what it writes, at least 1.
             Default: 48.
-        batch_size: how many questions of a draw are read in one pass, where they follow the same text and nothing is
-            written. As many copies of the text's keys and values have to fit. Default: 1.
+        batch_size: without effect; goes in version 0.4.
         seed: of the draws. Equal seeds ask different models the same questions. Default: 0.
         name: of the model, for tables and pictures. Default: the one in its config.
 
@@ -54,9 +54,10 @@ def evaluate(
         ValueError: a value out of its range.
     """
     check_grid(lengths, positions, num_groups)
-    for value_name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"`{value_name}` is {value}, but has to be at least 1.")
+    if max_new_tokens < 1:
+        raise ValueError(f"`max_new_tokens` is {max_new_tokens}, but has to be at least 1.")
+    if batch_size is not None:
+        warnings.warn("`batch_size` has no effect, and goes in version 0.4.", FutureWarning, stacklevel=2)
     scores: list[Score] = []
     with evaluating(model), tqdm(total=num_groups * len(lengths), desc=task.name, unit="draw") as progress:
         for length in lengths:
@@ -66,11 +67,8 @@ def evaluate(
                 examples = [example for example in task.draw(rng, length, positions) if example not in asked]
                 asked.update(examples)
                 reader = Reader(model)
-                # What is written after a prompt is written while the prompt is still in the cache.
-                step = 1 if task.scoring in ("any", "all") else max(1, len(examples))
-                for start in range(0, len(examples), step):
-                    part = examples[start : start + step]
-                    scores += score_examples(reader, tokenizer, task, part, group, max_new_tokens, batch_size)
+                for example in examples:
+                    scores.append(score_example(reader, tokenizer, task, example, group, max_new_tokens))
                 progress.update()
     name = getattr(model.config, "_name_or_path", "") if name is None else name
     return Result(task=task.name, unit=task.unit, model=name, seed=seed, scores=tuple(scores))
@@ -122,30 +120,20 @@ def encode_example(tokenizer: Any, example: Example, answer: str) -> tuple[list[
     return ids[: tokens[-1] + 1], tokens[0]
 
 
-def score_examples(
-    reader: Reader,
-    tokenizer: Any,
-    task: Task,
-    examples: Sequence[Example],
-    group: int,
-    max_new_tokens: int,
-    batch_size: int,
-) -> list[Score]:
-    """Ask the questions of a draw."""
-    encoded = [[encode_example(tokenizer, example, text) for text in _texts(task, example)] for example in examples]
-    read = iter(reader.logits_of([one for texts in encoded for one in texts], batch_size))
-    scores = []
-    for example, texts in zip(examples, encoded, strict=True):
-        (loss, tokens, exact), *others = [_compare(next(read), ids[start:]) for ids, start in texts]
-        if task.scoring == "exact":
-            score = float(exact)
-        elif task.scoring == "choice":
-            score = float(all(loss < other for other, _, _ in others))
-        else:
-            ids, start = texts[0]
-            score = _write(reader, tokenizer, task.scoring, example, ids[:start], max_new_tokens)
-        scores.append(Score(group, example.length, example.position, score, loss, tokens))
-    return scores
+def score_example(
+    reader: Reader, tokenizer: Any, task: Task, example: Example, group: int, max_new_tokens: int
+) -> Score:
+    """Ask a question of a draw."""
+    texts = [encode_example(tokenizer, example, text) for text in _texts(task, example)]
+    (loss, tokens, exact), *others = [_compare(reader.logits(ids, start), ids[start:]) for ids, start in texts]
+    if task.scoring == "exact":
+        score = float(exact)
+    elif task.scoring == "choice":
+        score = float(all(loss < other for other, _, _ in others))
+    else:
+        ids, start = texts[0]
+        score = _write(reader, tokenizer, task.scoring, example, ids[:start], max_new_tokens)
+    return Score(group, example.length, example.position, score, loss, tokens)
 
 
 def _texts(task: Task, example: Example) -> list[str]:

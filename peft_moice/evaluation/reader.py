@@ -1,6 +1,5 @@
 """Reads sequences one after the other, and of each only what the one before did not begin with."""
 
-import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -43,20 +42,6 @@ class Reader:
         logits: torch.Tensor = output.logits[0, first - len(ids) - 1 :]
         return logits.float()
 
-    def logits_of(self, sequences: list[tuple[list[int], int]], batch_size: int = 1) -> list[torch.Tensor]:
-        """What [`logits`] gives for each of several `ids` and `first`.
-
-        Up to `batch_size` neighbours are read in one pass where they are short questions about one long text, whose
-        keys and values are held as often meanwhile.
-        """
-        found: list[torch.Tensor] = []
-        while len(found) < len(sequences):
-            batch = sequences[len(found) :][:batch_size]
-            while len(batch) > 1 and not self._is_worth(batch):
-                batch.pop()
-            found += self._read_together(batch) if len(batch) > 1 else [self.logits(*batch[0])]
-        return found
-
     def write(
         self,
         ids: list[int],
@@ -75,29 +60,6 @@ class Reader:
                 break
             written.append(token)
         return written
-
-    def _is_worth(self, batch: list[tuple[list[int], int]]) -> bool:
-        """Whether what all begin with, which one pass reads once, is longer than what follows in all of them."""
-        shared = _shared(batch)
-        return self._goes_back and len(batch) * max(len(ids) - shared for ids, _ in batch) < shared
-
-    def _read_together(self, batch: list[tuple[list[int], int]]) -> list[torch.Tensor]:
-        """Logits of sequences that begin alike, from one pass over what follows."""
-        shared = _shared(batch)
-        beginning = batch[0][0][:shared]
-        if common_length(self._ids, beginning) < shared:
-            self.logits(beginning, shared)
-        self._go_back(shared)
-        self._ids = beginning
-        cache = copy.deepcopy(self._cache)
-        cache.batch_repeat_interleave(len(batch))
-        rests = [ids[shared:] for ids, _ in batch]
-        longest = max(map(len, rests))
-        # What stands behind a sequence changes nothing before it, so any token fills the rows up.
-        inputs = torch.tensor([[*rest, *[rest[-1]] * (longest - len(rest))] for rest in rests], device="cpu")
-        output = self.model(input_ids=inputs.to(self.model.device), use_cache=True, **{self._keyword: cache})
-        logits = [output.logits[row, : len(rest)] for row, rest in enumerate(rests)]
-        return [part[first - 1 - shared :].float() for part, (_, first) in zip(logits, batch, strict=True)]
 
     def _go_back(self, length: int) -> None:
         if length == 0 or self._cache is None:
@@ -121,8 +83,3 @@ def common_length(first: list[int], second: list[int]) -> int:
             break
         length += 1
     return length
-
-
-def _shared(batch: list[tuple[list[int], int]]) -> int:
-    """Number of tokens that all of a batch begin with, before the token that a first prediction follows."""
-    return min(common_length(batch[0][0], ids[: first - 1]) for ids, first in batch)
