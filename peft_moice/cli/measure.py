@@ -15,7 +15,6 @@ from ..evaluation import (
     POSITIONS,
     Facts,
     KeyValues,
-    MultiDocument,
     Needles,
     PositionLosses,
     Result,
@@ -46,7 +45,6 @@ _EPILOG = """tasks (--tasks; 'right' is decided by greedy decoding, loss is that
   keys        the same, among the numbers of three other keys
   values      the same, all four numbers of one key
   variables   a chain of assignments (needles to variables: definitions of RULER)
-  also        --key_value_file and --question_file of "Lost in the Middle", by their paths
 
 Documents are files of text (UTF-8); perplexity and loss by position are measured on their first 16 chunks as well.
 Scores are written to --output_dir as soon as a task is done at a length, so Ctrl-C loses only what is under way.
@@ -67,9 +65,6 @@ class Arguments(ModelArguments):
     items: list[int] = option("Facts or pairs in a prompt.", [16, 30, 45])
     positions: list[float] = option("0 first to 1 last.", list(POSITIONS))
     questions: int = option("Questions at each position and length.", 8)
-    key_value_file: str | None = option("kv-retrieval-*.jsonl.gz, --items pairs each.", None)
-    question_file: str | None = option("nq-open-oracle.jsonl.gz, --passages each.", None)
-    passages: list[int] = option("Passages in a prompt of questions.", [10])
     chunk_length: int | None = option(
         "Tokens of a chunk of the documents, for loss and perplexity. Default: 1024; beside an adapter that extends "
         "the window, the longest of --lengths.",
@@ -131,7 +126,7 @@ def run(args: Arguments) -> Outcome:
     is_drawn = can_draw()
 
     asked = sum(map(len, sizes)) * len(args.positions) * args.questions
-    longest = max((tokens for prompts in sizes for tokens in prompts.values()), default=0)
+    longest = max(tokens for prompts in sizes for tokens in prompts.values())
     logger.info(
         "%s questions about prompts of up to %s tokens, put to %d models in turn.",
         *(f"{asked:,}", f"{longest:,}", 1 + len(args.adapter)),
@@ -140,8 +135,7 @@ def run(args: Arguments) -> Outcome:
     interrupted = False
     try:
         model = load_model(base, args.dtype, quantization=quantization)
-        if tasks:
-            tell_pace(model, tokenizer, tasks[0], sizes, args)
+        tell_pace(model, tokenizer, tasks[0], sizes, args)
         for name, adapter in variants(base, args.adapter):
             if isinstance(model, PeftModel):
                 # Virtual tokens are no modules in the base model, which is as it was.
@@ -183,8 +177,7 @@ def extended_window(adapters: Sequence[str]) -> int | None:
 
 def chosen_tasks(args: Arguments, text: str) -> list[str]:
     """Names of tasks to run."""
-    with_files = bool(args.key_value_file or args.question_file)
-    default = ["needles", "keys"] if args.documents else [] if with_files else ["facts"]
+    default = ["needles", "keys"] if args.documents else ["facts"]
     names = default if args.tasks is None else list(dict.fromkeys(args.tasks))
     if unknown := sorted(set(names) - {*NEEDLES, *_WITHOUT_FILES}):
         raise UsageError(f"--tasks names {unknown}; choose among {', '.join([*_WITHOUT_FILES, *NEEDLES])}.")
@@ -201,12 +194,10 @@ def make_tasks(names: list[str], args: Arguments, text: str, tokenizer: Any) -> 
     tasks: list[tuple[Task, list[int]]] = [
         (Needles(text, tokenizer, NEEDLES[name]), args.lengths) for name in names if name in NEEDLES
     ]
-    if "key_values" in names or args.key_value_file:
-        tasks.append((KeyValues(file=args.key_value_file), args.items))
+    if "key_values" in names:
+        tasks.append((KeyValues(), args.items))
     if "facts" in names:
         tasks.append((Facts(), args.items))
-    if args.question_file:
-        tasks.append((MultiDocument(args.question_file), args.passages))
     return tasks
 
 
@@ -313,14 +304,12 @@ def write(measured: list[Measured], output_dir: Path) -> None:
 
 
 def draw(measured: list[Measured], output_dir: Path) -> None:
-    """Pictures of the same, where positions are known."""
+    """Pictures of the same."""
     for number, one in enumerate(measured):
         for task, result in one.results.items():
-            if not result.positions:
-                continue
             result.plot().savefig(output_dir / f"{_file_name(task)}_{number}.png", dpi=150)
     for task, result, *rivals in _by_task(measured):
-        if rivals and result.positions and all(rival.lengths == result.lengths for rival in rivals):
+        if rivals and all(rival.lengths == result.lengths for rival in rivals):
             result.plot(rivals).savefig(output_dir / f"{_file_name(task)}.png", dpi=150)
     losses = {one.name: one.losses for one in measured if one.losses is not None}
     if losses:
@@ -346,7 +335,7 @@ def _as_text(measured: list[Measured], where: str, interrupted: bool, window: in
             "\n".join([f"loss of your documents, window of {window:,} tokens", *(f"  {line}" for line in read)])
         )
     base, *adapted = measured
-    parts += [verdict(result) for result in base.results.values() if result.positions]
+    parts += [verdict(result) for result in base.results.values()]
     parts += ["\n".join(lines) for one in adapted if (lines := _changes(one, base))]
     if interrupted:
         parts.append("Interrupted: this is what was finished.")

@@ -8,9 +8,8 @@ _CELL = 18
 def score_table(results: list[Result]) -> str:
     """Scores of several models on one task with 95% intervals, by length and position."""
     first = results[0]
-    columns: list[float | None] = [*first.positions] or [None]
-    heads = ["all" if position is None else f"at {position:.0%}" for position in columns]
-    columns, heads = ([*columns, None], [*heads, "mean"]) if first.positions else (columns, heads)
+    columns: list[float | None] = [*first.positions, None]
+    heads = [*(f"at {position:.0%}" for position in first.positions), "mean"]
     width = max(24, *(len(result.model) for result in results))
     lines = [f"{first.task}: share of right answers [95% interval]"]
     for length in first.lengths:
@@ -30,7 +29,7 @@ def difference(name: str, after: Result, before: Result) -> str:
     """What an adapter changed on the questions of a task."""
     mean, (low, high) = after.difference(before)
     text = f"{after.task}: {name}: {mean:+.2f} in the mean ({low:+.2f} to {high:+.2f}, paired)"
-    return f"{text}, gap {before.gap():.2f} to {after.gap():.2f}" if after.positions else text
+    return f"{text}, gap {before.gap():.2f} to {after.gap():.2f}"
 
 
 def verdict(result: Result) -> str:
