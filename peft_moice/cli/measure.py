@@ -88,18 +88,6 @@ class Measured:
     results: dict[str, Result] = field(default_factory=dict)
     losses: PositionLosses | None = None
 
-    def on_both_sides(self, window: int) -> str:
-        """The mean losses within a window and beyond it, where a bucket of positions ends there."""
-        assert self.losses is not None
-        edges, values = self.losses.edges, self.losses.losses
-        sizes = [end - start for start, end in zip((1, *edges), edges, strict=False)]
-        cut = edges.index(window) + 1
-        within, beyond = (
-            sum(loss * size for loss, size in zip(values[part], sizes[part], strict=True)) / sum(sizes[part])
-            for part in (slice(cut), slice(cut, None))
-        )
-        return f"{self.name}: {within:.3f} within, {beyond:.3f} beyond"
-
 
 def run(args: Arguments) -> Outcome:
     """Check, load, measure, report."""
@@ -330,10 +318,13 @@ def _as_text(measured: list[Measured], where: str, interrupted: bool, window: in
         for one in measured
         if one.losses is not None
     ]
-    if window is not None and (read := [one.on_both_sides(window) for one in measured if one.losses is not None]):
-        parts.append(
-            "\n".join([f"loss of your documents, window of {window:,} tokens", *(f"  {line}" for line in read)])
-        )
+    if window is not None:
+        parts += [
+            f"loss of your documents, window of {window:,} tokens, {one.name}: "
+            f"{one.losses.mean(end=window):.3f} within, {one.losses.mean(start=window):.3f} beyond"
+            for one in measured
+            if one.losses is not None
+        ]
     base, *adapted = measured
     parts += [verdict(result) for result in base.results.values()]
     parts += ["\n".join(lines) for one in adapted if (lines := _changes(one, base))]

@@ -40,9 +40,13 @@ class PositionLosses:
     @property
     def perplexity(self) -> float:
         """Of all tokens that were predicted."""
-        sizes = _sizes(self.edges)
-        total = sum(loss * size for loss, size in zip(self.losses, sizes, strict=True))
-        return math.exp(total / sum(sizes))
+        return math.exp(self.mean())
+
+    def mean(self, start: int = 1, end: float = math.inf) -> float:
+        """Mean loss of the buckets that lie between two positions. Default: of all."""
+        buckets = zip(self.edges, self.losses, _sizes(self.edges), strict=True)
+        chosen = [(loss * size, size) for edge, loss, size in buckets if start <= edge - size and edge <= end]
+        return sum(total for total, _ in chosen) / sum(size for _, size in chosen)
 
 
 def chunks_of(tokenizer: Any, text: str, length: int, max_chunks: int | None = None) -> torch.Tensor:
