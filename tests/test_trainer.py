@@ -1,6 +1,5 @@
 """transformers' Trainer: equal steps however they are cut, resuming, evaluation, and the callback's logs."""
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -288,7 +287,6 @@ def test_callback_resumes_its_drift(llama, tmp_path):
         histories.append([entry for entry in trainer.state.log_history if "moice/drift" in entry][2:])
     assert histories[0] == histories[1]
     assert len(histories[0]) == 2
-    assert json.loads((tmp_path / "checkpoint-2" / "moice_callback.json").read_text()).keys() == {"default"}
 
 
 @pytest.mark.parametrize("length", [{"max_steps": 6}, {"num_train_epochs": 1.5, "max_steps": -1}])
