@@ -4,6 +4,7 @@ import pytest
 import torch
 from families import tiny_model, tokens
 from peft import get_peft_model
+from position_models import assert_close
 from representatives import slow_but
 
 from peft_moice import MoICEConfig
@@ -28,25 +29,17 @@ def real_logits(model) -> torch.Tensor:
     return model(**batch).logits[batch["attention_mask"].bool()]
 
 
-@pytest.mark.parametrize("attention", ["eager", pytest.param("flex_attention", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("other", ["eager", pytest.param("flex_attention", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 @torch.no_grad()
-def test_backends_agree(family, attention):
-    expected = real_logits(adapted(family, attention="sdpa"))
-    actual = real_logits(adapted(family, attention=attention))
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
-
-
-@pytest.mark.parametrize("other", ["eager", pytest.param("flex_attention", marks=pytest.mark.slow)])
-@torch.no_grad()
-def test_the_backend_can_be_changed_after_injection(other):
-    model = adapted(attention="sdpa")
+def test_backends_agree_and_can_be_changed_after_injection(family, other):
+    model = adapted(family, attention="sdpa")
     expected = real_logits(model)
+    assert_close(real_logits(adapted(family, attention=other)), expected)
     for attention in (other, "sdpa"):
         model.get_base_model().set_attn_implementation(attention)
         assert model.config._attn_implementation == attention
-        actual = real_logits(model)
-        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+        assert_close(real_logits(model), expected)
     probs = model(**left_padded(), output_attentions=True).attentions
     assert probs is None or all(layer is None for layer in probs)
     model.get_base_model().set_attn_implementation("eager")
@@ -77,7 +70,7 @@ def test_scores_with_a_soft_cap_are_mixed_after_the_cap():
         if hasattr(layer, "attn_logit_softcapping"):
             layer.attn_logit_softcapping = 0.5
     expected = reference(tokens()).logits
-    torch.testing.assert_close(model(tokens()).logits, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    assert_close(model(tokens()).logits, expected)
     assert (adapted("gemma2", attention="eager")(tokens()).logits - expected).abs().max() > 1e-3
 
 
@@ -92,8 +85,7 @@ def test_attention_in_both_directions_stays_so(implementation):
     difference = (model(input_ids=ids).logits - model(input_ids=changed).logits)[0, 0].abs().max()
     assert difference > 1e-2
     expected = adapted("paligemma", implementation="delegated")(input_ids=ids).logits
-    actual = model(input_ids=ids).logits
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    assert_close(model(input_ids=ids).logits, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
