@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from families import tiny_model, tokens
-from position_models import assert_close, mixture, one_angle, rotated
+from position_models import assert_close, cached_logits, mixture, one_angle, rotated
 from representatives import slow_but
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -17,12 +17,6 @@ def dynamic(make, **options):
     """A model whose angles grow beyond its original length."""
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
     return make(rope_parameters=rope, max_position_embeddings=ORIGINAL_LENGTH, **options)
-
-
-def cached_logits(model, ids: torch.Tensor, prompt_length: int, cache=None) -> torch.Tensor:
-    cache = DynamicCache(config=model.config) if cache is None else cache
-    pieces = ids.split((prompt_length, *([1] * (ids.shape[1] - prompt_length))), dim=1)
-    return torch.cat([model(piece, past_key_values=cache).logits for piece in pieces], dim=1)
 
 
 @pytest.mark.parametrize("length", slow_but([20], [20, ORIGINAL_LENGTH]))
