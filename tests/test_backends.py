@@ -89,7 +89,7 @@ def test_attention_in_both_directions_stays_so(implementation):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", slow_but(["sdpa"], ["eager", "sdpa"]))
 @torch.no_grad()
 def test_low_precision_costs_about_what_it_costs_the_base_model(dtype, attention):
     exact = adapted(attention=attention)

@@ -103,6 +103,7 @@ class TestErrors:
         assert "gone" in error(capsys, "merge", gone, str(tmp_path / "merged"))
         assert "holds neither adapter_config.json nor config.json" in error(capsys, "info", str(tmp_path))
 
+    @pytest.mark.slow
     def test_folders_beside_the_right_one(self, capsys, llama, adapter, tmp_path):
         above = str(Path(adapter).parent)
         options = ["--items", "3", "--output_dir", str(tmp_path / "out")]
@@ -180,6 +181,7 @@ class TestInfo:
         assert "10000, 2500, 5000, 40000 (1, 0.25, 0.5, 4 times the first)" in printed
         assert "2 of 4 per head and token" in printed
 
+    @pytest.mark.slow
     def test_layers_are_in_the_order_of_their_numbers_and_the_version_is_said(self, capsys, tmp_path):
         deep, folder = save_tiny_model(tmp_path / "deep", num_hidden_layers=11), str(tmp_path / "adapter")
         adapted_model(deep).save_pretrained(folder)
@@ -227,6 +229,7 @@ class TestMerge:
         assert "is there already" in error(capsys, "merge", adapter, str(tmp_path / "out"))
 
 
+@pytest.mark.slow
 class TestAngles:
     OPTIONS = ("--context_length", "64", "--num_experts", "3", "--prompts", "2", "--facts", "3")
 
@@ -234,7 +237,6 @@ class TestAngles:
     def options(self, tmp_path) -> list[str]:
         return [*self.OPTIONS, "--output_dir", str(tmp_path / "out")]
 
-    @pytest.mark.slow
     @pytest.mark.parametrize(("family", "dimensions"), [("llama", 16), ("phi", 8)])
     def test_measures_and_searches_for_the_rotated_dimensions(self, capsys, tmp_path, options, family, dimensions):
         folder = save_tiny_model(tmp_path / "model", family, max_position_embeddings=1024)
@@ -246,7 +248,6 @@ class TestAngles:
         assert len(found["by_measurement"]["mean_losses"]) == 8
         assert (tmp_path / "out" / "waveforms.png").is_file()
 
-    @pytest.mark.slow
     def test_angles_by_layer_type_are_searched_one_by_one(self, capsys, tmp_path, options):
         folder = save_tiny_model(tmp_path / "model", "gemma3", max_position_embeddings=1024)
         assert main(["angles", "--model", folder, *options]) == 0
@@ -256,7 +257,6 @@ class TestAngles:
         assert "Nothing is measured" in printed
         assert (tmp_path / "out" / "waveforms_full_attention.png").is_file()
 
-    @pytest.mark.slow
     def test_without_a_model_and_without_matplotlib(self, capsys, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
         assert main(["angles", "--output_dir", str(tmp_path)]) == 0

@@ -6,7 +6,6 @@ import pytest
 import torch
 from families import tiny_model, tokens
 from position_models import assert_close, cached_logits, mixture, one_angle, rotated
-from representatives import slow_but
 from transformers import AutoModelForCausalLM, DynamicCache
 
 ORIGINAL_LENGTH = 32
@@ -19,7 +18,8 @@ def dynamic(make, **options):
     return make(rope_parameters=rope, max_position_embeddings=ORIGINAL_LENGTH, **options)
 
 
-@pytest.mark.parametrize("length", slow_but([20], [20, ORIGINAL_LENGTH]))
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [20, ORIGINAL_LENGTH])
 @torch.no_grad()
 def test_exact_up_to_the_original_length(length, tmp_path):
     ids = tokens(length=length)
@@ -50,6 +50,7 @@ def test_grown_angles_are_refused_until_a_short_sequence_sets_them_back():
     assert_close(model(ids[:, :32]).logits, expected)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_base_model_may_grow_them():
     model, own, ids = dynamic(mixture), dynamic(tiny_model, model_type="llama"), tokens(length=40)

@@ -20,7 +20,6 @@ from peft_moice.evaluation import (
     bootstrap_interval,
     encode_chat,
     evaluate,
-    gates_along,
     losses_by_position,
     perplexity,
     sample_facts,
@@ -160,6 +159,7 @@ class TestBootstrapInterval:
     def test_of_equal_values_is_a_point(self):
         assert bootstrap_interval([[0.5], [0.5, 0.5]]) == (0.5, 0.5)
 
+    @pytest.mark.slow
     def test_covers_the_mean_about_as_often_as_it_says(self):
         rng = random.Random(0)
         covered = 0
@@ -381,6 +381,7 @@ class TestResult:
         cells = json.loads((tmp_path / "result.json").read_text())["cells"]
         assert [cell["score"] for cell in cells] == [1.0, 0.25, 1.0] * 2
 
+    @pytest.mark.slow
     def test_draws_itself(self):
         heat_map = self.RESULT.plot()
         assert heat_map.axes[0].images[0].get_array().tolist() == self.RESULT.table()
@@ -415,18 +416,3 @@ def test_losses_by_position_are_means_of_their_own_tokens():
     assert result.losses == pytest.approx(expected, rel=1e-5)
     assert result.centers == (1.0, 2.5, 5.5, 11.5, 17.5)
     assert result.perplexity == pytest.approx(losses.mean().exp().item(), rel=1e-5)
-
-
-def test_gates_along_a_text_are_those_of_the_routers():
-    model = get_peft_model(tiny_llama(), MoICEConfig(base_multipliers=[1.0, 0.25, 4.0], init_weights=False, top_k=2))
-    gates = gates_along(model, torch.arange(12))
-    assert len(gates) == 2
-    assert all(values.shape == (4, 12, 3) for values in gates.values())
-    first, second = gates.values()
-    assert not torch.equal(first, second)
-    with pytest.raises(ValueError, match=r"shape \(1, 12\); give one sequence"):
-        gates_along(model, torch.arange(12)[None])
-    with pytest.raises(ValueError, match=r"routers of the name 'other' at work; those at work are \['default'\]"):
-        gates_along(model, torch.arange(12), "other")
-    merged = gates_along(model.merge_and_unload(), torch.arange(12), "0")
-    assert all(torch.equal(*pair) for pair in zip(merged.values(), gates.values(), strict=True))

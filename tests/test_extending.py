@@ -53,6 +53,7 @@ def test_a_merged_folder_states_the_new_length_and_computes_the_same(base, expec
         LlamaForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 def test_yarn_keeps_the_length_that_it_starts_from_when_merging_states_another(base, tmp_path):
     rules = [
         {"query_positions": [0, WINDOW]},
@@ -86,6 +87,7 @@ def test_a_check_looks_beyond_the_window(base, monkeypatch):
         check(model)
 
 
+@pytest.mark.slow
 def test_routers_and_an_extension_are_merged_together(base, tmp_path):
     model = get_peft_model(load(base), wide_config()).eval()
     decide(model)

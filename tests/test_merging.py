@@ -53,6 +53,7 @@ class TestMergeAdapter:
             assert torch.equal(logits_of(model), logits_of(load(llama)))
             assert not layers_of(model)[0].merged
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
     def test_copies_unmerge_by_themselves(self, model, duplicate):
         expected = logits_with(model, "a")
@@ -68,6 +69,7 @@ class TestMergeAdapter:
         attention = layers_of(model)[0].base_layer
         assert not attention._forward_pre_hooks and not attention._forward_pre_hooks_with_kwargs
 
+    @pytest.mark.slow
     def test_merging_where_forward_hangs_on_the_instance(self, llama):
         """As after accelerate's `dispatch_model`, which hides the forward of the module's class."""
         base = load(llama)

@@ -19,6 +19,11 @@ GENERATION = [
 ]
 
 
+@torch.no_grad()
+def logits_of_rows(model, ids: torch.Tensor, names) -> torch.Tensor:
+    return model(ids, adapter_names=list(names)).logits
+
+
 class TestMixedBatches:
     NAMES = ("a", "other", "__base__")
 
@@ -28,8 +33,7 @@ class TestMixedBatches:
         for row, name in ((1, "other"), (0, "a")):
             model.set_adapter(name)
             alone.insert(0, logits_of(model, ids[row : row + 1]))
-        with torch.no_grad():
-            mixed = model(ids, adapter_names=list(self.NAMES)).logits
+        mixed = logits_of_rows(model, ids, self.NAMES)
         torch.testing.assert_close(mixed, torch.cat(alone), rtol=1e-5, atol=1e-5)
         assert torch.equal(logits_of(model, ids[:1]), alone[0]), "hooks were left behind"
 
@@ -56,8 +60,7 @@ class TestMixedBatches:
                 over.wait()
 
         def run():
-            with torch.no_grad():
-                mixed.append(model(ids, adapter_names=["other"] * 2).logits)
+            mixed.append(logits_of_rows(model, ids, ["other"] * 2))
 
         layers_of(model)[0].register_forward_hook(wait)
         thread = threading.Thread(target=run)
@@ -76,8 +79,7 @@ class TestMixedBatches:
         decide(model, "b", seed=1)
         ids = token_ids(2)
         model.eval()
-        with torch.no_grad():
-            mixed = model(ids, adapter_names=["a", "b"]).logits
+        mixed = logits_of_rows(model, ids, "ab")
         expected = []
         for row, name in enumerate("ab"):
             model.set_adapter(name)
@@ -87,16 +89,14 @@ class TestMixedBatches:
     def test_an_angle_other_than_the_own_beside_the_base_model(self, llama):
         model = get_peft_model(load(llama), MoICEConfig(rope_bases=[77.0], task_type="CAUSAL_LM")).eval()
         ids = token_ids(2)
-        with torch.no_grad():
-            mixed = model(ids, adapter_names=["default", "__base__"]).logits
+        mixed = logits_of_rows(model, ids, ("default", "__base__"))
         torch.testing.assert_close(mixed[:1], logits_of(model, ids[:1]), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(mixed[1:], logits_of(load(llama), ids[1:]), rtol=1e-5, atol=1e-5)
 
     def test_disabling_comes_first_and_rows_may_be_the_base_model_s_alone(self, model, llama):
-        with torch.no_grad():
-            base_only = model(token_ids(), adapter_names=["__base__"] * 2).logits
-            with model.disable_adapter():
-                disabled = model(token_ids(), adapter_names=["a", "other"]).logits
+        base_only = logits_of_rows(model, token_ids(), ["__base__"] * 2)
+        with model.disable_adapter():
+            disabled = logits_of_rows(model, token_ids(), ("a", "other"))
         expected = logits_of(load(llama))
         assert torch.equal(base_only, expected) and torch.equal(disabled, expected)
 

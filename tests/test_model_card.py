@@ -152,6 +152,7 @@ def test_cards_of_other_tuners_are_left_alone(llama, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_trainer(llama, tmp_path):
     """`trainer.push_to_hub` saves, then writes a card of its own, then uploads."""
     model = adapted_model(llama)
