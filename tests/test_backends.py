@@ -9,6 +9,8 @@ from representatives import slow_but
 
 from peft_moice import MoICEConfig
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 
 def adapted(family: str = "llama", dtype: torch.dtype = torch.float32, attention: str = "sdpa", **options):
     torch.manual_seed(1)
@@ -31,7 +33,6 @@ def real_logits(model) -> torch.Tensor:
 
 @pytest.mark.parametrize("other", ["eager", pytest.param("flex_attention", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-@torch.no_grad()
 def test_backends_agree_and_can_be_changed_after_injection(family, other):
     model = adapted(family, attention="sdpa")
     expected = real_logits(model)
@@ -46,7 +47,6 @@ def test_backends_agree_and_can_be_changed_after_injection(family, other):
     assert all(layer is not None for layer in model(**left_padded(), output_attentions=True).attentions)
 
 
-@torch.no_grad()
 def test_eager_attention_returns_the_mixed_probabilities():
     model = adapted(attention="eager")
     reference = adapted(attention="eager", implementation="reference")
@@ -62,7 +62,6 @@ def test_eager_attention_returns_the_mixed_probabilities():
         torch.testing.assert_close(probs[0, :, 7:], expected[0, :, 7:], rtol=0, atol=1e-6)
 
 
-@torch.no_grad()
 def test_scores_with_a_soft_cap_are_mixed_after_the_cap():
     model = adapted("gemma2", attention="eager")
     reference = adapted("gemma2", attention="eager", implementation="reference")
@@ -75,7 +74,6 @@ def test_scores_with_a_soft_cap_are_mixed_after_the_cap():
 
 
 @pytest.mark.parametrize("implementation", slow_but(["auto"], ["auto", "delegated", "reference"]))
-@torch.no_grad()
 def test_attention_in_both_directions_stays_so(implementation):
     """PaliGemma's text tower says so in an attribute of its attention modules, and makes no mask."""
     ids = tokens(batch=1)
@@ -90,7 +88,6 @@ def test_attention_in_both_directions_stays_so(implementation):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("attention", slow_but(["sdpa"], ["eager", "sdpa"]))
-@torch.no_grad()
 def test_low_precision_costs_about_what_it_costs_the_base_model(dtype, attention):
     exact = adapted(attention=attention)
     low = adapted(dtype=dtype, attention=attention)
@@ -103,6 +100,7 @@ def test_low_precision_costs_about_what_it_costs_the_base_model(dtype, attention
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@torch.enable_grad()
 def test_autocast_runs_forward_and_backward(attention):
     model = adapted(attention=attention)
     exact = model(tokens()).logits

@@ -8,6 +8,8 @@ from families import tiny_model, tokens
 from position_models import assert_close, cached_logits, mixture, one_angle, rotated
 from transformers import AutoModelForCausalLM, DynamicCache
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 ORIGINAL_LENGTH = 32
 GROWN = r"'dynamic' have grown with a sequence beyond the model's original length of 32 tokens"
 
@@ -20,7 +22,6 @@ def dynamic(make, **options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [20, ORIGINAL_LENGTH])
-@torch.no_grad()
 def test_exact_up_to_the_original_length(length, tmp_path):
     ids = tokens(length=length)
     turned, expected = dynamic(one_angle), dynamic(rotated)(ids).logits
@@ -37,7 +38,6 @@ def test_exact_up_to_the_original_length(length, tmp_path):
         again(tokens(length=33))
 
 
-@torch.no_grad()
 def test_grown_angles_are_refused_until_a_short_sequence_sets_them_back():
     model, ids = copy.deepcopy(dynamic(mixture)), tokens(length=40)
     expected = model(ids[:, :32]).logits
@@ -51,7 +51,6 @@ def test_grown_angles_are_refused_until_a_short_sequence_sets_them_back():
 
 
 @pytest.mark.slow
-@torch.no_grad()
 def test_the_base_model_may_grow_them():
     model, own, ids = dynamic(mixture), dynamic(tiny_model, model_type="llama"), tokens(length=40)
     cache = DynamicCache(config=own.config)

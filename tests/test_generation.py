@@ -14,6 +14,8 @@ from versions import needs_transformers
 
 from peft_moice import MoICEConfig
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 NEEDS_FP8 = needs_transformers("5.21", "has no caches in fp8")
 
 FAMILIES = ["llama", "mistral", "gemma3_text", "gpt_oss", "deepseek_v3", "gpt_neox"]
@@ -52,7 +54,6 @@ def unaware_cache(model) -> DynamicCache:
 @pytest.mark.parametrize("make_cache", [dynamic_cache, unaware_cache, static_cache])
 @pytest.mark.parametrize("family", slow_but(["gemma3_text"], FAMILIES))
 @pytest.mark.parametrize("pieces", [(17, 1, 1, 1), (5, 6, 7, 2), pytest.param((1,) * 20, marks=pytest.mark.slow)])
-@torch.no_grad()
 def test_a_prompt_in_pieces_gives_the_logits_of_the_whole(family, make_cache, pieces):
     model, ids = mixture(family), tokens()
     cache, logits, start = make_cache(model), [], 0
@@ -67,7 +68,6 @@ def test_a_prompt_in_pieces_gives_the_logits_of_the_whole(family, make_cache, pi
 @pytest.mark.parametrize(
     "backend", [pytest.param("fp8", marks=NEEDS_FP8), "hqq", pytest.param("quanto", marks=pytest.mark.slow)]
 )
-@torch.no_grad()
 def test_quantized_keys_are_turned_like_any_others(backend):
     if backend != "fp8":
         pytest.importorskip({"quanto": "optimum.quanto", "hqq": "hqq"}[backend])
@@ -85,7 +85,6 @@ def test_quantized_keys_are_turned_like_any_others(backend):
 
 
 @NEEDS_FP8
-@torch.no_grad()
 def test_one_angle_with_quantized_keys_is_close_to_a_model_with_that_rope_theta():
     """The one keeps its keys under its own angle, the other under the new one, so they round differently."""
     ids, errors = tokens(), []
@@ -102,7 +101,6 @@ def test_one_angle_with_quantized_keys_is_close_to_a_model_with_that_rope_theta(
 
 
 @pytest.mark.parametrize(("family", "cache"), slow_but(GENERATING[:3], GENERATING))
-@torch.no_grad()
 def test_generation_equals_search_without_a_cache(family, cache):
     model, ids = mixture(family), tokens(length=11)
     options = {} if cache is None else {"cache_implementation": cache}
@@ -112,7 +110,6 @@ def test_generation_equals_search_without_a_cache(family, cache):
 
 
 @pytest.mark.parametrize("family", slow_but(["llama"], FAMILIES))
-@torch.no_grad()
 def test_left_padded_rows_equal_single_rows(family):
     model, ids = mixture(family), tokens(batch=3, length=11)
     lengths = (11, 7, 4)
@@ -125,7 +122,6 @@ def test_left_padded_rows_equal_single_rows(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
-@torch.no_grad()
 def test_packed_sequences_equal_separate_ones(family):
     model, ids = mixture(family), tokens(batch=1, length=20)
     lengths = (9, 4, 7)
@@ -140,7 +136,6 @@ def test_packed_sequences_equal_separate_ones(family):
     [{"do_sample": True, "top_k": 20}, {"num_beams": 3, "num_return_sequences": 2}],
     ids=["sampling", "beams"],
 )
-@torch.no_grad()
 def test_generation_does_not_depend_on_the_cache(options):
     model, ids = mixture("llama"), tokens(length=9)
     texts = []
@@ -150,7 +145,6 @@ def test_generation_does_not_depend_on_the_cache(options):
     assert torch.equal(*texts)
 
 
-@torch.no_grad()
 def test_prompt_lookup_and_assistants_do_not_change_greedy_text():
     model, assistant = mixture("llama"), tiny_model("llama", num_hidden_layers=1, eos_token_id=None)
     ids = tokens(batch=1, length=6).repeat(1, 3)
@@ -159,7 +153,6 @@ def test_prompt_lookup_and_assistants_do_not_change_greedy_text():
     assert torch.equal(generated(model, ids, assistant_model=assistant), expected)
 
 
-@torch.no_grad()
 def test_input_embeddings_give_the_text_of_their_tokens():
     model, ids = mixture("llama"), tokens(length=9)
     embeddings = model.get_input_embeddings()(ids)
@@ -173,7 +166,6 @@ def test_input_embeddings_give_the_text_of_their_tokens():
     assert torch.equal(output, generated(model, ids, new_tokens=8)[:, 9:])
 
 
-@torch.no_grad()
 def test_a_cache_filled_with_the_adapter_serves_the_base_model_and_back():
     """The cache holds the base model's keys, so each step depends on whether the adapter is on in that step only."""
     model, ids = mixture("llama", layers_to_transform=[1]), tokens(length=12)
@@ -199,7 +191,6 @@ def test_a_cache_filled_with_the_adapter_serves_the_base_model_and_back():
 @needs_transformers("5.19", "lets continuous batching write its cache in another way, which is refused")
 @pytest.mark.parametrize("attention", ["sdpa", "paged|eager"])
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-@torch.no_grad()
 def test_continuous_batching_gives_the_text_of_single_prompts(family, attention):
     model = mixture(family)
     prompts = [tokens(batch=1, length=length, seed=length) for length in (11, 5, 3)]

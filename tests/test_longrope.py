@@ -17,6 +17,8 @@ from versions import needs_transformers
 from peft_moice import MoICEConfig, extend
 from peft_moice.probing import LayerProbe, attention_module_names
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 ORIGINAL_LENGTH = 32
 SHORT, EXACTLY, LONG = 20, ORIGINAL_LENGTH, 50
 
@@ -56,7 +58,6 @@ OLMO3 = [pytest.mark.slow, needs_transformers("5.21", "cannot run longrope with 
 @pytest.mark.parametrize(
     "family", ["llama", pytest.param("olmo3", marks=OLMO3), *slow_but([], ["phi3", "phimoe", "deepseek_v3"])]
 )
-@torch.no_grad()
 def test_one_angle_equals_a_model_with_that_rope_theta(family):
     angles = 4 if family == "deepseek_v3" else 8
     base, turned = model_of(family, angles=angles), model_of(family, theta_factor=3.0, angles=angles)
@@ -71,7 +72,6 @@ def test_one_angle_equals_a_model_with_that_rope_theta(family):
 
 
 @pytest.mark.parametrize("length", slow_but([LONG], [SHORT, EXACTLY, LONG]))
-@torch.no_grad()
 def test_mixture_equals_reference(length):
     ids = tokens(length=length)
     expected = adapted(config=mixture(implementation="reference"))(ids).logits
@@ -82,7 +82,6 @@ def test_mixture_equals_reference(length):
 
 
 @pytest.mark.slow
-@torch.no_grad()
 def test_merged_and_saved_models(tmp_path):
     model = adapted(model_of("phi3"))
     lengths = (SHORT, LONG, EXACTLY)
@@ -100,6 +99,7 @@ def test_merged_and_saved_models(tmp_path):
 
 @pytest.mark.slow
 def test_gradients_with_checkpointing_when_other_lengths_come_in_between():
+    @torch.enable_grad()
     def gradients(checkpoint: bool) -> list[torch.Tensor]:
         model = adapted(model_of()).train()
         if checkpoint:
@@ -117,7 +117,6 @@ class TestSequencesThatCrossTheOriginalLength:
     """In transformers, keys in the cache keep the factors that held when they came."""
 
     @pytest.mark.parametrize("merged", slow_but([False], [False, True]))
-    @torch.no_grad()
     def test_step_by_step(self, merged):
         model, ids = adapted(), tokens(length=40)
         if merged:
@@ -132,7 +131,6 @@ class TestSequencesThatCrossTheOriginalLength:
         assert_close(model(ids).logits[:, 32:], cached_logits(model, ids, 33)[:, 32:])
         assert_close(in_chunks(model, ids, [35, 2]), model(ids).logits)
 
-    @torch.no_grad()
     def test_cropped_below_it(self):
         model, ids = adapted(), tokens(length=LONG)
         cache = DynamicCache(config=model.config)
@@ -143,7 +141,6 @@ class TestSequencesThatCrossTheOriginalLength:
         with pytest.raises(ValueError, match=r"uses the short factors .* the long ones"):
             model(ids[:, 20:21], past_key_values=cache)
 
-    @torch.no_grad()
     def test_while_routers_are_off(self):
         model, base, ids = adapted(), model_of(), tokens(length=40)
         cache, own_cache = DynamicCache(config=model.config), DynamicCache(config=model.config)
@@ -159,7 +156,6 @@ class TestSequencesThatCrossTheOriginalLength:
 
     @pytest.mark.slow
     @needs_transformers("5.20", "throws Phi-3's cache away, but runs the last token alone")
-    @torch.no_grad()
     def test_generation_of_phi_runs_the_sequence_again(self):
         """Phi-3 throws its cache away where the factors change, so that generating across is exact."""
         model, ids = adapted(model_of("phi3")), tokens(batch=1, length=28)
@@ -172,7 +168,6 @@ class TestSequencesThatCrossTheOriginalLength:
             assert allowed.argmax() == ids[0, -1]
 
 
-@torch.no_grad()
 def test_padded_batches_count_positions_and_not_places_in_the_cache():
     """28 tokens and 8 of padding in front: 36 places, but within the original length until 4 more have come."""
     model, ids = adapted(), tokens(length=33)
@@ -189,7 +184,6 @@ def test_padded_batches_count_positions_and_not_places_in_the_cache():
 
 
 @pytest.mark.slow
-@torch.no_grad()
 def test_prompts_that_do_not_begin_at_zero():
     model, ids = adapted(), tokens(length=20)
     cache = DynamicCache(config=model.config)
@@ -203,7 +197,6 @@ def test_prompts_that_do_not_begin_at_zero():
 
 
 @pytest.mark.parametrize("length", slow_but([SHORT], [SHORT, LONG]))
-@torch.no_grad()
 def test_steps_of_decoding_wait_for_the_device_no_more_often_than_the_base_model(as_on_a_gpu, length):
     def waits(model) -> int:
         cache = DynamicCache(config=model.config)
@@ -218,7 +211,6 @@ def test_steps_of_decoding_wait_for_the_device_no_more_often_than_the_base_model
 
 
 @pytest.mark.slow
-@torch.no_grad()
 def test_static_caches():
     model, ids = adapted(), tokens(length=LONG)
     for length, places in ((LONG, 64), (EXACTLY, ORIGINAL_LENGTH)):
@@ -231,7 +223,6 @@ def test_static_caches():
 
 @pytest.mark.slow
 @needs_transformers("5.21", "branches on the values of positions in longrope")
-@torch.no_grad()
 def test_compiled_prompts_are_one_graph_per_shape_of_either_length():
     model = adapted(model_of(num_hidden_layers=1))
     for length in (SHORT, LONG):
@@ -243,7 +234,6 @@ def test_compiled_prompts_are_one_graph_per_shape_of_either_length():
 
 
 @pytest.mark.slow
-@torch.no_grad()
 def test_compiled_decoding():
     model, ids = adapted(model_of(num_hidden_layers=1)), tokens(length=LONG)
     expected = model(ids).logits
@@ -262,7 +252,6 @@ def test_compiled_decoding():
 
 @needs_transformers("5.21", "branches on the values of positions in longrope")
 @pytest.mark.slow
-@torch.no_grad()
 def test_compiled_decoding_over_keys_that_nobody_saw_come():
     model, ids = adapted(model_of(num_hidden_layers=1)), tokens(length=LONG)
     cache = DynamicCache(config=model.config)
@@ -275,7 +264,6 @@ def test_compiled_decoding_over_keys_that_nobody_saw_come():
 
 
 @pytest.mark.slow
-@torch.no_grad()
 def test_layers_that_get_no_position_ids_learn_them_from_the_rotary_embedding():
     model = adapted(model_of("llama4_text"), MoICEConfig(base_multipliers=[3.0]))
     for length in (SHORT, LONG):
@@ -293,8 +281,7 @@ def test_phimoe_keeps_its_angles():
         assert LayerProbe(model).plan(names[0]).rope.original_length == original_length
     ids, turned = tokens(length=40), model_of("phimoe", theta_factor=3.0)
     model = adapted(model_of("phimoe"), MoICEConfig(base_multipliers=[3.0]))
-    with torch.no_grad():
-        assert_close(cached_logits(model, ids, 30), cached_logits(turned, ids, 30))
+    assert_close(cached_logits(model, ids, 30), cached_logits(turned, ids, 30))
 
 
 class TestRopesByPosition:
@@ -305,7 +292,6 @@ class TestRopesByPosition:
         [("llama", {}), *slow_but([], [("phi3", {"sliding_window": 256})]), pytest.param("olmo3", {}, marks=OLMO3)],
         ids=lambda value: value if isinstance(value, str) else "",
     )
-    @torch.no_grad()
     def test_equals_the_models_under_either_set_over_keys_rotated_anew(self, family, options):
         ids, base = tokens(length=LONG), model_of(family, **options)
         kind = "full_attention" if family == "olmo3" else None
@@ -330,7 +316,6 @@ class TestRopesByPosition:
         assert torch.equal(model.unload()(ids).logits, long)
 
     @pytest.mark.slow
-    @torch.no_grad()
     def test_saved_merged_and_beside_routers(self, tmp_path):
         ids, model = tokens(length=LONG), extend(model_of("phi3", sliding_window=256)).eval()
         expected = model(ids).logits
@@ -347,7 +332,6 @@ class TestRopesByPosition:
         assert_close(actual[:, :EXACTLY], routed(ids[:, :EXACTLY]).logits)
         assert_close(actual[:, EXACTLY:], beyond[:, EXACTLY:])
 
-    @torch.no_grad()
     def test_caches_with_other_factors_are_refused(self):
         model, ids = extend(model_of()).eval(), tokens(length=LONG)
         for prompt in (40, 30):
@@ -381,7 +365,6 @@ class TestRopesByPosition:
 
     @pytest.mark.slow
     @needs_transformers("5.21", "branches on the values of positions in longrope")
-    @torch.no_grad()
     def test_compiled_decoding_across(self):
         model, ids, graphs = extend(model_of(num_hidden_layers=1)).eval(), tokens(length=44), CompileCounter()
         expected, cache = model(ids).logits, StaticCache(config=model.config, max_cache_len=64)
