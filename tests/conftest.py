@@ -1,5 +1,7 @@
 """Options and fixtures of the test-suite."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
@@ -8,6 +10,7 @@ from tiny_models import FAMILIES, OTHER, adapted_model, decide, load, save_tiny_
 
 # Property tests draw the same examples in every run, so that a failure can be had again, and are not judged by time.
 settings.register_profile("seeded", derandomize=True, deadline=None)
+settings.register_profile("many", max_examples=int(os.environ.get("CASES", "2000")), deadline=None)
 settings.load_profile("seeded")
 
 

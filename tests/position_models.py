@@ -4,6 +4,7 @@ import torch
 from families import tiny_model
 from peft import PeftModel, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache
 
 from peft_moice import MoICEConfig
 
@@ -31,6 +32,13 @@ def mixture(family: str = "llama", **options) -> PeftModel:
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+def cached_logits(model, ids: torch.Tensor, prompt_length: int, cache=None) -> torch.Tensor:
+    """Logits of `ids`: a prompt at once, then the rest one by one."""
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    pieces = ids.split((prompt_length, *([1] * (ids.shape[1] - prompt_length))), dim=1)
+    return torch.cat([model(piece, past_key_values=cache).logits for piece in pieces], dim=1)
 
 
 def positions_of(mask: torch.Tensor) -> torch.Tensor:

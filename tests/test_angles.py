@@ -73,6 +73,7 @@ def test_best_angles_complement_each_other():
     assert scores.best(3) == [1e4, 4e4, 3e4]
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_model_under_each_angle(tmp_path):
     folder = save_tiny_model(tmp_path)
     model, ids = load(folder), token_ids(3)
@@ -88,6 +89,7 @@ def test_scores_are_those_of_the_model_under_each_angle(tmp_path):
     assert scores.losses.tolist() == [losses_of(model), losses_of(other)]
 
 
+@pytest.mark.slow
 def test_own_angles_are_read_off_the_layers(tmp_path):
     model = load(save_tiny_model(tmp_path / "gemma3", "gemma3"))
     before = logits_of(model)

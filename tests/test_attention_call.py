@@ -24,17 +24,14 @@ def tensors(queries: int = QUERIES, keys: int = KEYS) -> dict[str, torch.Tensor]
     }
 
 
+def at(queries: tuple[int, ...], keys: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    return {"query_positions": torch.zeros(queries), "key_positions": torch.zeros(keys)}
+
+
 def call(**changes) -> AttentionCall:
     return AttentionCall(
         **{**tensors(), "rotations": table(LAYOUTS["half"]), "query_start": KEYS - QUERIES, **changes}
     )
-
-
-def test_what_fits_is_taken_as_it_is():
-    assert call().why_not_plain() is None
-    assert call(query_start=0).query_start == 0
-    for last in (0, KEYS - QUERIES):
-        assert call(query_start=last).why_not_plain() is None
 
 
 @pytest.mark.parametrize(
@@ -50,18 +47,9 @@ def test_what_fits_is_taken_as_it_is():
         ({"query_start": -1}, "5 queries starting at position -1 do not fit 9 keys"),
         ({"query_positions": torch.zeros(1, QUERIES)}, "have to be given together"),
         ({"key_positions": torch.zeros(1, KEYS)}, "have to be given together"),
-        (
-            {"query_positions": torch.zeros(1, QUERIES), "key_positions": torch.zeros(3, KEYS)},
-            r"`key_positions` have shape \(3, 9\), but need \(2 or 1, 9\)",
-        ),
-        (
-            {"query_positions": torch.zeros(1, KEYS), "key_positions": torch.zeros(1, KEYS)},
-            r"`query_positions` have shape \(1, 9\), but need \(2 or 1, 5\)",
-        ),
-        (
-            {"query_positions": torch.zeros(QUERIES), "key_positions": torch.zeros(KEYS)},
-            "`query_positions` have shape",
-        ),
+        (at((1, QUERIES), (3, KEYS)), r"`key_positions` have shape \(3, 9\), but need \(2 or 1, 9\)"),
+        (at((1, KEYS), (1, KEYS)), r"`query_positions` have shape \(1, 9\), but need \(2 or 1, 5\)"),
+        (at((QUERIES,), (KEYS,)), "`query_positions` have shape"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(changes, message):
@@ -82,7 +70,7 @@ MASK = torch.zeros(BATCH, 1, QUERIES, KEYS)
         ({"options": {"output_attentions": True}}, "does not give attention probabilities"),
         ({"options": {"sliding_window": KEYS - 1}}, "sliding window from the mask"),
         ({"query_start": torch.zeros(QUERIES, dtype=torch.int64)}, "packed sequences"),
-        ({"query_positions": torch.zeros(1, QUERIES), "key_positions": torch.zeros(1, KEYS)}, "stand elsewhere"),
+        (at((1, QUERIES), (1, KEYS)), "stand elsewhere"),
         ({"attention_mask": torch.ones(BATCH, KEYS)}, "four dimensions"),
         ({"attention_mask": "block mask"}, "four dimensions"),
         ({"attention_mask": MASK.long()}, "boolean and additive masks, not torch.int64"),
@@ -98,6 +86,8 @@ def test_what_only_the_models_own_attention_can_do(changes, reason):
 @pytest.mark.parametrize(
     "changes",
     [
+        {},
+        {"query_start": 0},
         {"options": {"dropout": 0.0, "softcap": None, "s_aux": None, "output_attentions": False}},
         {"options": {"sliding_window": KEYS}},
         {"options": {"sliding_window": 2}, "attention_mask": MASK},
@@ -173,17 +163,11 @@ def test_folded_heads_are_calls_one_by_one(heads_of_mask):
     order = torch.arange(KEYS)
     queries = order[KEYS - QUERIES :, None]
     mask = ((order <= queries) & (order > queries - reach)).expand(BATCH, -1, -1, -1)
+    options = {"rotations": table(LAYOUTS["half"]), "query_start": KEYS - QUERIES, "attend": attend}
     results = []
     for name in ("folded", "delegated"):
         arguments = {key: value.clone().requires_grad_() for key, value in tensors().items()}
-        output, probs = mixed_attention(
-            **arguments,
-            rotations=table(LAYOUTS["half"]),
-            query_start=KEYS - QUERIES,
-            attend=attend,
-            attention_mask=mask,
-            implementation=name,
-        )
+        output, probs = mixed_attention(**arguments, **options, attention_mask=mask, implementation=name)
         (output.square().sum() + probs.square().sum()).backward()
         results.append([output, probs, *(tensor.grad for tensor in arguments.values())])
     assert_close(*results, rtol=1e-5, atol=2e-6)

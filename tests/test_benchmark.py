@@ -44,8 +44,8 @@ def test_table_json_and_picture(folder, tmp_path):
 def test_rows_are_printed_one_by_one(folder, tmp_path, monkeypatch, capsys):
     """Who stops it early has what was measured until then."""
     output = tmp_path / "benchmark.json"
-    args = benchmark.Arguments(folder, prefill=[16, 2], decode=[], train=[], identity=[], top_ks=[2], threads=1)
-    args.output, measured = str(output), []
+    args = benchmark.Arguments(folder, prefill=[16, 2], decode=[], train=[], identity=[], top_ks=[2])
+    args.output, args.threads, measured = str(output), torch.get_num_threads(), []
 
     def times(model, args, row):
         if measured:
@@ -54,23 +54,15 @@ def test_rows_are_printed_one_by_one(folder, tmp_path, monkeypatch, capsys):
         return {"base": 2.0, "K = 2": 3.0, "N copies": 8.0}
 
     monkeypatch.setattr(benchmark, "times", times)
-    threads = torch.get_num_threads()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            benchmark.main(args)
-    finally:
-        torch.set_num_threads(threads)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.main(args)
     assert "| prefill, 16 tokens | 2.00 s | 1.50 (" in capsys.readouterr().out
     assert list(json.loads(output.read_text())["rows"]) == ["prefill, 16 tokens"]
 
 
 def test_a_model_may_be_cut_to_its_first_layers(folder):
     whole = load(folder).eval()
-    threads = torch.get_num_threads()
-    try:
-        cut = benchmark.load(benchmark.Arguments(folder, layers=1, threads=1)).eval()
-    finally:
-        torch.set_num_threads(threads)
+    cut = benchmark.load(benchmark.Arguments(folder, layers=1, threads=torch.get_num_threads())).eval()
     ids = torch.arange(2, 20)[None]
     first = whole.model(ids, output_hidden_states=True).hidden_states[1]
     torch.testing.assert_close(cut.model(ids, output_hidden_states=True).last_hidden_state, whole.model.norm(first))
@@ -78,6 +70,7 @@ def test_a_model_may_be_cut_to_its_first_layers(folder):
     assert len(benchmark.adapted(cut, 2, "auto", False).get_model_status().active_adapters) == 1
 
 
+@pytest.mark.filterwarnings("error:.*past_key_values")  # the name that the model has for a cache
 def test_variants_share_the_weights_and_nothing_else(folder):
     model = load(folder)
     args = benchmark.Arguments(top_ks=[2])
@@ -87,14 +80,10 @@ def test_variants_share_the_weights_and_nothing_else(folder):
     weight = model.model.embed_tokens.weight
     for variant in found.values():
         assert any(parameter is weight for parameter in variant.parameters())
-        benchmark.make_job(variant, "training step", 28)()
+        for job in ("decode step", "training step"):
+            benchmark.make_job(variant, job, 28)()
     assert torch.equal(model(ids).logits, before)
     assert not torch.equal(found["K = 2"].eval()(ids).logits, before)
-
-
-@pytest.mark.filterwarnings("error:.*past_key_values")
-def test_decoding_passes_the_cache_by_the_name_that_the_model_has_for_it(folder):
-    benchmark.make_job(load(folder), "decode step", 9)()
 
 
 def test_bounds(folder):

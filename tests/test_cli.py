@@ -58,22 +58,24 @@ class TestHelp:
         assert 10 < len(lines) <= 54 and max(map(len, lines)) <= 121
         assert any(line.startswith(f"  peft-moice {command}") for line in lines)
 
-    def test_train_explains_formats_and_presets_and_can_list_everything(self, capsys):
-        for option, expected in (
-            ("--help", ["sharegpt", "alpaca", "parquet", "retrieval ", "chats ", "paper "]),
-            ("--help_all", ["--adam_beta1", "--fsdp", "--keep_weight", "--passage_words"]),
-        ):
-            with pytest.raises(SystemExit):
-                main(["train", option])
-            printed = capsys.readouterr().out
-            assert all(text in printed for text in expected)
-
-    def test_a_default_of_0_is_said_like_others(self, capsys):
+    @pytest.mark.parametrize(
+        ("command", "option", "patterns"),
+        [
+            ("train", "--help", ["sharegpt", "alpaca", "parquet", "retrieval ", "chats ", "paper "]),
+            ("train", "--help_all", ["--adam_beta1", "--fsdp", "--keep_weight", "--passage_words"]),
+            # A default of 0 is said like others.
+            (
+                "measure",
+                "--help",
+                [r"  --seed N .* \[0\]\n", r"--questions N .* \[8\]\n"],
+            ),
+        ],
+    )
+    def test_help_tells_formats_presets_defaults_and_everything_where_asked(self, capsys, command, option, patterns):
         with pytest.raises(SystemExit):
-            main(["measure", "--help"])
+            main([command, option])
         printed = capsys.readouterr().out
-        for option, default in (("--seed", "0"), ("--questions", "8")):
-            assert re.search(rf"  {option} N .* \[{default}\]\n", printed)
+        assert all(re.search(pattern, printed) for pattern in patterns)
 
     def test_version(self, capsys):
         assert main(["--version"]) == 0
@@ -96,9 +98,12 @@ class TestErrors:
         assert f"--model {gone}: there is no such folder" in error(capsys, *train, gone)
         assert "Name it with --model" in error(capsys, "measure")
         assert "there is no such folder" in error(capsys, "info", gone)
+        with pytest.raises(ValueError, match="there is no such folder"):
+            main(["info", gone, "--traceback"])
         assert "gone" in error(capsys, "merge", gone, str(tmp_path / "merged"))
         assert "holds neither adapter_config.json nor config.json" in error(capsys, "info", str(tmp_path))
 
+    @pytest.mark.slow
     def test_folders_beside_the_right_one(self, capsys, llama, adapter, tmp_path):
         above = str(Path(adapter).parent)
         options = ["--items", "3", "--output_dir", str(tmp_path / "out")]
@@ -113,16 +118,11 @@ class TestErrors:
         line = error(capsys, "measure", "--adapter", str(moved), *options)
         assert "the base model of the adapter /gone/base: there is no such folder" in line
 
-    def test_tracebacks_are_shown_where_they_are_asked_for(self, tmp_path):
-        with pytest.raises(ValueError, match="there is no such folder"):
-            main(["info", str(tmp_path / "gone"), "--traceback"])
-
     def test_adapters_of_other_types(self, capsys, llama, tmp_path):
         get_peft_model(load(llama), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
         assert "of the PEFT type 'LORA'" in error(capsys, "info", str(tmp_path / "lora"))
-        assert "of the type LORA" in error(capsys, "merge", str(tmp_path / "lora"), str(tmp_path / "out")).replace(
-            "PeftType.", ""
-        )
+        merge = ["merge", str(tmp_path / "lora"), str(tmp_path / "out")]
+        assert re.search(r"of the type (PeftType\.)?LORA", error(capsys, *merge))
         assert "without routers" in error(capsys, "info", llama)
 
     @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
@@ -151,19 +151,16 @@ class TestErrors:
 
         def settings():
             bars = transformers.utils.logging.is_progress_bar_enabled()
-            return bars, logging.getLogger("transformers.utils.generic").level, warnings.filters[:]
+            log, theirs = logging.getLogger("peft_moice"), logging.getLogger("transformers.utils.generic")
+            return bars, theirs.level, warnings.filters[:], log.handlers[:], log.level
 
         before = settings()
         capsys.readouterr()
         assert main(["info", adapter]) == 0
         assert capsys.readouterr().err == ""
         assert settings() == before
-
-    def test_the_log_is_as_it_was_afterwards(self, capsys, tmp_path):
-        logger = logging.getLogger("peft_moice")
-        before = list(logger.handlers), logger.level
-        error(capsys, "info", str(tmp_path))
-        assert (logger.handlers, logger.level) == before
+        error(capsys, "info", "/gone")
+        assert settings() == before
 
 
 class TestInfo:
@@ -184,12 +181,11 @@ class TestInfo:
         assert "10000, 2500, 5000, 40000 (1, 0.25, 0.5, 4 times the first)" in printed
         assert "2 of 4 per head and token" in printed
 
+    @pytest.mark.slow
     def test_layers_are_in_the_order_of_their_numbers_and_the_version_is_said(self, capsys, tmp_path):
         deep, folder = save_tiny_model(tmp_path / "deep", num_hidden_layers=11), str(tmp_path / "adapter")
         adapted_model(deep).save_pretrained(folder)
-        found = run_json(capsys, "info", folder)
-        assert found["layers"] == [f"model.layers.{i}.self_attn" for i in range(11)]
-        assert found["versions"]["peft_moice"] == found["card"]["peft_moice_version"] == peft_moice.__version__
+        assert run_json(capsys, "info", folder)["layers"] == [f"model.layers.{i}.self_attn" for i in range(11)]
         assert main(["info", folder]) == 0
         printed = capsys.readouterr().out
         assert "11: model.layers.0.self_attn to model.layers.10.self_attn" in printed
@@ -233,6 +229,7 @@ class TestMerge:
         assert "is there already" in error(capsys, "merge", adapter, str(tmp_path / "out"))
 
 
+@pytest.mark.slow
 class TestAngles:
     OPTIONS = ("--context_length", "64", "--num_experts", "3", "--prompts", "2", "--facts", "3")
 
@@ -240,24 +237,17 @@ class TestAngles:
     def options(self, tmp_path) -> list[str]:
         return [*self.OPTIONS, "--output_dir", str(tmp_path / "out")]
 
-    @pytest.mark.slow
-    def test_measures_and_searches(self, capsys, tmp_path, options):
-        folder = save_tiny_model(tmp_path / "model", max_position_embeddings=1024)
+    @pytest.mark.parametrize(("family", "dimensions"), [("llama", 16), ("phi", 8)])
+    def test_measures_and_searches_for_the_rotated_dimensions(self, capsys, tmp_path, options, family, dimensions):
+        folder = save_tiny_model(tmp_path / "model", family, max_position_embeddings=1024)
         found = run_json(capsys, "angles", "--model", folder, *options)
         (searched,) = found["by_waveform"]
-        assert searched["rope_bases"] == search_angles(16, 10_000.0, 64, 3)
-        assert searched["rotary_dim"] == 16
+        assert searched["rotary_dim"] == dimensions
+        assert searched["rope_bases"] == search_angles(dimensions, 10_000.0, 64, 3)
         assert found["by_measurement"]["rope_bases"][0] == 10_000
         assert len(found["by_measurement"]["mean_losses"]) == 8
         assert (tmp_path / "out" / "waveforms.png").is_file()
 
-    @pytest.mark.slow
-    def test_partial_rotary_counts_the_rotated_dimensions(self, capsys, tmp_path, options):
-        folder = save_tiny_model(tmp_path / "model", "phi", max_position_embeddings=1024)
-        (searched,) = run_json(capsys, "angles", "--model", folder, *options)["by_waveform"]
-        assert searched["rope_bases"] == search_angles(8, 10_000.0, 64, 3) != search_angles(16, 10_000.0, 64, 3)
-
-    @pytest.mark.slow
     def test_angles_by_layer_type_are_searched_one_by_one(self, capsys, tmp_path, options):
         folder = save_tiny_model(tmp_path / "model", "gemma3", max_position_embeddings=1024)
         assert main(["angles", "--model", folder, *options]) == 0
@@ -321,13 +311,3 @@ class TestRun:
             ids = tokenizer(f"w5 w6 w7 {choice}", return_tensors="pt").input_ids
             expected = logits_of(model, ids)[0, -2].log_softmax(-1)[ids[0, -1]].item()
             assert float(found) == pytest.approx(expected, abs=1e-4)
-
-
-@pytest.mark.slow
-def test_as_a_process(adapter):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "peft_moice", "info"]
-    done = subprocess.run([*command, adapter, "--json"], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and json.loads(done.stdout)["kind"] == "adapter"
-    failed = subprocess.run([*command, adapter + "x"], env=environment, capture_output=True, text=True)
-    assert failed.returncode == 2 and failed.stdout == "" and "there is no such folder" in failed.stderr

@@ -70,7 +70,9 @@ def test_every_format_trains_and_leaves_an_adapter_with_a_card(model, tmp_path, 
     argv = arguments(model, folder, file, eval_files=held_out, learning_rate=0.1, logging_steps=1, **options)
     run([*argv, "--json"])
 
-    values = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    assert "small models barely move. --preset retrieval" in printed.err
+    values = json.loads(printed.out)
     assert (values["adapter"], values["steps"], values["interrupted"]) == (str(folder), 2, False)
     base, moice = (row["loss"] for row in values["eval"])
     assert base != moice
@@ -98,25 +100,6 @@ def test_the_chat_template_of_the_training_stays_with_the_adapter(model, tmp_pat
     assert AutoTokenizer.from_pretrained(model).chat_template is None
 
 
-@pytest.mark.parametrize("content", [None, "", "[]"])
-def test_data_is_checked_before_the_model_is_loaded(model, tmp_path, capsys, content):
-    """The folder has a tokenizer and no weights."""
-    folder = shutil.copytree(model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
-    file = tmp_path / "data.jsonl"
-    if content is not None:
-        file.write_text(content)
-    line = error(capsys, arguments(str(folder), tmp_path / "out", str(file)))
-    assert line.startswith("peft-moice train: ") and "data.jsonl" in line
-
-
-def test_errors_begin_a_line_behind_an_open_progress_bar(model, tmp_path, capsys):
-    template = tmp_path / "template.jinja"
-    template.write_text("{{ raise_exception('no systems here') }}")
-    argv = arguments(model, tmp_path / "out", write_data(tmp_path, "messages"), chat_template=template)
-    line = error(capsys, argv)
-    assert re.fullmatch(r"peft-moice train: .*jsonl, line 1: .* refuses this chat: no systems here\. Set .*", line)
-
-
 def test_the_folder_of_an_adapter_is_no_base_model(model, tmp_path, capsys):
     """transformers loads the adapter with its base; the routers would be trained over it and saved without it."""
     file, folder = write_data(tmp_path, "messages"), str(tmp_path / "lora")
@@ -126,29 +109,53 @@ def test_the_folder_of_an_adapter_is_no_base_model(model, tmp_path, capsys):
     assert f"{folder} holds an adapter" in line and f"Name the base model alone ({model})" in line
 
 
-def test_arguments_that_do_not_go(model, tmp_path, capsys):
-    file = write_data(tmp_path, "messages")
-    folder = tmp_path / "out"
-    assert "Did you mean --learning_rate?" in error(capsys, arguments(model, folder, file, learning_rat=1))
-    assert "`top_k` is 9" in error(capsys, arguments(model, folder, file, top_k=9))
-    assert "sequences_per_step 5 has to be" in error(capsys, arguments(model, folder, file, sequences_per_step=5))
-    assert "use_cpu" in error(capsys, arguments(model, folder, file, preset="paper", use_cpu=None))
-    line = error(capsys, arguments(model, folder, file, report_to="clearml"))
-    assert line.startswith("peft-moice train: --report_to clearml: ") and "pip install clearml" in line
-    line = error(capsys, arguments(model, folder, file, keep_weight=1.0))
-    assert re.search(r"needs more than 256 tokens .* but there are \d+\. .* --keep_files names text\.", line)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rat": 1}, "Did you mean --learning_rate?"),
+        ({"top_k": 9}, "`top_k` is 9"),
+        ({"sequences_per_step": 5}, "sequences_per_step 5 has to be"),
+        ({"report_to": "clearml"}, "--report_to clearml: .*pip install clearml"),
+        ({"keep_weight": 1.0}, r"more than 256 tokens .* but there are \d+\. .* --keep_files names text\."),
+        ({"preset": "paper", "gradient_accumulation_steps": 4}, "--sequences_per_step 128 has to be a multiple"),
+        ({"preset": "paper", "per_device_train_batch_size": 3}, "--sequences_per_step 128 has to be a multiple"),
+        ({"preset": "paper", "use_cpu": None}, ".*use_cpu"),
+        ({"learning_rate": 1e30}, r"the training diverged.* --learning_rate, which is 1e\+30"),
+        ({"resume_from_checkpoint": "last"}, "last: there is no checkpoint in "),
+    ],
+)
+def test_arguments_that_do_not_go(model, tmp_path, capsys, options, message):
+    line = error(capsys, arguments(model, tmp_path / "out", write_data(tmp_path, "messages"), **options))
+    assert re.match(f"peft-moice train: .*{message}", line)
 
 
-def test_a_training_that_diverged_is_no_success(model, tmp_path, capsys):
-    argv = arguments(model, tmp_path / "out", write_data(tmp_path, "messages"), learning_rate=1e30)
-    assert "the training diverged" in (line := error(capsys, argv)) and "--learning_rate, which is 1e+30" in line
-
-
-def test_a_folder_that_takes_no_files_shows_before_the_model_is_loaded(model, tmp_path, capsys, monkeypatch):
-    """/proc is such a folder for root, too. The model's folder has a tokenizer and no weights."""
+@pytest.mark.parametrize(
+    ("content", "output_dir", "template", "message"),
+    [
+        (None, "out", None, r".*data\.jsonl"),
+        ("", "out", None, r".*data\.jsonl"),
+        ("[]", "out", None, r".*data\.jsonl"),
+        # For root, too, a folder that takes no files.
+        ('{"prompt": "w5", "answer": "w6"}', "/proc", None, "--output_dir /proc: nothing can be written there"),
+        # The line begins behind an open progress bar.
+        (
+            '{"prompt": "w5", "answer": "w6"}',
+            "out",
+            "{{ raise_exception('no systems here') }}",
+            r".*jsonl, line 1: .* refuses this chat: no systems here\. Set .*",
+        ),
+    ],
+)
+def test_what_shows_before_the_model_is_loaded(model, tmp_path, capsys, content, output_dir, template, message):
+    """The folder has a tokenizer and no weights."""
     folder = shutil.copytree(model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
-    line = error(capsys, arguments(str(folder), Path("/proc"), write_data(tmp_path, "messages")))
-    assert "--output_dir /proc: nothing can be written there" in line
+    file = tmp_path / "data.jsonl"
+    if content is not None:
+        file.write_text(content)
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    line = error(capsys, arguments(str(folder), tmp_path / output_dir, str(file)))
+    assert re.match(f"peft-moice train: {message}", line)
 
 
 class TestPresets:
@@ -164,19 +171,26 @@ class TestPresets:
         assert training.bf16 and training.gradient_checkpointing
         assert (data.loss_on, data.max_length) == ("all", 4608)
         assert (ours.aux_coef, ours.dtype, ours.angles, ours.top_k) == (0.3, "bfloat16", None, None)
-
-    def test_paper_reaches_the_adapter(self, model, tmp_path):
-        file, folder = write_data(tmp_path, "messages"), tmp_path / "out"
-        run(arguments(model, folder, file, preset="paper", max_steps=1, sequences_per_step=4, max_length=None))
-        config = PeftConfig.from_pretrained(folder)
+        options = {"max_steps": 1, "sequences_per_step": 4, "max_length": None, "bf16": False, "loss_on": "answers"}
+        argv = arguments(model, tmp_path / "out", file, preset="paper", dtype="auto", **options)
+        parsed = train.parser().parse(argv)
+        assert (parsed.trainer.max_steps, parsed.trainer.bf16) == (1, False)
+        assert (parsed.data.loss_on, parsed.ours.dtype) == ("answers", "auto")
+        run(argv)
+        config = PeftConfig.from_pretrained(tmp_path / "out")
         assert config.rope_bases == [10_000 * multiple for multiple in RELEASED_MULTIPLIERS]
         assert (config.top_k, config.router_dim, config.router_aux_loss_coef) == (7, 7, 0.3)
         assert config.init_weights is True
 
-    @pytest.mark.parametrize(("preset", "data_format"), [("retrieval", "documents"), ("chats", "sharegpt")])
-    def test_ours_reach_the_adapter(self, model, tmp_path, capsys, preset, data_format):
+    @pytest.mark.parametrize(
+        ("preset", "data_format", "max_steps", "steps"),
+        [("retrieval", "documents", 3, 3), ("chats", "sharegpt", None, 6)],
+    )
+    def test_ours_reach_the_adapter(self, model, tmp_path, capsys, preset, data_format, max_steps, steps):
+        """Without a number of steps, the 12 chats are read once, two in a step."""
         file, folder = write_data(tmp_path, data_format), tmp_path / "out"
-        run([*arguments(model, folder, file, preset=preset, keep_tokens=32, max_steps=None), "--max_steps", "3"])
+        run(arguments(model, folder, file, preset=preset, keep_tokens=32, max_steps=max_steps, max_length=None))
+        assert f"| Steps | {steps} |" in (folder / "README.md").read_text()
         config = PeftConfig.from_pretrained(folder)
         assert config.rope_bases == [10_000, 15_000, 20_000, 30_000, 40_000]
         assert (config.init_weights, config.router_aux_loss_coef) == ("identity", 0.0)
@@ -184,29 +198,13 @@ class TestPresets:
         assert scales and all(scale.abs().min() > 0 for scale in scales)
         said = capsys.readouterr().err
         assert "No --preset" not in said
+        assert re.search(r"\d+ sequences of \d+ tokens in the mean\.", said)
+        pace = rf"The first step took [\d.e-]+ seconds; the {steps - 1} left take about [\d.e-]+ seconds\."
+        assert re.search(pace, said)
         assert all(figure in said for figure in ("loss/divergence", "moice/drift", "moice/entropy"))
         assert not any(figure in said for figure in ("moice/max_load", "moice/balance_loss"))  # constants
         (line,) = re.findall(r"training [\d,]+ of .*", said)
         assert line.endswith("routers in 3 layers: rope_theta 10000 times 1, 1.5, 2, 3, 4, K = 5 of 5")
-
-    def test_chats_are_read_once(self, model, tmp_path):
-        file, folder = write_data(tmp_path, "alpaca"), tmp_path / "out"
-        run(arguments(model, folder, file, preset="chats", keep_tokens=16, max_steps=None, max_length=None))
-        assert "| Steps | 6 |" in (folder / "README.md").read_text()  # 12 chats, two at once
-
-    def test_without_a_preset_ours_are_named(self, model, tmp_path, capsys):
-        run(arguments(model, tmp_path / "out", write_data(tmp_path, "prompt_answer"), max_steps=1))
-        said = capsys.readouterr().err
-        assert "small models barely move. --preset retrieval" in said
-        assert "12 sequences of 9 tokens in the mean." in said
-
-    def test_arguments_override(self, model, tmp_path):
-        argv = arguments(
-            model, tmp_path, "file", preset="paper", max_steps=3, bf16=False, loss_on="answers", dtype="auto"
-        )
-        parsed = train.parser().parse(argv)
-        assert (parsed.trainer.max_steps, parsed.trainer.bf16) == (3, False)
-        assert (parsed.data.loss_on, parsed.ours.dtype) == ("answers", "auto")
 
     def test_epochs_override_the_steps_of_a_preset(self, model, tmp_path):
         for preset, steps in (("retrieval", 40), ("paper", 7)):
@@ -217,32 +215,11 @@ class TestPresets:
                 parsed = train.parser().parse(argv)
                 assert (parsed.trainer.max_steps, parsed.trainer.num_train_epochs) == (-1, 2)
 
-    @pytest.mark.parametrize("option", [{"gradient_accumulation_steps": 4}, {"per_device_train_batch_size": 3}])
-    def test_a_batch_that_cannot_be_made_is_refused(self, model, tmp_path, capsys, option):
-        argv = arguments(model, tmp_path, "file", preset="paper", **option)
-        assert "--sequences_per_step 128 has to be a multiple" in error(capsys, argv)
-
-
-def test_resuming_ends_where_the_straight_run_does(model, tmp_path):
-    file = write_data(tmp_path, "documents")
-    options = {"preset": "retrieval", "keep_tokens": 32, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    run(arguments(model, straight, file, **options))
-    shutil.copytree(straight / "checkpoint-2", resumed / "checkpoint-2")
-    run(arguments(model, resumed, file, **options, resume_from_checkpoint="last"))
-    expected, actual = adapter(straight), adapter(resumed)
-    assert expected.keys() == actual.keys()
-    for name, weight in expected.items():
-        assert torch.equal(weight, actual[name]), name
-    at_two = adapter(resumed / "checkpoint-2")
-    assert not all(torch.equal(weight, at_two[name]) for name, weight in expected.items())
-
 
 def test_resuming_what_is_finished_or_never_began(model, tmp_path, capsys):
     file, folder = write_data(tmp_path, "messages"), tmp_path / "out"
     options = {"save_strategy": "steps", "save_steps": 1}
     last = {**options, "resume_from_checkpoint": "last"}
-    assert f"last: there is no checkpoint in {folder}" in error(capsys, arguments(model, folder, file, **last))
     run(arguments(model, folder, file, **options))
     trained = (folder / "adapter_model.safetensors").read_bytes()
     capsys.readouterr()

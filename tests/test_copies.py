@@ -5,8 +5,7 @@ import pickle
 
 import pytest
 import torch
-from peft import get_peft_model
-from tiny_models import decide, layers_of, load, logits_of, router_state, token_ids, wide_config
+from tiny_models import decide, layers_of, logits_of, router_state, token_ids
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -20,6 +19,7 @@ def test_copies_are_equal_and_independent(adapted, duplicate):
     twin.set_adapter("default")
     twin.train()
     assert twin(token_ids(), labels=token_ids()).aux_loss > 0
+    assert torch.equal(logits_of(twin.eval().unload()), logits_of(adapted.unload()))
 
 
 def test_a_copy_follows_its_own_attention_implementation(adapted):
@@ -30,20 +30,6 @@ def test_a_copy_follows_its_own_attention_implementation(adapted):
         assert twin(token_ids(), output_attentions=True).attentions is not None
         assert adapted(token_ids()).logits is not None
     assert adapted.config._attn_implementation == "sdpa"
-
-
-def test_torch_save_of_the_whole_model(adapted, tmp_path):
-    torch.save(adapted, tmp_path / "model.pt")
-    twin = torch.load(tmp_path / "model.pt", weights_only=False)
-    assert torch.equal(logits_of(twin), logits_of(adapted))
-    assert torch.equal(logits_of(twin.unload()), logits_of(adapted.unload()))
-
-
-def test_a_state_dict_restores_the_model(llama, adapted, tmp_path):
-    torch.save(adapted.state_dict(), tmp_path / "state.pt")
-    other = get_peft_model(load(llama), wide_config()).eval()
-    other.load_state_dict(torch.load(tmp_path / "state.pt"))
-    assert torch.equal(logits_of(other), logits_of(adapted))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])

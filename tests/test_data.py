@@ -93,6 +93,10 @@ class TestSources:
         assert read({"instruction": "u", "output": "a", "system": "s"}) == [system, user, answer]
         assert read({"prompt": "u", "completion": "a"}) == read({"prompt": "u", "response": "a"}) == [user, answer]
         assert read({"prompt": [system, user], "completion": [answer]}) == [system, user, answer]
+        for context in ("w5", ["w5"]):
+            for answers in (["a", "w7"], "a", {"text": ["a", "w7"], "answer_start": [0, 3]}):
+                retrieval = read({"question": "w8?", "context": context, "answers": answers, "id": 7})
+                assert retrieval == [{"role": "user", "content": "w5\n\nw8?"}, answer]
 
     def test_tables_with_a_header(self, tmp_path):
         """As strings: a code keeps its zeros, and "NA" is an answer."""
@@ -107,13 +111,6 @@ class TestSources:
         (tmp_path / "long.csv").write_text(f"prompt,answer\n{long},w6\n")
         assert chats(tmp_path / "long.csv")[0][0]["content"] == long
 
-    def test_columns_of_retrieval_data(self, tmp_path):
-        file = tmp_path / "data.jsonl"
-        for context in ("w5", ["w5"]):
-            for answers in (["w6", "w7"], "w6", {"text": ["w6", "w7"], "answer_start": [0, 3]}):
-                file.write_text(json.dumps({"question": "w8?", "context": context, "answers": answers, "id": 7}))
-                assert [message["content"] for message in chats(file)[0]] == ["w5\n\nw8?", "w6"]
-
     def test_a_byte_order_mark_is_no_part_of_the_text(self, tmp_path):
         expected = chats(write_data(tmp_path, "messages"))
         for name, content in (("a.jsonl", "\n".join(map(json.dumps, records("messages")))), ("a.txt", "w5 w6")):
@@ -121,27 +118,21 @@ class TestSources:
         assert chats(tmp_path / "a.jsonl") == expected
         assert read_text(tmp_path / "a.txt") == "w5 w6"
 
+    def test_names_are_told_apart(self, tmp_path):
+        for name in ("tatsu-lab/alpaca", "HuggingFaceH4/ultrachat_200k:train_sft[:100]", "owner/set-v1.5"):
+            assert read_source(name).kind == "dataset"
+        for name in ("gone.jsonl", "data/gone.jsonl", "gone", "../gone/data.parquet"):
+            with pytest.raises(ValueError, match=rf"{re.escape(name)}: there is no such file.*OWNER/NAME"):
+                read_source(name)
+        with pytest.raises(ValueError, match=r"is a folder\. Name the files of text in it, such as .*\*\.txt"):
+            read_text(tmp_path)
+
     def test_damaged_archives_are_named(self, tmp_path):
         whole = gzip.compress(b'{"prompt": "w5", "answer": "w6"}\n' * 500)
         for name, content in (("cut", whole[:60]), ("mixed", whole[:30] + b"x" * 30), ("plain", b"w5 w6")):
             (tmp_path / f"{name}.jsonl.gz").write_bytes(content)
             with pytest.raises(ValueError, match=rf"{name}\.jsonl\.gz cannot be decompressed .* again\."):
                 chats(tmp_path / f"{name}.jsonl.gz")
-
-    def test_folders_of_text_are_no_files(self, tmp_path):
-        with pytest.raises(ValueError, match=r"is a folder\. Name the files of text in it, such as .*\*\.txt"):
-            read_text(tmp_path)
-
-    @pytest.mark.parametrize("name", ["gone.jsonl", "data/gone.jsonl", "gone", "../gone/data.parquet"])
-    def test_missing_files_are_not_taken_for_data_sets(self, name):
-        with pytest.raises(ValueError, match=rf"{re.escape(name)}: there is no such file.*OWNER/NAME"):
-            read_source(name)
-
-    def test_ids_are_taken_for_data_sets(self):
-        for name in ("tatsu-lab/alpaca", "HuggingFaceH4/ultrachat_200k:train_sft[:100]", "owner/set-v1.5"):
-            assert read_source(name).kind == "dataset"
-
-    def test_a_broken_parquet_file(self, tmp_path):
         pytest.importorskip("pyarrow")
         (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
         with pytest.raises(ValueError, match=r"a\.parquet: this file cannot be read \("):
@@ -192,21 +183,25 @@ def test_bad_files(tokenizer, tmp_path, data_format, content, message):
 
 
 @pytest.mark.parametrize(
-    ("content", "columns", "message"),
+    ("name", "content", "values", "message"),
     [
-        ("prompt,answer\nw5,w6,w7\n", [], r"line 2: another number of values"),
-        ("prompt,answer\nw5\n", [], r"line 2: another number of values"),
-        ('prompt,answer\n"w5"x,w6\n', [], r"line 2: not CSV"),
-        ("prompt,answer\n", [], r"is empty"),
-        ("prompt,answer\nw5,w6\n", ["answer=label"], r"line 2: no column 'label', .* there are prompt, answer"),
-        ("prompt,answer\nw5,w6\n", ["answer"], r"columns holds 'answer', but is made of NAME=COLUMN"),
+        ("a.csv", "prompt,answer\nw5,w6,w7\n", {}, r"line 2: another number of values"),
+        ("a.csv", "prompt,answer\nw5\n", {}, r"line 2: another number of values"),
+        ("a.csv", 'prompt,answer\n"w5"x,w6\n', {}, r"line 2: not CSV"),
+        ("a.csv", "prompt,answer\n", {}, r"is empty"),
+        ("a.csv", "prompt,answer\nw5,w6\n", {"columns": ["answer=label"]}, r"no column 'label', .* prompt, answer"),
+        ("a.csv", "prompt,answer\nw5,w6\n", {"columns": ["answer"]}, r"holds 'answer', but is made of NAME=COLUMN"),
+        ("a.csv", "prompt,answer\nw5,w6\n", {"loss_on": "answer"}, "'answer'; choose 'answers' or 'all'"),
+        ("a.csv", "prompt,answer\nw5,w6\n", {"data_format": "chatml"}, "'chatml'; choose one of auto, messages"),
+        ("a.txt", "w5.", {"data_format": "documents", "documents_per_prompt": 0}, "documents_per_prompt is 0"),
+        ("a.txt", "w5.", {"data_format": "documents", "passage_words": -1}, "passage_words is -1"),
     ],
 )
-def test_bad_tables(tokenizer, tmp_path, content, columns, message):
-    (tmp_path / "data.csv").write_text(content)
-    file = str(tmp_path / "data.csv")
+def test_bad_tables_and_arguments(tokenizer, tmp_path, name, content, values, message):
+    (tmp_path / name).write_text(content)
+    file = str(tmp_path / name)
     with pytest.raises(ValueError, match=message):
-        load_examples([file], tokenizer, DataArguments([file], columns=columns), quiet=True)
+        load_examples([file], tokenizer, DataArguments([file], **values), quiet=True)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -298,16 +293,11 @@ def test_packed_chats_do_not_see_each_other(model, tokenizer):
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_chats_longer_than_max_length_are_left_out(tmp_path, tokenizer, packing):
+def test_chats_longer_than_max_length_are_left_out(tmp_path, tokenizer, caplog, packing):
     file = write_data(tmp_path, "prompt_answer")  # of 7 to 11 tokens
-    examples = load_examples([file], tokenizer, DataArguments([file], max_length=9, packing=packing), quiet=True)
+    args = DataArguments([file], max_length=9, packing=packing)
+    examples = load_examples([file], tokenizer, args, quiet=True)
     assert sorted(len(s["input_ids"]) for row in examples for s in row) == [7, 7, 7, 8, 8, 8, 9, 9]
-
-
-def test_long_chats_name_the_length_that_takes_all(tmp_path, tokenizer, caplog):
-    file = write_data(tmp_path, "prompt_answer")  # of 7 to 11 tokens
-    args = DataArguments([file], max_length=9)
-    load_examples([file], tokenizer, args, quiet=True)
     assert "4 of 12 chats exceed max_length 9" in caplog.text and "max_length 11 takes all" in caplog.text
     args.max_length = 5
     with pytest.raises(ValueError, match=r"every sequence exceeds max_length 5.* longest has 11 tokens"):
@@ -324,18 +314,6 @@ def test_prompts_of_documents_are_not_cut_by_length(tmp_path, tokenizer):
     assert min(lengths) < args.max_length
     with pytest.raises(ValueError, match=rf"of 20 prompts exceed .* Raise max_length to {max(lengths)}"):
         load_examples([file], tokenizer, args, quiet=True)
-
-
-def test_values_out_of_range_are_named(tmp_path, tokenizer):
-    chats, text = write_data(tmp_path, "messages"), write_data(tmp_path, "documents")
-    for file, values, named in (
-        (chats, {"loss_on": "answer"}, "'answer'; choose 'answers' or 'all'"),
-        (chats, {"data_format": "chatml"}, "'chatml'; choose one of auto, messages"),
-        (text, {"data_format": "documents", "documents_per_prompt": 0}, "documents_per_prompt is 0"),
-        (text, {"data_format": "documents", "passage_words": -1}, "passage_words is -1"),
-    ):
-        with pytest.raises(ValueError, match=named):
-            load_examples([file], tokenizer, DataArguments([file], **values), quiet=True)
 
 
 @pytest.mark.parametrize("questions", [1, 2, 3])

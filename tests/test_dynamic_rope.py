@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 from families import tiny_model, tokens
-from position_models import assert_close, mixture, one_angle, rotated
-from representatives import slow_but
+from position_models import assert_close, cached_logits, mixture, one_angle, rotated
 from transformers import AutoModelForCausalLM, DynamicCache
+
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 ORIGINAL_LENGTH = 32
 GROWN = r"'dynamic' have grown with a sequence beyond the model's original length of 32 tokens"
@@ -19,14 +20,8 @@ def dynamic(make, **options):
     return make(rope_parameters=rope, max_position_embeddings=ORIGINAL_LENGTH, **options)
 
 
-def cached_logits(model, ids: torch.Tensor, prompt_length: int, cache=None) -> torch.Tensor:
-    cache = DynamicCache(config=model.config) if cache is None else cache
-    pieces = ids.split((prompt_length, *([1] * (ids.shape[1] - prompt_length))), dim=1)
-    return torch.cat([model(piece, past_key_values=cache).logits for piece in pieces], dim=1)
-
-
-@pytest.mark.parametrize("length", slow_but([20], [20, ORIGINAL_LENGTH]))
-@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [20, ORIGINAL_LENGTH])
 def test_exact_up_to_the_original_length(length, tmp_path):
     ids = tokens(length=length)
     turned, expected = dynamic(one_angle), dynamic(rotated)(ids).logits
@@ -43,7 +38,6 @@ def test_exact_up_to_the_original_length(length, tmp_path):
         again(tokens(length=33))
 
 
-@torch.no_grad()
 def test_grown_angles_are_refused_until_a_short_sequence_sets_them_back():
     model, ids = copy.deepcopy(dynamic(mixture)), tokens(length=40)
     expected = model(ids[:, :32]).logits
@@ -56,7 +50,7 @@ def test_grown_angles_are_refused_until_a_short_sequence_sets_them_back():
     assert_close(model(ids[:, :32]).logits, expected)
 
 
-@torch.no_grad()
+@pytest.mark.slow
 def test_the_base_model_may_grow_them():
     model, own, ids = dynamic(mixture), dynamic(tiny_model, model_type="llama"), tokens(length=40)
     cache = DynamicCache(config=own.config)

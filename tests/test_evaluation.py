@@ -2,13 +2,14 @@ import dataclasses
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from byte_models import CHAT_TEMPLATE, byte_tokenizer, tiny_llama
+from families import tiny_model
 from peft import PromptTuningConfig, get_peft_model
 from tokenizers import processors
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from peft_moice import MoICEConfig
 from peft_moice.evaluation import (
@@ -19,7 +20,6 @@ from peft_moice.evaluation import (
     bootstrap_interval,
     encode_chat,
     evaluate,
-    gates_along,
     losses_by_position,
     perplexity,
     sample_facts,
@@ -29,26 +29,17 @@ from peft_moice.evaluation.grid import contained, encode_example
 from peft_moice.evaluation.reader import Reader
 
 
-def answers_of(tokenizer, chat):
-    ids = [token for token, is_answer in zip(chat.input_ids, chat.is_answer, strict=True) if is_answer]
-    return tokenizer.decode(ids)
-
-
 class TestWilsonInterval:
-    def test_closed_forms_at_the_ends(self):
+    @pytest.mark.parametrize("trials", [1, 10, 99])
+    def test_closed_forms_at_the_ends(self, trials):
         squared = 1.959963984540054**2
-        assert wilson_interval(10, 10) == pytest.approx((10 / (10 + squared), 1.0))
-        assert wilson_interval(0, 10) == pytest.approx((0.0, squared / (10 + squared)))
+        assert wilson_interval(trials, trials) == (pytest.approx(trials / (trials + squared)), 1)
+        assert wilson_interval(0, trials) == (0, pytest.approx(squared / (trials + squared)))
 
     def test_covers_exactly_the_proportions_that_the_score_test_accepts(self):
         lower, upper = wilson_interval(7, 20)
         for bound in (lower, upper):
             assert abs(7 / 20 - bound) / math.sqrt(bound * (1 - bound) / 20) == pytest.approx(1.959963984540054)
-
-    def test_holds_the_share_of_successes(self):
-        for trials in range(1, 100):
-            assert wilson_interval(0, trials)[0] == 0
-            assert wilson_interval(trials, trials)[1] == 1
 
     @pytest.mark.parametrize("arguments", [(1, 0), (-1, 3), (4, 3), (1, 3, 0.0), (1, 3, 1.0)])
     def test_refuses_impossible_values(self, arguments):
@@ -63,6 +54,7 @@ class TestFacts:
             split: [sample_facts(60, rng, split) for _ in range(200)]  # 12,000 of the 90,000 codes each
             for split in ("train", "eval")
         }
+        assert all(len(facts) == len(set(facts.names)) == len(set(facts.codes)) == 60 for facts in seen["eval"])
         for attribute in ("names", "codes"):
             train, evaluation = (
                 {value for facts in seen[split] for value in getattr(facts, attribute)} for split in ("train", "eval")
@@ -76,52 +68,27 @@ class TestFacts:
         assert all(len(code) == 5 for code in codes)
         assert {code[-1] for code in codes} == set("0123456789")
 
-    def test_names_and_codes_of_a_list_are_distinct(self):
-        facts = sample_facts(60, random.Random(0))
-        assert len(facts) == len(set(facts.names)) == len(set(facts.codes)) == 60
-
-    def test_refuses_bad_values(self):
-        with pytest.raises(ValueError, match="num_facts"):
-            sample_facts(0, random.Random(0))
-        with pytest.raises(ValueError, match="num_facts"):
-            sample_facts(1000, random.Random(0))
-        with pytest.raises(ValueError, match="split"):
-            sample_facts(3, random.Random(0), split="test")
+    @pytest.mark.parametrize(
+        ("arguments", "named"), [((0,), "num_facts"), ((1000,), "num_facts"), ((3, "test"), "split")]
+    )
+    def test_refuses_bad_values(self, arguments, named):
+        with pytest.raises(ValueError, match=named):
+            sample_facts(arguments[0], random.Random(0), *arguments[1:])
 
 
 @pytest.mark.parametrize("chat_template", [None, CHAT_TEMPLATE])
-class TestEncodeChat:
-    def test_marks_the_codes_that_are_asked_for(self, chat_template):
-        tokenizer, facts = byte_tokenizer(chat_template), sample_facts(6, random.Random(0))
-        chat = encode_chat(tokenizer, facts, [4, 0, 4])
-        assert answers_of(tokenizer, chat) == facts.codes[4] + facts.codes[0] + facts.codes[4]
-
-    def test_the_answer_follows_its_question_after_all_facts(self, chat_template):
-        tokenizer, facts = byte_tokenizer(chat_template), sample_facts(3, random.Random(0))
-        chat = encode_chat(tokenizer, facts, [1])
-        before = tokenizer.decode(chat.input_ids[: chat.is_answer.index(True)])
-        assert before.endswith(f"The access code of {facts.names[1]} is ")
-        assert before.index(str(facts)) < before.index(f"What is the access code of {facts.names[1]}?")
-
-    def test_chats_about_the_same_facts_begin_alike(self, chat_template):
-        tokenizer, facts = byte_tokenizer(chat_template), sample_facts(5, random.Random(0))
-        first, second = (encode_chat(tokenizer, facts, [index]).input_ids for index in (0, 4))
-        shared = tokenizer.decode(
-            first[: next(i for i, pair in enumerate(zip(first, second, strict=False)) if len(set(pair)) > 1)]
-        )
-        assert str(facts) in shared
-
-    def test_refuses_to_ask_nothing(self, chat_template):
-        with pytest.raises(ValueError, match="asked"):
-            encode_chat(byte_tokenizer(chat_template), sample_facts(3, random.Random(0)), [])
-
-
-def test_refuses_a_tokenizer_without_character_offsets():
-    class Slow:
-        is_fast = False
-
+def test_encoded_chats_mark_the_codes_behind_all_facts_and_their_questions(chat_template):
+    tokenizer, facts = byte_tokenizer(chat_template), sample_facts(6, random.Random(0))
+    chat = encode_chat(tokenizer, facts, [4, 0, 4])
+    answers = [token for token, is_answer in zip(chat.input_ids, chat.is_answer, strict=True) if is_answer]
+    assert tokenizer.decode(answers) == facts.codes[4] + facts.codes[0] + facts.codes[4]
+    before = tokenizer.decode(chat.input_ids[: chat.is_answer.index(True)])
+    assert before.endswith(f"The access code of {facts.names[4]} is ")
+    assert before.index(str(facts)) < before.index(f"What is the access code of {facts.names[4]}?")
+    with pytest.raises(ValueError, match="asked"):
+        encode_chat(tokenizer, facts, [])
     with pytest.raises(ValueError, match="fast tokenizer"):
-        encode_chat(Slow(), sample_facts(3, random.Random(0)), [0])
+        encode_chat(SimpleNamespace(is_fast=False), facts, [0])
 
 
 @pytest.fixture(scope="module")
@@ -142,26 +109,14 @@ def knows_some():
     return model, tokenizer, facts
 
 
-class TestFactsByPosition:
-    @pytest.mark.slow
-    def test_counts_what_greedy_decoding_answers(self, knows_some):
-        model, tokenizer, facts = knows_some
-        result = evaluate(model, tokenizer, Facts(), lengths=[5], num_groups=1, seed=7)
-        expected = []
-        for index, code in enumerate(facts.codes):
-            chat = encode_chat(tokenizer, facts, [index])
-            prompt = torch.tensor([chat.input_ids[: chat.is_answer.index(True)]])
-            written = model.generate(prompt, max_new_tokens=5, do_sample=False, pad_token_id=0)[0, prompt.shape[1] :]
-            expected.append(float(tokenizer.decode(written) == code))
-        assert result.table() == [expected] == [[1.0, 0.0, 1.0, 0.0, 1.0]]
-        assert (result.gap(), result.gap(5)) == (1.0, 1.0)
-
-    def test_leaves_the_model_in_its_mode(self):
-        model, tokenizer = tiny_llama(), byte_tokenizer(CHAT_TEMPLATE)
-        for mode in (True, False):
-            model.train(mode)
-            evaluate(model, tokenizer, Facts(), lengths=[2], num_groups=1)
-            assert model.training is mode
+def model_that_reads(kind: str):
+    """Plain, adapted, with sliding windows shorter than what is read, or with a prompt of its own."""
+    if kind == "sliding":
+        return tiny_model("gemma3_text", vocab_size=256)
+    if kind == "prompt":
+        return get_peft_model(tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    config = MoICEConfig(base_multipliers=[1.0, 0.25], init_weights=False)
+    return (get_peft_model(tiny_llama(), config) if kind == "adapted" else tiny_llama()).eval()
 
 
 class TestPerplexity:
@@ -195,6 +150,7 @@ class TestBootstrapInterval:
     def test_of_equal_values_is_a_point(self):
         assert bootstrap_interval([[0.5], [0.5, 0.5]]) == (0.5, 0.5)
 
+    @pytest.mark.slow
     def test_covers_the_mean_about_as_often_as_it_says(self):
         rng = random.Random(0)
         covered = 0
@@ -218,28 +174,9 @@ class TestBootstrapInterval:
             bootstrap_interval(*arguments)
 
 
-def models_that_read():
-    """Plain, adapted, and with sliding windows shorter than what is read."""
-    adapted = get_peft_model(tiny_llama(), MoICEConfig(base_multipliers=[1.0, 0.25], init_weights=False))
-    torch.manual_seed(0)
-    config = Gemma3TextConfig(
-        vocab_size=256,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        sliding_window=8,
-        layer_types=["sliding_attention", "full_attention"],
-    )
-    prompt = get_peft_model(tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    return {"plain": tiny_llama(), "adapted": adapted, "sliding": Gemma3ForCausalLM(config), "prompt": prompt}
-
-
 @pytest.mark.parametrize("kind", ["plain", "adapted", "sliding", "prompt"])
 def test_reader_gives_the_logits_of_whole_sequences(kind):
-    model = models_that_read()[kind].eval()
+    model = model_that_reads(kind)
     rng = random.Random(0)
     begin = [rng.randrange(256) for _ in range(30)]
     reader = Reader(model)
@@ -296,38 +233,27 @@ def test_an_end_that_the_tokenizer_puts_behind_the_text_is_no_answer():
 
 class TestEvaluate:
     @pytest.mark.slow
-    def test_agrees_with_what_the_model_writes(self, knows_some):
+    @pytest.mark.parametrize("scoring", ["exact", "any", "all"])
+    def test_counts_what_greedy_decoding_answers(self, knows_some, scoring, monkeypatch):
         model, tokenizer, facts = knows_some
-
-        class Known:
-            name, unit, scoring = "known", "facts", "exact"
-
-            def draw(self, rng, length, positions):
-                examples = []
-                for position in positions:
-                    index = round(position * (length - 1))
-                    chat = encode_chat(tokenizer, facts, [index])
-                    text = tokenizer.decode(chat.input_ids)
-                    prompt = text[len("<user>") : text.index("\n<assistant>")]
-                    opening = f"The access code of {facts.names[index]} is "
-                    examples.append(Example(prompt, (facts.codes[index],), position, length, opening))
-                return examples
-
-        positions = (0.0, 0.25, 0.5, 0.75, 1.0)
-        for scoring in ("exact", "any", "all"):
-            Known.scoring = scoring
-            result = evaluate(
-                model, tokenizer, Known(), lengths=[5], positions=positions, num_groups=1, max_new_tokens=6
-            )
-            assert result.table() == [[1.0, 0.0, 1.0, 0.0, 1.0]], scoring
-            losses = [result.mean("loss", position=position) for position in positions]
-            assert max(losses[::2]) < min(losses[1::2])
+        monkeypatch.setattr(Facts, "scoring", scoring)
+        result = evaluate(model, tokenizer, Facts(), lengths=[5], num_groups=1, seed=7, max_new_tokens=6)
+        expected = []
+        for index, code in enumerate(facts.codes):
+            chat = encode_chat(tokenizer, facts, [index])
+            prompt = torch.tensor([chat.input_ids[: chat.is_answer.index(True)]])
+            written = model.generate(prompt, max_new_tokens=5, do_sample=False, pad_token_id=0)[0, prompt.shape[1] :]
+            expected.append(float(tokenizer.decode(written) == code))
+        assert result.table() == [expected] == [[1.0, 0.0, 1.0, 0.0, 1.0]]
+        assert (result.gap(), result.gap(5)) == (1.0, 1.0)
+        losses = [result.mean("loss", position=position) for position in result.positions]
+        assert max(losses[::2]) < min(losses[1::2])
 
     def test_a_batch_size_is_said_to_have_no_effect(self):
         with pytest.warns(FutureWarning, match="`batch_size` has no effect"):
             evaluate(tiny_llama(), byte_tokenizer(), Facts(), lengths=[2], num_groups=1, batch_size=2)
 
-    def test_nothing_is_asked_twice(self):
+    def test_nothing_is_asked_twice_and_the_model_stays_in_its_mode(self):
         class Two:
             name, unit, scoring = "two", "words", "exact"
 
@@ -335,8 +261,11 @@ class TestEvaluate:
                 word = rng.choice("ab")
                 return [Example(f"Say {word}.", (word,), position, length) for position in positions]
 
-        result = evaluate(tiny_llama(), byte_tokenizer(), Two(), lengths=[1, 2], positions=[0.0, 1.0], num_groups=20)
-        assert len(result.scores) == 2 * 2 * 2
+        for mode in (True, False):
+            model = tiny_llama().train(mode)
+            result = evaluate(model, byte_tokenizer(), Two(), lengths=[1, 2], positions=[0.0, 1.0], num_groups=20)
+            assert len(result.scores) == 2 * 2 * 2
+            assert model.training is mode
 
     def test_refuses_bad_values(self):
         model, tokenizer = tiny_llama(), byte_tokenizer()
@@ -407,6 +336,7 @@ class TestResult:
         cells = json.loads((tmp_path / "result.json").read_text())["cells"]
         assert [cell["score"] for cell in cells] == [1.0, 0.25, 1.0] * 2
 
+    @pytest.mark.slow
     def test_draws_itself(self):
         heat_map = self.RESULT.plot()
         assert heat_map.axes[0].images[0].get_array().tolist() == self.RESULT.table()
@@ -441,21 +371,3 @@ def test_losses_by_position_are_means_of_their_own_tokens():
     assert result.losses == pytest.approx(expected, rel=1e-5)
     assert result.centers == (1.0, 2.5, 5.5, 11.5, 17.5)
     assert result.perplexity == pytest.approx(losses.mean().exp().item(), rel=1e-5)
-
-
-def test_gates_along_a_text_are_those_of_the_routers():
-    model = get_peft_model(tiny_llama(), MoICEConfig(base_multipliers=[1.0, 0.25, 4.0], init_weights=False, top_k=2))
-    gates = gates_along(model, torch.arange(12))
-    assert len(gates) == 2
-    for values in gates.values():
-        assert values.shape == (4, 12, 3)
-        torch.testing.assert_close(values.sum(-1), torch.ones(4, 12))
-        assert ((values > 0).sum(-1) == 2).all()
-    first, second = gates.values()
-    assert not torch.equal(first, second)
-    with pytest.raises(ValueError, match=r"shape \(1, 12\); give one sequence"):
-        gates_along(model, torch.arange(12)[None])
-    with pytest.raises(ValueError, match=r"routers of the name 'other' at work; those at work are \['default'\]"):
-        gates_along(model, torch.arange(12), "other")
-    merged = gates_along(model.merge_and_unload(), torch.arange(12), "0")
-    assert all(torch.equal(*pair) for pair in zip(merged.values(), gates.values(), strict=True))

@@ -88,22 +88,24 @@ def test_passages_given_with_a_question_are_its_distractors_in_their_order(tmp_p
         task.draw(random.Random(0), 6, (0.0,))
 
 
-def test_haystacks_have_their_length_even_without_sentences():
-    text, tokenizer = " | ".join(f"cell {index}" for index in range(2000)), byte_tokenizer()
-    (example,) = Needles(text, tokenizer).draw(random.Random(0), 2000, (0.5,))
-    assert 2000 < len(tokenizer(example.prompt)["input_ids"]) < 2800  # with the instruction, up to 40 words more
-    with pytest.raises(ValueError, match="fewer than the haystack's 99999"):
-        Needles(text, tokenizer).draw(random.Random(0), 99_999, (0.5,))
-
-
-def test_haystacks_of_a_language_without_spaces():
-    """In one line, as an article copied from the web."""
-    text, tokenizer = "城市的夜晚很安静。" * 300, byte_tokenizer()
-    examples = Needles(text, tokenizer).draw(random.Random(0), 900, (0.0, 0.5, 1.0))
-    assert all(900 < len(tokenizer(example.prompt)["input_ids"]) < 1500 for example in examples)
+@pytest.mark.parametrize(
+    ("text", "length", "at_most"),
+    [
+        # Without sentences; the instruction has up to 40 words more.
+        (" | ".join(f"cell {index}" for index in range(2000)), 2000, 2800),
+        # Of a language without spaces, in one line, as an article copied from the web.
+        ("城市的夜晚很安静。" * 300, 900, 1500),
+    ],
+)
+def test_haystacks_have_their_length_whatever_they_are_made_of(text, length, at_most):
+    tokenizer = byte_tokenizer()
+    examples = Needles(text, tokenizer).draw(random.Random(0), length, (0.0, 0.5, 1.0))
+    assert all(length < len(tokenizer(example.prompt)["input_ids"]) < at_most for example in examples)
     places = [example.prompt.index("One of the special magic numbers") for example in examples]
     assert [example.position for example in examples] == [1.0, 0.5, 0.0]
     assert places[0] > places[1] + 100 > places[2] + 200
+    with pytest.raises(ValueError, match="fewer than the haystack's 99999"):
+        Needles(text, tokenizer).draw(random.Random(0), 99_999, (0.5,))
 
 
 def test_variables_form_one_chain_in_order():

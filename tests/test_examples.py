@@ -1,6 +1,5 @@
 """The examples on tiny models: they run, and do what they say."""
 
-import csv
 import json
 import math
 import random
@@ -9,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, PeftConfig
 from tiny_data import TEMPLATE, words, write_data
-from tiny_models import decide, load, save_tiny_model, token_ids, wide_config
+from tiny_models import adapted_model, load, save_tiny_model, token_ids, wide_config
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from peft_moice import MoICEConfig
 from peft_moice.evaluation import Result, sample_facts
 from peft_moice.standalone.built_in import BuiltInRouters
 from peft_moice.training.data import DataArguments
@@ -22,10 +20,8 @@ from peft_moice.tuner.pretraining import add_routers
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
-sys.path += [str(EXAMPLES / folder) for folder in ("research/paper", "research", "benchmarks")]
 
 import choose_angles  # noqa: E402
-import command as paper  # noqa: E402
 import evaluate as evaluate_example  # noqa: E402
 import make_facts  # noqa: E402
 import train_from_scratch  # noqa: E402
@@ -39,41 +35,24 @@ def model(tmp_path_factory) -> str:
     return save_tiny_model(tmp_path_factory.mktemp("model"), max_position_embeddings=1024)
 
 
-class TestAddRouters:
-    def test_everything_learns_and_the_loss_has_the_balance_term(self, model):
-        built = add_routers(load(model), wide_config(router_aux_loss_coef=0.5)).train()
-        ids = token_ids()
-        outputs = built(ids, labels=ids)
-        built.eval()
-        assert outputs.loss.item() == pytest.approx(built(ids, labels=ids).loss.item() + 0.5 * outputs.aux_loss.item())
-        outputs.loss.backward()
-        assert all(parameter.grad.abs().max() > 0 for parameter in built.parameters())
-
-    def test_the_coefficient_survives_the_disk(self, model, tmp_path):
-        built = add_routers(load(model), wide_config(router_aux_loss_coef=0.5)).train()
-        built.save_pretrained(tmp_path)
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path).train()
-        ids = token_ids()
-        expected, actual = built(ids, labels=ids), loaded(ids, labels=ids)
-        assert actual.loss.item() == expected.loss.item()
-        assert actual.aux_loss.item() == expected.aux_loss.item()
-
-    def test_the_config_can_be_used_again(self, model):
-        config = MoICEConfig(base_multipliers=[1.0, 2.0])
-        add_routers(load(model), config)
-        assert config.rope_bases is None and config.target_modules is None
-        add_routers(AutoModelForCausalLM.from_pretrained(model), config)
+def test_added_routers_and_their_balance_loss_survive_the_disk(model, tmp_path):
+    config, ids = wide_config(router_aux_loss_coef=0.5), token_ids()
+    built = add_routers(load(model), config).train()
+    assert config.rope_bases is None and config.target_modules is None  # it can be used again
+    built.save_pretrained(tmp_path)
+    outputs = built(ids, labels=ids)
+    outputs.loss.backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in built.parameters())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).train()(ids, labels=ids)
+    assert (loaded.loss.item(), loaded.aux_loss.item()) == (outputs.loss.item(), outputs.aux_loss.item())
+    task = built.eval()(ids, labels=ids).loss.item()
+    assert outputs.loss.item() == pytest.approx(task + 0.5 * outputs.aux_loss.item())
 
 
 def test_from_scratch_compares_like_with_like(tmp_path):
-    args = train_from_scratch.Arguments(
-        output_dir=str(tmp_path), hidden_size=64, layers=2, heads=2, length=64, steps=3, eval_windows=4, seeds=[0, 1]
-    )
-    threads = torch.get_num_threads()
-    try:
-        train_from_scratch.main(args)
-    finally:
-        torch.set_num_threads(threads)
+    sizes = {"hidden_size": 64, "layers": 2, "heads": 2, "length": 64, "steps": 3, "eval_windows": 4}
+    sizes["threads"] = torch.get_num_threads()
+    train_from_scratch.main(train_from_scratch.Arguments(output_dir=str(tmp_path), seeds=[0, 1], **sizes))
     results = json.loads((tmp_path / "results.json").read_text())
     runs = {(run["routers"], run["seed"]): run for run in results["runs"]}
     without, with_routers = runs["without", 0], runs["with", 0]
@@ -129,16 +108,13 @@ def test_train_router_trains_and_leaves_an_adapter_with_a_card(model, tmp_path, 
 
 
 def test_evaluate_measures_both_models_and_draws(model, tmp_path, capsys):
-    adapted = add_adapter(model, tmp_path / "adapter")
+    adapted_model(model).save_pretrained(tmp_path / "adapter")
     document = tmp_path / "notes.txt"
     document.write_text("\n\n".join(words(random.Random(i), 9) + "." for i in range(60)))
     for documents, lengths in (([], [3]), ([str(document)], [60, 120])):
         folder = tmp_path / f"out{len(documents)}"
-        evaluate_example.main(
-            evaluate_example.Arguments(
-                model, adapted, documents=documents, lengths=lengths, questions=1, output_dir=str(folder)
-            )
-        )
+        options = {"documents": documents, "lengths": lengths, "questions": 1, "output_dir": str(folder)}
+        evaluate_example.main(evaluate_example.Arguments(model, str(tmp_path / "adapter"), **options))
         base, moice = (Result.load(folder / f"{name}.json") for name in ("base_model", "adapter"))
         assert base.lengths == moice.lengths == lengths
         # To the tiny tokenizer, names and codes are all the same.
@@ -164,36 +140,3 @@ def test_the_shipped_chats_are_those_that_the_generator_makes(tmp_path):
         messages = json.loads(line)["messages"]
         assert len(messages) == 8 and not any(name in messages[0]["content"].split() for name in evaluated)
         assert all(answer["content"] in messages[0]["content"] for answer in messages[1::2])
-
-
-@pytest.mark.slow
-def test_a_table_of_the_paper_is_trained_measured_logged_and_drawn(model, tmp_path):
-    words = ["leval", "--small", "--model", model, "--output_dir", str(tmp_path), "--methods", "base", "moice"]
-    paper.main(paper.parse([*words, "--tasks", "tpo", "financial_qa"]))
-    lines = (tmp_path / "log.jsonl").read_text()
-    records = [json.loads(line) for line in lines.splitlines()]
-    by_table = {(line["table"], line["method"], line["task"]) for line in records}
-    tasks = {("leval", method, task) for method in ("base", "moice") for task in ("tpo", "financial_qa")}
-    assert by_table == {*tasks, ("training", "moice", "training")}
-    assert all(
-        line["versions"]["torch"] == torch.__version__ and "sha256" in line.get("data", "sha256") for line in records
-    )
-    paper.main(paper.parse([*words, "--tasks", "tpo", "financial_qa"]))
-    assert (tmp_path / "log.jsonl").read_text() == lines  # nothing is asked twice
-    header, *rows = csv.reader((tmp_path / "leval.csv").open())
-    drawn = {tuple(row[:3]): dict(zip(header[3:], row[3:], strict=True)) for row in rows}
-    scores = [score for *_, score in records[0]["result"]["scores"]]
-    assert drawn[model, "base", "ours (small), seed 0"]["tpo"].startswith(f"{sum(scores) / len(scores):.3f} (")
-    assert drawn[model, "base", "ours (small), seed 0"]["gsm100"] == "empty"
-    assert " to " in drawn[model, "moice (released)", "ours (small), seed 0, minus base"]["financial_qa"]
-    for method, source in (("moice", "official code"), ("pos2distill", "paper")):
-        assert set(drawn["meta-llama/Llama-2-7b-chat-hf", method, source].values()) == {"empty"}
-    assert (tmp_path / "leval.tex").read_text().count(r"\\") == len(rows) + 1
-    assert len(next(tmp_path.glob("*/predictions/moice/tpo.pred.jsonl")).read_text().splitlines()) == 2
-
-
-def add_adapter(folder: str, output_dir: Path) -> str:
-    adapted = get_peft_model(load(folder), wide_config())
-    decide(adapted)
-    adapted.save_pretrained(output_dir)
-    return str(output_dir)

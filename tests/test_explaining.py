@@ -31,6 +31,8 @@ def test_gates_by_token_layer_and_head(adapted, tokenizer):
     ids = torch.tensor(tokenizer(TEXT)["input_ids"])
     for layer, gates in enumerate(gates_along(adapted, ids).values()):
         assert torch.equal(explanation.gates[:, layer], gates.permute(1, 0, 2))
+    merged = torch.stack(list(gates_along(adapted.merge_and_unload(), ids, "0").values()))
+    torch.testing.assert_close(merged.permute(2, 0, 1, 3), explanation.gates, rtol=0, atol=1e-6)
 
 
 def test_a_merged_model_explains_itself_as_its_adapter_does(llama, tokenizer):
@@ -66,6 +68,10 @@ def test_what_cannot_be_explained(llama, adapted, tokenizer):
         peft_moice.explain(adapted, tokenizer, "")
     with pytest.raises(TypeError, match="one string"):
         peft_moice.explain(adapted, tokenizer, [TEXT])
+    with pytest.raises(ValueError, match=r"shape \(1, 12\); give one sequence"):
+        gates_along(adapted, torch.arange(12)[None])
+    with pytest.raises(ValueError, match=r"routers of the name 'other' at work; those at work are \['default'\]"):
+        gates_along(adapted, torch.arange(12), "other")
     uneven = get_peft_model(load(llama), wide_config(layers_to_transform=[0]), adapter_name="a")
     uneven.add_adapter("b", wide_config(base_multipliers=[1.0, 3.0], layers_to_transform=[1]))
     uneven.base_model.set_adapter(["a", "b"])

@@ -35,17 +35,11 @@ def test_the_command_writes_what_extend_adds(base, expected, tmp_path, capsys):
     assert (tmp_path / "adapter_model.safetensors").stat().st_size < 100
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(logits_of(loaded, IDS), expected)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["ropes"] == extension_config(load(base).config, 4.0).ropes
     assert "linear factor 13.0 beyond" in (tmp_path / "README.md").read_text()
     assert main(["info", str(tmp_path)]) == 0
     assert "linear factor 13.0 beyond" in capsys.readouterr().out
-
-
-def test_an_adapter_without_parameters_is_saved_and_loaded(base, expected, tmp_path):
-    extend(load(base), 4.0).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["ropes"] == extension_config(load(base).config, 4.0).ropes
-    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert torch.equal(logits_of(loaded, IDS), expected)
 
 
 def test_a_merged_folder_states_the_new_length_and_computes_the_same(base, expected, tmp_path):
@@ -96,6 +90,7 @@ def test_a_check_looks_beyond_the_window(base, monkeypatch):
         check(model)
 
 
+@pytest.mark.slow
 def test_routers_and_an_extension_are_merged_together(base, tmp_path):
     model = get_peft_model(load(base), wide_config()).eval()
     decide(model)
@@ -124,13 +119,10 @@ def test_values_out_of_range(base, options, reason):
         extend(load(base), **options)
 
 
-def test_a_rope_for_longer_texts_is_not_extended_by_itself(base):
+def test_what_is_refused(base):
+    with pytest.raises(ValueError, match="Make two adapters"):
+        MoICEConfig(ropes=[{}], base_multipliers=[1.0, 2.0])
     config = load(base).config
     config.rope_parameters = {**config.rope_parameters, "rope_type": "yarn", "factor": 2.0}
     with pytest.raises(ValueError, match=r"own rope is \['yarn'\]"):
         extension_config(config, 4.0)
-
-
-def test_ropes_and_routers_are_two_adapters():
-    with pytest.raises(ValueError, match="Make two adapters"):
-        MoICEConfig(ropes=[{}], base_multipliers=[1.0, 2.0])

@@ -1,6 +1,8 @@
 """Caches, prompts in pieces, padding and packing, and the ways to generate text: what the adapter computes stays the
 same."""
 
+import itertools
+
 import pytest
 import torch
 from families import tiny_model, tokens
@@ -12,11 +14,15 @@ from versions import needs_transformers
 
 from peft_moice import MoICEConfig
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 NEEDS_FP8 = needs_transformers("5.21", "has no caches in fp8")
 
 FAMILIES = ["llama", "mistral", "gemma3_text", "gpt_oss", "deepseek_v3", "gpt_neox"]
 """Plain, sliding, sliding and full in turn, the same with sinks, latent, and with keywords of its own."""
-NO_END = {"eos_token_id": None}
+HYBRID = ["lfm2", "qwen3_next", "falcon_h1"]
+"""Convolutions, linear attention and state spaces, whose states share the cache with keys."""
+GENERATING = [*itertools.product(FAMILIES, [None, "static", "dynamic"]), *((family, None) for family in HYBRID)]
 
 
 def generated(model, ids: torch.Tensor, new_tokens: int = 12, **options) -> torch.Tensor:
@@ -48,7 +54,6 @@ def unaware_cache(model) -> DynamicCache:
 @pytest.mark.parametrize("make_cache", [dynamic_cache, unaware_cache, static_cache])
 @pytest.mark.parametrize("family", slow_but(["gemma3_text"], FAMILIES))
 @pytest.mark.parametrize("pieces", [(17, 1, 1, 1), (5, 6, 7, 2), pytest.param((1,) * 20, marks=pytest.mark.slow)])
-@torch.no_grad()
 def test_a_prompt_in_pieces_gives_the_logits_of_the_whole(family, make_cache, pieces):
     model, ids = mixture(family), tokens()
     cache, logits, start = make_cache(model), [], 0
@@ -63,7 +68,6 @@ def test_a_prompt_in_pieces_gives_the_logits_of_the_whole(family, make_cache, pi
 @pytest.mark.parametrize(
     "backend", [pytest.param("fp8", marks=NEEDS_FP8), "hqq", pytest.param("quanto", marks=pytest.mark.slow)]
 )
-@torch.no_grad()
 def test_quantized_keys_are_turned_like_any_others(backend):
     if backend != "fp8":
         pytest.importorskip({"quanto": "optimum.quanto", "hqq": "hqq"}[backend])
@@ -81,7 +85,6 @@ def test_quantized_keys_are_turned_like_any_others(backend):
 
 
 @NEEDS_FP8
-@torch.no_grad()
 def test_one_angle_with_quantized_keys_is_close_to_a_model_with_that_rope_theta():
     """The one keeps its keys under its own angle, the other under the new one, so they round differently."""
     ids, errors = tokens(), []
@@ -97,9 +100,7 @@ def test_one_angle_with_quantized_keys_is_close_to_a_model_with_that_rope_theta(
     assert errors[1] < 2 * errors[0]
 
 
-@pytest.mark.parametrize("cache", [None, "static", "dynamic"])
-@pytest.mark.parametrize("family", slow_but(["llama"], FAMILIES))
-@torch.no_grad()
+@pytest.mark.parametrize(("family", "cache"), slow_but(GENERATING[:3], GENERATING))
 def test_generation_equals_search_without_a_cache(family, cache):
     model, ids = mixture(family), tokens(length=11)
     options = {} if cache is None else {"cache_implementation": cache}
@@ -108,17 +109,7 @@ def test_generation_equals_search_without_a_cache(family, cache):
     assert torch.equal(generated(model, ids, **options), greedy(model, ids))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["lfm2", "qwen3_next", "falcon_h1"])
-@torch.no_grad()
-def test_generation_with_the_caches_of_hybrid_models(family):
-    """Convolutions, linear attention and state spaces, whose states share the cache with keys."""
-    model, ids = mixture(family), tokens(length=11)
-    assert torch.equal(generated(model, ids), greedy(model, ids))
-
-
 @pytest.mark.parametrize("family", slow_but(["llama"], FAMILIES))
-@torch.no_grad()
 def test_left_padded_rows_equal_single_rows(family):
     model, ids = mixture(family), tokens(batch=3, length=11)
     lengths = (11, 7, 4)
@@ -131,7 +122,6 @@ def test_left_padded_rows_equal_single_rows(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
-@torch.no_grad()
 def test_packed_sequences_equal_separate_ones(family):
     model, ids = mixture(family), tokens(batch=1, length=20)
     lengths = (9, 4, 7)
@@ -141,25 +131,28 @@ def test_packed_sequences_equal_separate_ones(family):
     assert_close(packed, torch.cat(separate, dim=1))
 
 
-@torch.no_grad()
-def test_beam_search_does_not_depend_on_the_cache():
+@pytest.mark.parametrize(
+    "options",
+    [{"do_sample": True, "top_k": 20}, {"num_beams": 3, "num_return_sequences": 2}],
+    ids=["sampling", "beams"],
+)
+def test_generation_does_not_depend_on_the_cache(options):
     model, ids = mixture("llama"), tokens(length=9)
-    with_cache, without = (
-        generated(model, ids, num_beams=3, num_return_sequences=2, use_cache=use_cache) for use_cache in (True, False)
-    )
-    assert torch.equal(with_cache, without)
+    texts = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        texts.append(generated(model, ids, use_cache=use_cache, **options))
+    assert torch.equal(*texts)
 
 
-@torch.no_grad()
 def test_prompt_lookup_and_assistants_do_not_change_greedy_text():
-    model, assistant = mixture("llama"), tiny_model("llama", num_hidden_layers=1, **NO_END)
+    model, assistant = mixture("llama"), tiny_model("llama", num_hidden_layers=1, eos_token_id=None)
     ids = tokens(batch=1, length=6).repeat(1, 3)
     expected = generated(model, ids)
     assert torch.equal(generated(model, ids, prompt_lookup_num_tokens=3), expected)
     assert torch.equal(generated(model, ids, assistant_model=assistant), expected)
 
 
-@torch.no_grad()
 def test_input_embeddings_give_the_text_of_their_tokens():
     model, ids = mixture("llama"), tokens(length=9)
     embeddings = model.get_input_embeddings()(ids)
@@ -173,17 +166,6 @@ def test_input_embeddings_give_the_text_of_their_tokens():
     assert torch.equal(output, generated(model, ids, new_tokens=8)[:, 9:])
 
 
-@torch.no_grad()
-def test_sampling_with_a_seed_does_not_depend_on_the_cache():
-    model, ids = mixture("llama"), tokens(length=9)
-    texts = []
-    for use_cache in (True, False):
-        torch.manual_seed(0)
-        texts.append(generated(model, ids, do_sample=True, top_k=20, use_cache=use_cache))
-    assert torch.equal(*texts)
-
-
-@torch.no_grad()
 def test_a_cache_filled_with_the_adapter_serves_the_base_model_and_back():
     """The cache holds the base model's keys, so each step depends on whether the adapter is on in that step only."""
     model, ids = mixture("llama", layers_to_transform=[1]), tokens(length=12)
@@ -195,27 +177,20 @@ def test_a_cache_filled_with_the_adapter_serves_the_base_model_and_back():
     # Only the last layer is adapted, so no later key depends on the adapter.
     cache = DynamicCache(config=model.config)
     assert_close(model(ids[:, :10], past_key_values=cache, use_cache=True).logits, on[:, :10])
+    own = DynamicCache(config=model.config)
+    with model.disable_adapter():
+        model(ids[:, :10], past_key_values=own, use_cache=True)
+    for layer, own_layer in zip(cache.layers, own.layers, strict=True):
+        assert torch.equal(layer.keys, own_layer.keys) and torch.equal(layer.values, own_layer.values)
     with model.disable_adapter():
         assert_close(model(ids[:, 10:11], past_key_values=cache, use_cache=True).logits, off[:, 10:11])
     assert_close(model(ids[:, 11:], past_key_values=cache, use_cache=True).logits, on[:, 11:])
-
-
-@torch.no_grad()
-def test_the_cache_holds_what_the_base_model_would_keep():
-    model, ids = mixture("llama", layers_to_transform=[1]), tokens(length=12)
-    cache, own = DynamicCache(config=model.config), DynamicCache(config=model.config)
-    model(ids, past_key_values=cache, use_cache=True)
-    with model.disable_adapter():
-        model(ids, past_key_values=own, use_cache=True)
-    for layer, own_layer in zip(cache.layers, own.layers, strict=True):
-        assert torch.equal(layer.keys, own_layer.keys) and torch.equal(layer.values, own_layer.values)
 
 
 @pytest.mark.slow
 @needs_transformers("5.19", "lets continuous batching write its cache in another way, which is refused")
 @pytest.mark.parametrize("attention", ["sdpa", "paged|eager"])
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-@torch.no_grad()
 def test_continuous_batching_gives_the_text_of_single_prompts(family, attention):
     model = mixture(family)
     prompts = [tokens(batch=1, length=length, seed=length) for length in (11, 5, 3)]

@@ -1,4 +1,8 @@
-"""A sample of what `python tests/hostile_files.py` does, and the files that it, or thought, has found to do harm."""
+"""A sample of damaged and hostile files, and those that it, or thought, has found to do harm.
+
+`CASES=2000 pytest tests/test_hostile_files.py -k sample --hypothesis-profile=many --hypothesis-seed=7` draws others;
+with `--hypothesis-show-statistics` it counts what came of them.
+"""
 
 import json
 import pickle
@@ -7,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hostile_files import SAVED, Case, Judge, cases, quiet
-from hypothesis import HealthCheck, given, settings
+from hostile_files import SAVED, Case, Judge, cases
+from hypothesis import HealthCheck, event, given, settings
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import layers_of, load, logits_of, save_tiny_model, wide_config
@@ -22,17 +26,18 @@ ROUTER = "base_model.model.model.layers.0.self_attn.moice_router"
 
 @pytest.fixture(scope="module")
 def judge():
-    with quiet():
-        yield Judge()
+    return Judge()
 
 
 @pytest.mark.slow
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@pytest.mark.filterwarnings("ignore")
+@settings(suppress_health_check=list(HealthCheck))
 @given(case=cases())
 def test_a_sample(judge, case):
-    judge(case)
+    event(f"{case.folder}: {judge(case)}")
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("folder", ["adapter", "cat", "merged"])
 def test_the_judge_sees_unchanged_files_and_changed_values(judge, folder):
     file, weights = ("config.json", "model") if folder == "merged" else ("adapter_config.json", "adapter_model")
@@ -71,19 +76,6 @@ def refused_adapter(folder: Path, match: str, error=ValueError) -> None:
 def refused_model(folder: Path, match: str, error=ValueError) -> None:
     with pytest.raises(error, match=match):
         AutoModelForCausalLM.from_pretrained(folder)
-
-
-@pytest.mark.parametrize("fields", [{"router_dim": 10**9}, {"router_dim": 10**9, "router_scope": "head"}])
-def test_an_adapter_that_asks_for_more_memory_than_there_is(copy_of, fields):
-    folder = copy_of("adapter")
-    change(folder / "adapter_config.json", lambda config: config.update(fields))
-    refused_adapter(folder, r"routers of [\d,]{13,} weights.*router_dim")
-
-
-def test_a_merged_model_that_asks_for_more_memory_than_there_is(copy_of):
-    folder = copy_of("merged")
-    change(folder / "config.json", lambda config: config["moice"]["routers"][0].update(router_dim=10**9))
-    refused_model(folder, r"routers of [\d,]{13,} weights")
 
 
 def test_more_experts_than_anyone_needs():
@@ -187,20 +179,24 @@ def test_descriptions_that_describe_nothing(copy_of, change_layer, match):
     refused_model(folder, match, (ValueError, TypeError))
 
 
-def test_layers_named_as_paths(copy_of):
+@pytest.mark.parametrize(
+    ("change_all", "match"),
+    [
+        (lambda moice: moice["routers"][0].update(router_dim=10**9), r"routers of [\d,]{13,} weights"),
+        (lambda moice: moice["layers"].update({"../etc/passwd": moice["layers"].popitem()[1]}), "'../etc/passwd'"),
+    ],
+)
+def test_descriptions_of_huge_routers_and_of_paths(copy_of, change_all, match):
     folder = copy_of("merged")
-
-    def rename(config):
-        layers = config["moice"]["layers"]
-        layers["../../../etc/passwd"] = layers.pop(next(iter(layers)))
-
-    change(folder / "config.json", rename)
-    refused_model(folder, r"'\.\./\.\./\.\./etc/passwd'")
+    change(folder / "config.json", lambda config: change_all(config["moice"]))
+    refused_model(folder, match)
 
 
 @pytest.mark.parametrize(
     ("fields", "match"),
     [
+        ({"router_dim": 10**9}, r"routers of [\d,]{13,} weights.*router_dim"),
+        ({"router_dim": 10**9, "router_scope": "head"}, r"routers of [\d,]{13,} weights.*router_dim"),
         ({"trainable_token_indices": [64]}, "holds 64, but 'model.embed_tokens' has the tokens 0 to 63"),
         ({"trainable_token_indices": {"embed_tokens": [-1]}}, "holds -1"),
         ({"trainable_token_indices": []}, "names no token"),
@@ -217,7 +213,7 @@ def test_layers_named_as_paths(copy_of):
         ({"layers_to_transform": [0], "layers_pattern": 3}, "`layers_pattern` has to be one name or a list"),
     ],
 )
-def test_fields_that_peft_acts_upon(copy_of, fields, match):
+def test_fields_of_an_adapter_that_cannot_be(copy_of, fields, match):
     folder = copy_of("adapter")
     change(folder / "adapter_config.json", lambda config: config.update(fields))
     refused_adapter(folder, match, (ValueError, TypeError))

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import decide, load, logits_of, router_state, token_ids, wide_config
 
-from peft_moice import MoICEConfig, push_to_hub, write_model_card
+from peft_moice import push_to_hub, write_model_card
 from peft_moice.hub import push
 
 ROOT = Path(__file__).parents[1]
@@ -141,11 +141,8 @@ def test_the_adapter_stands_at_the_top_whatever_it_is_called(fake_hub, llama):
     assert fake_hub.token == "secret"
     assert url.startswith("https://huggingface.co/me/needle/commit/")
     snapshot = fake_hub.file("me/needle", "README.md").parent
-    assert {file.name for file in snapshot.iterdir()} == {
-        "README.md",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    }
+    files = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(file.name for file in snapshot.iterdir()) == files
     assert "from_pretrained('me/needle')" in (snapshot / "README.md").read_text()
     stored = load_file(snapshot / "adapter_model.safetensors")
     for key, weight in router_state(model, "two").items():
@@ -187,33 +184,24 @@ def test_the_card(adapted, tmp_path):
     assert "| position | base | with MoICE |\n| --- | --- | --- |\n| first | 1 | 1 |\n" in card.text
     assert "| middle | 0.1 | 0.95 |" in card.text
     assert "| Router parameters | 432 |" in card.text
-
-
-def test_a_card_without_recipe_and_evaluation(adapted, tmp_path):
-    text = write_model_card(adapted, tmp_path, base_model=BASE_ID).read_text()
-    assert "## Training" not in text and "## Evaluation" not in text
-    assert f"from_pretrained('{tmp_path}')" in text
-
-
-def test_evaluation_as_markdown(adapted, tmp_path):
+    # Another takes its place.
     text = write_model_card(adapted, tmp_path, base_model=BASE_ID, evaluation="See *the paper*.").read_text()
-    assert "## Evaluation\n\nSee *the paper*.\n" in text
+    assert "## Evaluation\n\nSee *the paper*.\n" in text and text.count("import peft_moice") == 1
+    assert "## Training" not in text and f"from_pretrained('{tmp_path}')" in text
+    assert "## Evaluation" not in write_model_card(adapted, tmp_path, base_model=BASE_ID).read_text()
+    with pytest.raises(ValueError, match="columns"):
+        write_model_card(adapted, tmp_path, base_model=BASE_ID, evaluation=[{"a": 1}, {"b": 2}])
 
 
-def test_the_card_names_angles_by_layer_type_and_routers_of_a_mean(llama, tmp_path):
-    model = get_peft_model(load(llama), wide_config(), adapter_name="one")
-    model.add_adapter("two", wide_config(base_multipliers=[1.0, 3.0], router_scope="head"))
+def test_the_card_of_a_mean_and_of_a_model_without_a_task(llama, tmp_path):
+    model = get_peft_model(load(llama), wide_config(task_type=None), adapter_name="one")
+    model.add_adapter("two", wide_config(base_multipliers=[1.0, 3.0], router_scope="head", task_type=None))
     model.add_weighted_adapter(["one", "two"], [0.75, 0.25], "both")
-    text = write_model_card(model, tmp_path, adapter_name="both", base_model=BASE_ID).read_text()
-    assert "Router 1 of 2, share 0.75: Base angles" in text
-    assert "Router 2 of 2, share 0.25: Base angles (`rope_theta`) | 10000, 30000 (1, 3 times" in text
-
-
-def test_the_card_replaces_any_other(adapted, tmp_path):
-    (tmp_path / "README.md").write_text("# Notes\n")
-    write_model_card(adapted, tmp_path, base_model=BASE_ID)
-    assert "import peft_moice" in (tmp_path / "README.md").read_text()
-    assert "Notes" not in (tmp_path / "README.md").read_text()
+    card = ModelCard.load(write_model_card(model, tmp_path, adapter_name="both", base_model=BASE_ID))
+    assert "Router 1 of 2, share 0.75: Base angles" in card.text
+    assert "Router 2 of 2, share 0.25: Base angles (`rope_theta`) | 10000, 30000 (1, 3 times" in card.text
+    assert card.data.pipeline_tag is None
+    assert "PeftModel.from_pretrained(base_model" in card.text
 
 
 def test_a_local_base_model_is_not_named_in_the_card(adapted, llama, tmp_path, caplog):
@@ -222,13 +210,6 @@ def test_a_local_base_model_is_not_named_in_the_card(adapted, llama, tmp_path, c
     assert llama in caplog.text and "base_model" in caplog.text
     assert card.data.base_model is None
     assert llama not in card.content
-    assert "PeftModel.from_pretrained(base_model" in card.text
-
-
-def test_a_model_without_a_task(llama, tmp_path):
-    model = get_peft_model(load(llama), MoICEConfig())
-    card = ModelCard.load(write_model_card(model, tmp_path, base_model=BASE_ID))
-    assert card.data.pipeline_tag is None
     assert "PeftModel.from_pretrained(base_model" in card.text
 
 
@@ -244,8 +225,3 @@ def test_what_cannot_be_pushed(adapted, llama):
     adapted.base_model.set_adapter(["default", "second"])
     with pytest.raises(ValueError, match="adapter_name"):
         push_to_hub(adapted, "me/needle")
-
-
-def test_rows_that_are_no_table(adapted, tmp_path):
-    with pytest.raises(ValueError, match="columns"):
-        write_model_card(adapted, tmp_path, base_model=BASE_ID, evaluation=[{"a": 1}, {"b": 2}])

@@ -49,37 +49,22 @@ def compiled(folder: Path) -> Path:
     return made
 
 
-def test_it_is_compiled_once(fresh):
-    made = compiled(fresh)
+def test_it_is_compiled_once_for_the_same_flags_into_a_private_folder(fresh, monkeypatch):
+    before = os.umask(0)
+    try:
+        made = compiled(fresh)
+    finally:
+        os.umask(before)
+    assert not any(stat.S_IMODE(path.stat().st_mode) & 0o022 for path in (fresh, made))
     first_time = made.stat().st_mtime_ns
     load_again()
     assert_works()
     assert made.stat().st_mtime_ns == first_time
     assert sorted(path.suffix for path in fresh.iterdir()) == [".sha256", ".so"]
-
-
-def test_other_flags_make_another_one(fresh, monkeypatch):
-    made = compiled(fresh)
     monkeypatch.setenv(library.FLAGS, "-O1")
     load_again()
     assert_works()
     assert len(list(fresh.glob("*.so"))) == 2 and made.exists()
-
-
-def truncate(path: Path) -> None:
-    os.truncate(path, 1000)
-
-
-def fill_with_zeros(path: Path) -> None:
-    path.write_bytes(bytes(path.stat().st_size))
-
-
-def remove_checksum(path: Path) -> None:
-    path.with_suffix(".sha256").unlink()
-
-
-def let_others_write(path: Path) -> None:
-    path.chmod(0o777)
 
 
 def exchange(path: Path) -> None:
@@ -91,7 +76,17 @@ def exchange(path: Path) -> None:
     path.with_suffix(".sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
 
 
-@pytest.mark.parametrize("spoil", [truncate, fill_with_zeros, remove_checksum, let_others_write, exchange])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: os.truncate(path, 1000),
+        lambda path: path.write_bytes(bytes(path.stat().st_size)),
+        lambda path: path.with_suffix(".sha256").unlink(),
+        lambda path: path.chmod(0o777),
+        exchange,
+    ],
+    ids=["truncated", "zeros", "no checksum", "others may write", "exchanged"],
+)
 def test_what_was_not_compiled_here_is_not_loaded(fresh, spoil):
     made = compiled(fresh)
     # What is loaded stays as it is only if another file takes its place.
@@ -115,16 +110,6 @@ def test_without_a_folder_of_its_own_it_is_kept_nowhere(fresh, monkeypatch, tmp_
         monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
     assert_works()
     assert not list(tmp_path.rglob("*.so"))
-
-
-def test_the_folder_is_private(fresh):
-    before = os.umask(0)
-    try:
-        made = compiled(fresh)
-    finally:
-        os.umask(before)
-    for path in (fresh, made):
-        assert not stat.S_IMODE(path.stat().st_mode) & 0o022
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,17 @@ import pytest
 import torch
 from families import tiny_model, tokens
 from peft import PeftModel, get_peft_model
-from position_models import Waits
-from test_window import close, in_chunks, oracle_by_position
+from position_models import Waits, assert_close, cached_logits
+from representatives import slow_but
+from test_window import in_chunks, oracle_by_position
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from versions import needs_transformers
 
 from peft_moice import MoICEConfig, extend
 from peft_moice.probing import LayerProbe, attention_module_names
+
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 ORIGINAL_LENGTH = 32
 SHORT, EXACTLY, LONG = 20, ORIGINAL_LENGTH, 50
@@ -49,28 +52,12 @@ def adapted(model=None, config: MoICEConfig | None = None):
     return get_peft_model(model or model_of(), config or mixture()).eval()
 
 
-def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
-
-
-def cached_logits(model, ids: torch.Tensor, prompt_length: int, cache=None, **options) -> torch.Tensor:
-    """Logits of `ids`: a prompt at once, then the rest one by one."""
-    cache = DynamicCache(config=model.config) if cache is None else cache
-    pieces = ids.split((prompt_length, *([1] * (ids.shape[1] - prompt_length))), dim=1)
-    return torch.cat([model(piece, past_key_values=cache, **options).logits for piece in pieces], dim=1)
+OLMO3 = [pytest.mark.slow, needs_transformers("5.21", "cannot run longrope with layer types twice")]
 
 
 @pytest.mark.parametrize(
-    "family",
-    [
-        "llama",
-        "phi3",
-        "phimoe",
-        pytest.param("olmo3", marks=needs_transformers("5.21", "cannot run longrope with layer types twice")),
-        "deepseek_v3",
-    ],
+    "family", ["llama", pytest.param("olmo3", marks=OLMO3), *slow_but([], ["phi3", "phimoe", "deepseek_v3"])]
 )
-@torch.no_grad()
 def test_one_angle_equals_a_model_with_that_rope_theta(family):
     angles = 4 if family == "deepseek_v3" else 8
     base, turned = model_of(family, angles=angles), model_of(family, theta_factor=3.0, angles=angles)
@@ -84,8 +71,7 @@ def test_one_angle_equals_a_model_with_that_rope_theta(family):
         assert_close(cached_logits(model, ids, length - 3 if length != LONG else 40), expected)
 
 
-@pytest.mark.parametrize("length", [SHORT, EXACTLY, LONG])
-@torch.no_grad()
+@pytest.mark.parametrize("length", slow_but([LONG], [SHORT, EXACTLY, LONG]))
 def test_mixture_equals_reference(length):
     ids = tokens(length=length)
     expected = adapted(config=mixture(implementation="reference"))(ids).logits
@@ -95,7 +81,7 @@ def test_mixture_equals_reference(length):
         assert_close(cached_logits(model, ids, length - 3), expected)
 
 
-@torch.no_grad()
+@pytest.mark.slow
 def test_merged_and_saved_models(tmp_path):
     model = adapted(model_of("phi3"))
     lengths = (SHORT, LONG, EXACTLY)
@@ -111,7 +97,9 @@ def test_merged_and_saved_models(tmp_path):
         cached_logits(again, tokens(length=40), 30)
 
 
+@pytest.mark.slow
 def test_gradients_with_checkpointing_when_other_lengths_come_in_between():
+    @torch.enable_grad()
     def gradients(checkpoint: bool) -> list[torch.Tensor]:
         model = adapted(model_of()).train()
         if checkpoint:
@@ -128,35 +116,21 @@ def test_gradients_with_checkpointing_when_other_lengths_come_in_between():
 class TestSequencesThatCrossTheOriginalLength:
     """In transformers, keys in the cache keep the factors that held when they came."""
 
-    @pytest.mark.parametrize("merged", [False, True])
-    @torch.no_grad()
+    @pytest.mark.parametrize("merged", slow_but([False], [False, True]))
     def test_step_by_step(self, merged):
         model, ids = adapted(), tokens(length=40)
         if merged:
             model.merge_adapter()
         cache = DynamicCache(config=model.config)
         cached_logits(model, ids[:, :32], 30, cache)
-        with pytest.raises(
-            ValueError, match=r"uses the long factors .* the short ones.* original length of 32 tokens"
-        ):
+        crossed = r"uses the long factors .* the short ones.* original length of 32 tokens"
+        with pytest.raises(ValueError, match=crossed):
             model(ids[:, 32:33], past_key_values=cache)
         with pytest.raises(ValueError, match="Run the whole sequence again without its cache"):
             model(ids[:, 32:36], past_key_values=copy.deepcopy(cache))
         assert_close(model(ids).logits[:, 32:], cached_logits(model, ids, 33)[:, 32:])
+        assert_close(in_chunks(model, ids, [35, 2]), model(ids).logits)
 
-    @torch.no_grad()
-    def test_prompt_in_pieces(self):
-        cache = DynamicCache(config=model_of().config)
-        model, ids = adapted(), tokens(length=LONG)
-        expected = model(ids).logits
-        model(ids[:, :25], past_key_values=cache)
-        with pytest.raises(ValueError, match="original length of 32 tokens"):
-            model(ids[:, 25:], past_key_values=cache)
-        cache = DynamicCache(config=model.config)
-        pieces = [model(piece, past_key_values=cache).logits for piece in ids.split((40, 5, 5), dim=1)]
-        assert_close(torch.cat(pieces, dim=1), expected)
-
-    @torch.no_grad()
     def test_cropped_below_it(self):
         model, ids = adapted(), tokens(length=LONG)
         cache = DynamicCache(config=model.config)
@@ -167,7 +141,6 @@ class TestSequencesThatCrossTheOriginalLength:
         with pytest.raises(ValueError, match=r"uses the short factors .* the long ones"):
             model(ids[:, 20:21], past_key_values=cache)
 
-    @torch.no_grad()
     def test_while_routers_are_off(self):
         model, base, ids = adapted(), model_of(), tokens(length=40)
         cache, own_cache = DynamicCache(config=model.config), DynamicCache(config=model.config)
@@ -181,8 +154,8 @@ class TestSequencesThatCrossTheOriginalLength:
             cached_logits(model, ids[:, :38], 36, cache)
         model(ids[:, 38:], past_key_values=cache)
 
+    @pytest.mark.slow
     @needs_transformers("5.20", "throws Phi-3's cache away, but runs the last token alone")
-    @torch.no_grad()
     def test_generation_of_phi_runs_the_sequence_again(self):
         """Phi-3 throws its cache away where the factors change, so that generating across is exact."""
         model, ids = adapted(model_of("phi3")), tokens(batch=1, length=28)
@@ -195,7 +168,6 @@ class TestSequencesThatCrossTheOriginalLength:
             assert allowed.argmax() == ids[0, -1]
 
 
-@torch.no_grad()
 def test_padded_batches_count_positions_and_not_places_in_the_cache():
     """28 tokens and 8 of padding in front: 36 places, but within the original length until 4 more have come."""
     model, ids = adapted(), tokens(length=33)
@@ -211,7 +183,7 @@ def test_padded_batches_count_positions_and_not_places_in_the_cache():
         model(padded[:, 40:], past_key_values=cache, attention_mask=mask, position_ids=positions[:, 40:])
 
 
-@torch.no_grad()
+@pytest.mark.slow
 def test_prompts_that_do_not_begin_at_zero():
     model, ids = adapted(), tokens(length=20)
     cache = DynamicCache(config=model.config)
@@ -224,8 +196,7 @@ def test_prompts_that_do_not_begin_at_zero():
     assert (expected - reference(ids).logits).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("length", [SHORT, LONG])
-@torch.no_grad()
+@pytest.mark.parametrize("length", slow_but([SHORT], [SHORT, LONG]))
 def test_steps_of_decoding_wait_for_the_device_no_more_often_than_the_base_model(as_on_a_gpu, length):
     def waits(model) -> int:
         cache = DynamicCache(config=model.config)
@@ -239,7 +210,7 @@ def test_steps_of_decoding_wait_for_the_device_no_more_often_than_the_base_model
     assert waits(adapted()) == waits(model_of())
 
 
-@torch.no_grad()
+@pytest.mark.slow
 def test_static_caches():
     model, ids = adapted(), tokens(length=LONG)
     for length, places in ((LONG, 64), (EXACTLY, ORIGINAL_LENGTH)):
@@ -252,7 +223,6 @@ def test_static_caches():
 
 @pytest.mark.slow
 @needs_transformers("5.21", "branches on the values of positions in longrope")
-@torch.no_grad()
 def test_compiled_prompts_are_one_graph_per_shape_of_either_length():
     model = adapted(model_of(num_hidden_layers=1))
     for length in (SHORT, LONG):
@@ -264,7 +234,6 @@ def test_compiled_prompts_are_one_graph_per_shape_of_either_length():
 
 
 @pytest.mark.slow
-@torch.no_grad()
 def test_compiled_decoding():
     model, ids = adapted(model_of(num_hidden_layers=1)), tokens(length=LONG)
     expected = model(ids).logits
@@ -283,7 +252,6 @@ def test_compiled_decoding():
 
 @needs_transformers("5.21", "branches on the values of positions in longrope")
 @pytest.mark.slow
-@torch.no_grad()
 def test_compiled_decoding_over_keys_that_nobody_saw_come():
     model, ids = adapted(model_of(num_hidden_layers=1)), tokens(length=LONG)
     cache = DynamicCache(config=model.config)
@@ -295,18 +263,7 @@ def test_compiled_decoding_over_keys_that_nobody_saw_come():
         compiled(ids[:, 32:33], past_key_values=cache)
 
 
-@torch.no_grad()
-def test_assisted_generation_and_several_adapters():
-    model, ids = adapted(), tokens(batch=1, length=40)
-    model.add_adapter("other", MoICEConfig(base_multipliers=[1.0, 2.0], init_weights=False))
-    model.base_model.set_adapter(["default", "other"])
-    options = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
-    expected = model.generate(input_ids=ids, use_cache=False, **options)
-    assert torch.equal(model.generate(input_ids=ids, **options), expected)
-    assert torch.equal(model.generate(input_ids=ids, prompt_lookup_num_tokens=3, **options), expected)
-
-
-@torch.no_grad()
+@pytest.mark.slow
 def test_layers_that_get_no_position_ids_learn_them_from_the_rotary_embedding():
     model = adapted(model_of("llama4_text"), MoICEConfig(base_multipliers=[3.0]))
     for length in (SHORT, LONG):
@@ -315,6 +272,7 @@ def test_layers_that_get_no_position_ids_learn_them_from_the_rotary_embedding():
         assert_close(cached_logits(model, tokens(length=length), length - 3), expected)
 
 
+@pytest.mark.slow
 def test_phimoe_keeps_its_angles():
     """Its rotary embedding takes the short factors at any length, so its sequences may cross the original one."""
     for family, original_length in (("phimoe", None), ("phi3", ORIGINAL_LENGTH)):
@@ -323,8 +281,7 @@ def test_phimoe_keeps_its_angles():
         assert LayerProbe(model).plan(names[0]).rope.original_length == original_length
     ids, turned = tokens(length=40), model_of("phimoe", theta_factor=3.0)
     model = adapted(model_of("phimoe"), MoICEConfig(base_multipliers=[3.0]))
-    with torch.no_grad():
-        assert_close(cached_logits(model, ids, 30), cached_logits(turned, ids, 30))
+    assert_close(cached_logits(model, ids, 30), cached_logits(turned, ids, 30))
 
 
 class TestRopesByPosition:
@@ -332,20 +289,12 @@ class TestRopesByPosition:
 
     @pytest.mark.parametrize(
         ("family", "options"),
-        [
-            ("llama", {}),
-            ("phi3", {"sliding_window": 256}),
-            pytest.param("olmo3", {}, marks=needs_transformers("5.21", "cannot run longrope with layer types twice")),
-        ],
+        [("llama", {}), *slow_but([], [("phi3", {"sliding_window": 256})]), pytest.param("olmo3", {}, marks=OLMO3)],
         ids=lambda value: value if isinstance(value, str) else "",
     )
-    @torch.no_grad()
     def test_equals_the_models_under_either_set_over_keys_rotated_anew(self, family, options):
-        ids, base, kind = (
-            tokens(length=LONG),
-            model_of(family, **options),
-            "full_attention" if family == "olmo3" else None,
-        )
+        ids, base = tokens(length=LONG), model_of(family, **options)
+        kind = "full_attention" if family == "olmo3" else None
         own = base.config.rope_parameters[kind] if kind else base.config.rope_parameters
         rules = [
             {"query_positions": [0, ORIGINAL_LENGTH]},
@@ -354,31 +303,25 @@ class TestRopesByPosition:
         expected = oracle_by_position(base, ids, rules, kind)
         short, long = base(ids[:, :EXACTLY]).logits, base(ids).logits
         model = extend(base).eval()
-        close(model(ids).logits, expected)
+        assert_close(model(ids).logits, expected)
         assert (expected - long).abs().max() > 1e-2 * long.abs().max()  # which has the long factors for all
         assert torch.equal(model(ids[:, :EXACTLY]).logits, short)
         for sizes in ([10, 30], [*[1] * 2, 29, 1, 1, 1, 1]):
-            close(in_chunks(model, ids, sizes), expected)
+            assert_close(in_chunks(model, ids, sizes), expected)
         static = StaticCache(config=model.config, max_cache_len=64)
-        close(in_chunks(model, ids, [28, *[1] * 9], cache=static), expected)
+        assert_close(in_chunks(model, ids, [28, *[1] * 9], cache=static), expected)
         with model.disable_adapter():
             assert torch.equal(model(ids).logits, long)
-        close(model(ids).logits, expected)
+        assert_close(model(ids).logits, expected)
         assert torch.equal(model.unload()(ids).logits, long)
 
-    @torch.no_grad()
+    @pytest.mark.slow
     def test_saved_merged_and_beside_routers(self, tmp_path):
         ids, model = tokens(length=LONG), extend(model_of("phi3", sliding_window=256)).eval()
         expected = model(ids).logits
         model.save_pretrained(tmp_path / "adapter")
         again = PeftModel.from_pretrained(model_of("phi3", sliding_window=256), tmp_path / "adapter").eval()
         assert torch.equal(again(ids).logits, expected)
-        options = {"do_sample": False, "min_new_tokens": 16, "max_new_tokens": 16, "pad_token_id": 0}
-        llama = extend(model_of()).eval()  # Phi-3 throws its cache away on the way
-        generated = llama.generate(input_ids=ids[:1, :24], **options)
-        allowed = llama(generated[:, :-1]).logits[0, 23:]
-        allowed[:, 2] = -torch.inf  # the end of the text, ruled out by min_new_tokens
-        assert torch.equal(allowed.argmax(-1), generated[0, 24:])
         model.merge_and_unload().save_pretrained(tmp_path / "merged")
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
         assert torch.equal(merged(ids).logits, expected)
@@ -386,10 +329,9 @@ class TestRopesByPosition:
         both, routed = extend(adapted(model_of(num_hidden_layers=1))).eval(), adapted(model_of(num_hidden_layers=1))
         beyond = extend(model_of(num_hidden_layers=1)).eval()(ids).logits
         actual = in_chunks(both, ids, [30, 1, 1, 1, 1])
-        close(actual[:, :EXACTLY], routed(ids[:, :EXACTLY]).logits)
-        close(actual[:, EXACTLY:], beyond[:, EXACTLY:])
+        assert_close(actual[:, :EXACTLY], routed(ids[:, :EXACTLY]).logits)
+        assert_close(actual[:, EXACTLY:], beyond[:, EXACTLY:])
 
-    @torch.no_grad()
     def test_caches_with_other_factors_are_refused(self):
         model, ids = extend(model_of()).eval(), tokens(length=LONG)
         for prompt in (40, 30):
@@ -405,6 +347,7 @@ class TestRopesByPosition:
         with pytest.raises(ValueError, match="both kinds"):
             model(ids[:, 42:], past_key_values=cache)
 
+    @pytest.mark.slow
     def test_rules_that_go_on_with_the_short_factors_are_refused(self):
         beyond = {"query_positions": [ORIGINAL_LENGTH, None]}
         for rules in (
@@ -422,7 +365,6 @@ class TestRopesByPosition:
 
     @pytest.mark.slow
     @needs_transformers("5.21", "branches on the values of positions in longrope")
-    @torch.no_grad()
     def test_compiled_decoding_across(self):
         model, ids, graphs = extend(model_of(num_hidden_layers=1)).eval(), tokens(length=44), CompileCounter()
         expected, cache = model(ids).logits, StaticCache(config=model.config, max_cache_len=64)
@@ -433,5 +375,5 @@ class TestRopesByPosition:
             compiled(ids[:, i : i + 1], past_key_values=cache, position_ids=torch.tensor([[i]])).logits
             for i in range(29, 44)
         ]
-        close(torch.cat(logits, dim=1), expected[:, 29:])
+        assert_close(torch.cat(logits, dim=1), expected[:, 29:])
         assert graphs.frame_count == 1

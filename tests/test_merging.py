@@ -20,12 +20,6 @@ class TestMergeAdapter:
         model.unmerge_adapter()
         assert torch.equal(logits_of(model), expected)
 
-    def test_named_adapters_take_effect_whatever_is_active(self, model):
-        expected = logits_with(model, "other")
-        model.set_adapter("a")
-        model.merge_adapter(["other"])
-        assert_logits(model, expected)
-
     def test_merging_one_after_the_other_is_merging_both(self, model):
         expected = logits_with(model, "a", "b")
         model.merge_adapter(["a"])
@@ -35,24 +29,31 @@ class TestMergeAdapter:
 
     def test_merging_twice_is_said_and_changes_nothing(self, model):
         expected = logits_with(model, "a")
+        with pytest.warns(UserWarning, match="No adapter is merged"):
+            model.unmerge_adapter()
+        with pytest.raises(ValueError, match=r"no adapter 'c'; this model has \['a', 'b', 'other'\]"):
+            model.merge_adapter(["c"])
         model.merge_adapter()
         with pytest.warns(UserWarning, match="already merged"):
             model.merge_adapter()
         assert torch.equal(logits_of(model), expected)
         assert layers_of(model)[0].merged_adapters == ["a"]
 
-    def test_unmerging_nothing_is_said(self, model):
-        with pytest.warns(UserWarning, match="No adapter is merged"):
-            model.unmerge_adapter()
+    def test_a_named_adapter_is_merged_saved_and_unmerged_by_disabling(self, model, llama, tmp_path):
+        expected = logits_with(model, "other")
+        model.set_adapter("a")
+        model.merge_adapter(["other"])
+        assert_logits(model, expected)
+        model.save_pretrained(tmp_path, selected_adapters=["other"])
+        loaded = PeftModel.from_pretrained(load(llama), tmp_path / "other")
+        assert torch.equal(logits_of(loaded), expected)
+        decide(model, "other", seed=9)  # what is merged does not follow
+        assert_logits(model, expected)
+        with model.disable_adapter():
+            assert torch.equal(logits_of(model), logits_of(load(llama)))
+            assert not layers_of(model)[0].merged
 
-    def test_merged_routers_do_not_follow_later_changes(self, model):
-        expected = logits_with(model, "a")
-        model.merge_adapter()
-        decide(model, "a", seed=9)
-        assert torch.equal(logits_of(model), expected)
-        model.unmerge_adapter()
-        assert not torch.equal(logits_of(model), expected)
-
+    @pytest.mark.slow
     @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
     def test_copies_unmerge_by_themselves(self, model, duplicate):
         expected = logits_with(model, "a")
@@ -68,6 +69,7 @@ class TestMergeAdapter:
         attention = layers_of(model)[0].base_layer
         assert not attention._forward_pre_hooks and not attention._forward_pre_hooks_with_kwargs
 
+    @pytest.mark.slow
     def test_merging_where_forward_hangs_on_the_instance(self, llama):
         """As after accelerate's `dispatch_model`, which hides the forward of the module's class."""
         base = load(llama)
@@ -80,20 +82,3 @@ class TestMergeAdapter:
         assert_logits(model, expected)
         model.unmerge_adapter()
         assert_logits(model.merge_and_unload(), expected)
-
-    def test_disabling_unmerges(self, model, llama):
-        model.merge_adapter()
-        with model.disable_adapter():
-            assert torch.equal(logits_of(model), logits_of(load(llama)))
-            assert not layers_of(model)[0].merged
-
-    def test_a_merged_adapter_is_saved_as_if_unmerged(self, model, llama, tmp_path):
-        expected = logits_with(model, "a")
-        model.merge_adapter()
-        model.save_pretrained(tmp_path, selected_adapters=["a"])
-        loaded = PeftModel.from_pretrained(load(llama), tmp_path / "a")
-        assert torch.equal(logits_of(loaded), expected)
-
-    def test_unknown_adapter(self, model):
-        with pytest.raises(ValueError, match=r"no adapter 'c'; this model has \['a', 'b', 'other'\]"):
-            model.merge_adapter(["c"])

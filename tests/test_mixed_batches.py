@@ -11,6 +11,18 @@ from transformers import GenerationConfig
 
 from peft_moice import MoICEConfig
 
+GENERATION = [
+    {"max_new_tokens": 6, "num_beams": 1, "do_sample": False},
+    {"max_new_tokens": 6, "num_beams": 2, "do_sample": False},
+    # Several texts of a prompt; the single token that `top_k` leaves makes samples certain.
+    {"max_new_tokens": 6, "do_sample": True, "top_k": 1, "num_return_sequences": 2},
+]
+
+
+@torch.no_grad()
+def logits_of_rows(model, ids: torch.Tensor, names) -> torch.Tensor:
+    return model(ids, adapter_names=list(names)).logits
+
 
 class TestMixedBatches:
     NAMES = ("a", "other", "__base__")
@@ -21,37 +33,19 @@ class TestMixedBatches:
         for row, name in ((1, "other"), (0, "a")):
             model.set_adapter(name)
             alone.insert(0, logits_of(model, ids[row : row + 1]))
-        with torch.no_grad():
-            mixed = model(ids, adapter_names=list(self.NAMES)).logits
+        mixed = logits_of_rows(model, ids, self.NAMES)
         torch.testing.assert_close(mixed, torch.cat(alone), rtol=1e-5, atol=1e-5)
         assert torch.equal(logits_of(model, ids[:1]), alone[0]), "hooks were left behind"
 
-    def test_rows_of_the_base_model_only(self, model, llama):
-        with torch.no_grad():
-            logits = model(token_ids(), adapter_names=["__base__"] * 2).logits
-        assert torch.equal(logits, logits_of(load(llama)))
-
-    @pytest.mark.parametrize("num_beams", slow_but([1], [1, 2]))
-    def test_generate(self, model, llama, num_beams):
+    @pytest.mark.parametrize("options", slow_but(GENERATION[:1], GENERATION), ids=str)
+    def test_generate(self, model, llama, options):
         ids = token_ids(3)
-        options = {"max_new_tokens": 6, "num_beams": num_beams, "do_sample": False}
-        mixed = model.generate(input_ids=ids, adapter_names=list(self.NAMES), **options)
+        given = {"generation_config": GenerationConfig(**options)} if "top_k" in options else options
+        mixed = model.generate(input_ids=ids, adapter_names=list(self.NAMES), **given)
         expected = [load(llama).generate(input_ids=ids[2:], **options)]
         for row, name in ((1, "other"), (0, "a")):
             model.set_adapter(name)
             expected.insert(0, model.generate(input_ids=ids[row : row + 1], **options))
-        assert torch.equal(mixed, torch.cat(expected))
-
-    @pytest.mark.parametrize("in_config", slow_but([True], [False, True]))
-    def test_several_texts_of_a_prompt(self, model, in_config):
-        """The single token that `top_k` leaves makes samples certain."""
-        ids, options = token_ids(2), {"max_new_tokens": 6, "do_sample": True, "top_k": 1, "num_return_sequences": 2}
-        expected = []
-        for row, name in enumerate(self.NAMES[:2]):
-            model.set_adapter(name)
-            expected.append(model.generate(input_ids=ids[row : row + 1], **options))
-        given = {"generation_config": GenerationConfig(**options)} if in_config else options
-        mixed = model.generate(input_ids=ids, adapter_names=list(self.NAMES[:2]), **given)
         assert torch.equal(mixed, torch.cat(expected))
 
     def test_other_threads_run_batches_of_their_own(self, model):
@@ -66,8 +60,7 @@ class TestMixedBatches:
                 over.wait()
 
         def run():
-            with torch.no_grad():
-                mixed.append(model(ids, adapter_names=["other"] * 2).logits)
+            mixed.append(logits_of_rows(model, ids, ["other"] * 2))
 
         layers_of(model)[0].register_forward_hook(wait)
         thread = threading.Thread(target=run)
@@ -86,8 +79,7 @@ class TestMixedBatches:
         decide(model, "b", seed=1)
         ids = token_ids(2)
         model.eval()
-        with torch.no_grad():
-            mixed = model(ids, adapter_names=["a", "b"]).logits
+        mixed = logits_of_rows(model, ids, "ab")
         expected = []
         for row, name in enumerate("ab"):
             model.set_adapter(name)
@@ -97,15 +89,16 @@ class TestMixedBatches:
     def test_an_angle_other_than_the_own_beside_the_base_model(self, llama):
         model = get_peft_model(load(llama), MoICEConfig(rope_bases=[77.0], task_type="CAUSAL_LM")).eval()
         ids = token_ids(2)
-        with torch.no_grad():
-            mixed = model(ids, adapter_names=["default", "__base__"]).logits
+        mixed = logits_of_rows(model, ids, ("default", "__base__"))
         torch.testing.assert_close(mixed[:1], logits_of(model, ids[:1]), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(mixed[1:], logits_of(load(llama), ids[1:]), rtol=1e-5, atol=1e-5)
 
-    def test_disabling_comes_first(self, model, llama):
-        with model.disable_adapter(), torch.no_grad():
-            logits = model(token_ids(), adapter_names=["a", "other"]).logits
-        assert torch.equal(logits, logits_of(load(llama)))
+    def test_disabling_comes_first_and_rows_may_be_the_base_model_s_alone(self, model, llama):
+        base_only = logits_of_rows(model, token_ids(), ["__base__"] * 2)
+        with model.disable_adapter():
+            disabled = logits_of_rows(model, token_ids(), ("a", "other"))
+        expected = logits_of(load(llama))
+        assert torch.equal(base_only, expected) and torch.equal(disabled, expected)
 
     def test_bad_input(self, model):
         with pytest.raises(ValueError, match="no adapter 'c'"):

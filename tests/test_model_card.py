@@ -45,13 +45,8 @@ def test_names_stay_names(base_model, source):
     for card in (part.as_card(), part.merged_into(honest)):
         parsed = ModelCard(card)
         assert parsed.data.base_model == (base_model or ("me/model" if card != part.as_card() else None))
-        assert set(parsed.data.to_dict()) <= {
-            "base_model",
-            "library_name",
-            "pipeline_tag",
-            "tags",
-            "peft_moice_version",
-        }
+        fields = {"base_model", "library_name", "pipeline_tag", "tags", "peft_moice_version"}
+        assert set(parsed.data.to_dict()) <= fields
         # The same headings, blocks, tables and marks as with names that are harmless.
         for pattern in (r"^#+ ", r"^```", r"^\|", r"<!--", r"(?<!\\)<", r"^---$"):
             found = len(re.findall(pattern, parsed.text, re.MULTILINE))
@@ -121,7 +116,10 @@ def test_a_card_that_cannot_be_read_stays(tmp_path, caplog):
     assert "stays as it is" in caplog.text
 
 
-def assert_says_how(card: str, angles: str = "10000, 2500, 5000, 40000 (1, 0.25, 0.5, 4 times the first)") -> None:
+ANGLES = "10000, 2500, 5000, 40000 (1, 0.25, 0.5, 4 times the first)"
+
+
+def assert_says_how(card: str, angles: str = ANGLES) -> None:
     assert card.count("import peft_moice") == 1
     assert f"| {angles} |" in card and "| 2 of 4 per head and token |" in card
     assert "[More Information Needed]" not in card
@@ -138,19 +136,13 @@ def test_save_pretrained(llama, adapted, tmp_path):
     (tmp_path / "adapter" / "README.md").write_text(card + "\n## Evaluation\n\nGood.\n")
     adapted.save_pretrained(tmp_path / "adapter")
     assert (tmp_path / "adapter" / "README.md").read_text() == card + "\n## Evaluation\n\nGood.\n"
-
-
-def test_each_of_several_adapters_has_its_card(llama, tmp_path):
+    # Each of several has its own.
     two_adapters(llama, base_multipliers=[1.0, 2.0, 3.0, 4.0]).save_pretrained(tmp_path)
-    assert_says_how((tmp_path / "one" / "README.md").read_text())
-    assert_says_how(
-        (tmp_path / "two" / "README.md").read_text(), "10000, 20000, 30000, 40000 (1, 2, 3, 4 times the first)"
-    )
-
-
-def test_a_config_whose_angles_are_open_writes_no_card(tmp_path):
-    MoICEConfig(task_type="CAUSAL_LM").save_pretrained(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["adapter_config.json"]
+    for name, angles in (("one", ANGLES), ("two", "10000, 20000, 30000, 40000 (1, 2, 3, 4 times the first)")):
+        assert_says_how((tmp_path / name / "README.md").read_text(), angles)
+    # A config whose angles are open has none.
+    MoICEConfig(task_type="CAUSAL_LM").save_pretrained(tmp_path / "open")
+    assert not (tmp_path / "open" / "README.md").exists()
 
 
 def test_cards_of_other_tuners_are_left_alone(llama, tmp_path):
@@ -160,6 +152,7 @@ def test_cards_of_other_tuners_are_left_alone(llama, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_trainer(llama, tmp_path):
     """`trainer.push_to_hub` saves, then writes a card of its own, then uploads."""
     model = adapted_model(llama)

@@ -28,6 +28,7 @@ from ..evaluation.plotting import plot_losses
 from ..training.data import read_text
 from ..tuner.config import MoICEConfig
 from .models import ModelArguments, base_name, load_model, load_tokenizer
+from .pace import in_words
 from .parsing import Outcome, Parser, UsageError, option, output_folder
 from .tables import difference, score_table, verdict
 
@@ -230,14 +231,6 @@ def tell_pace(
         "The first %d took %s; all take about %s. Fewer --questions or models, and shorter prompts, take less.",
         *(len(args.positions), in_words(seconds), in_words(seconds * all_tokens / sizes[0][min(lengths)])),
     )
-
-
-def in_words(seconds: float) -> str:
-    """A duration in the unit that people would say it in."""
-    for size, unit in ((3600, "hours"), (60, "minutes")):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.2g} {unit}" if seconds < 100 * size else f"{seconds / size:,.0f} {unit}"
-    return f"{seconds:.2g} seconds" if seconds < 100 else f"{seconds:.0f} seconds"
 
 
 def measure(

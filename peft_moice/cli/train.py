@@ -36,6 +36,7 @@ from ..training.loss_parts import DivergedError
 from ..tuner.config import MoICEConfig
 from .interrupts import StopOnSignal
 from .models import Dtype, ModelArguments, check_folder, load_tokenizer
+from .pace import TellPace
 from .parsing import Outcome, Parser, UsageError, option, output_folder
 from .presets import PRESETS
 
@@ -281,6 +282,7 @@ def train(trainer: "RouterTrainer", checkpoint: str | None) -> Outcome:
     """Train to the end or to a signal, measure, save."""
     stop = StopOnSignal(trainer)
     trainer.add_callback(MoICECallback(trainer))
+    trainer.add_callback(TellPace())
     trainer.add_callback(stop)
     trainer.add_callback(RaiseIfDone())
     interrupted = False
