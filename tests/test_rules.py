@@ -69,6 +69,7 @@ BAD_TYPES = {
     "a range of three": ([{"distances": [0, 1, 2]}], "two integers"),
     "a number that is text": ([{"rope_type": "linear", "factor": "4"}], "has to be a number, not '4'"),
     "a number that is a boolean": ([{"rope_type": "linear", "factor": True}], "has to be a number"),
+    "what is neither true nor false": ([{**YARN, "truncate": {}}], "true or false"),
     "factors that are a number": ([{"rope_type": "longrope", "long_factor": 2.0}], "list of positive numbers"),
 }
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..rope.rules import Ropes, expert_in_words
 from ..routing.mixture import LayerMixture, MixesAngles, RouterRecord, in_columns
 from ..standalone.built_in import ROUTERS_NAME
 from .gates import records_along
@@ -23,13 +24,13 @@ class Explanation:
         gates: `[S, L, H, N]` in float32, the share of each of N base angles in each of H heads of the L layers with
             routers. They sum to one over N, and lie in 0 to 1 unless an identity scale does not.
         rope_bases: the N base angles of each of these layers; the model's own is the first, except in a mixture of
-            several adapters, where they ascend.
+            several adapters, where they ascend. Ropes stand as pairs of names and values.
         layers: names of these layers' attention modules.
     """
 
     tokens: list[str]
     gates: torch.Tensor
-    rope_bases: list[tuple[float, ...]]
+    rope_bases: list[Ropes]
     layers: list[str]
 
     def plot(self, layer: int | None = None, head: int | None = None) -> "Figure":
@@ -52,7 +53,7 @@ class Explanation:
         gates = gates.mean(dim=1) if head is None else gates[:, head]
         where = "mean over layers" if layer is None else self.layers[layer]
         which = "mean over heads" if head is None else f"head {head}"
-        names = [f"{base:g}" for base in self.rope_bases[layer or 0]]
+        names = [expert_in_words(base) for base in self.rope_bases[layer or 0]]
         return plot_gates(gates, self.tokens, names=names, title=f"{where}, {which}")
 
 
@@ -106,7 +107,7 @@ def explain(model: Any, tokenizer: PreTrainedTokenizerBase, text: str) -> Explan
     )
 
 
-def _weighted(rope_bases: tuple[float, ...], layer: MixesAngles, record: RouterRecord) -> torch.Tensor:
+def _weighted(rope_bases: Ropes, layer: MixesAngles, record: RouterRecord) -> torch.Tensor:
     """The gates `[H, S, N]` of one router over all base angles of its layer, times its share."""
     columns = [rope_bases.index(base) for base in record.share.spec.bases_of(layer.rope.layer_type)]
     return record.share.weight * in_columns(record.gates[0].float().cpu(), columns, len(rope_bases))
