@@ -74,15 +74,12 @@ BAD_TYPES = {
 }
 
 
-@pytest.mark.parametrize(("rules", "reason"), BAD_VALUES.values(), ids=BAD_VALUES)
-def test_values(rules, reason):
-    with pytest.raises(ValueError, match=f"(?s){reason}"):
-        MoICEConfig(ropes=rules)
+BAD = [(ValueError, *case) for case in BAD_VALUES.values()] + [(TypeError, *case) for case in BAD_TYPES.values()]
 
 
-@pytest.mark.parametrize(("rules", "reason"), BAD_TYPES.values(), ids=BAD_TYPES)
-def test_types(rules, reason):
-    with pytest.raises(TypeError, match=reason):
+@pytest.mark.parametrize(("error", "rules", "reason"), BAD, ids=[*BAD_VALUES, *BAD_TYPES])
+def test_bad_rules(error, rules, reason):
+    with pytest.raises(error, match=f"(?s){reason}"):
         MoICEConfig(ropes=rules)
 
 
