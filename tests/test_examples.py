@@ -1,5 +1,6 @@
 """The examples on tiny models: they run, and do what they say."""
 
+import csv
 import json
 import math
 import random
@@ -20,8 +21,10 @@ from peft_moice.tuner.pretraining import add_routers
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
+sys.path += [str(EXAMPLES / folder) for folder in ("research/paper", "research", "benchmarks")]
 
 import choose_angles  # noqa: E402
+import command as paper  # noqa: E402
 import evaluate as evaluate_example  # noqa: E402
 import make_facts  # noqa: E402
 import train_from_scratch  # noqa: E402
@@ -140,3 +143,28 @@ def test_the_shipped_chats_are_those_that_the_generator_makes(tmp_path):
         messages = json.loads(line)["messages"]
         assert len(messages) == 8 and not any(name in messages[0]["content"].split() for name in evaluated)
         assert all(answer["content"] in messages[0]["content"] for answer in messages[1::2])
+
+
+def test_a_table_of_the_paper_is_trained_measured_logged_and_drawn(model, tmp_path):
+    words = ["leval", "--small", "--model", model, "--output_dir", str(tmp_path), "--methods", "base", "moice"]
+    paper.main(paper.parse([*words, "--tasks", "tpo", "financial_qa"]))
+    lines = (tmp_path / "log.jsonl").read_text()
+    records = [json.loads(line) for line in lines.splitlines()]
+    by_table = {(line["table"], line["method"], line["task"]) for line in records}
+    tasks = {("leval", method, task) for method in ("base", "moice") for task in ("tpo", "financial_qa")}
+    assert by_table == {*tasks, ("training", "moice", "training")}
+    assert all(
+        line["versions"]["torch"] == torch.__version__ and "sha256" in line.get("data", "sha256") for line in records
+    )
+    paper.main(paper.parse([*words, "--tasks", "tpo", "financial_qa"]))
+    assert (tmp_path / "log.jsonl").read_text() == lines  # nothing is asked twice
+    header, *rows = csv.reader((tmp_path / "leval.csv").open())
+    drawn = {tuple(row[:3]): dict(zip(header[3:], row[3:], strict=True)) for row in rows}
+    scores = [score for *_, score in records[0]["result"]["scores"]]
+    assert drawn[model, "base", "ours (small), seed 0"]["tpo"].startswith(f"{sum(scores) / len(scores):.3f} (")
+    assert drawn[model, "base", "ours (small), seed 0"]["gsm100"] == "empty"
+    assert " to " in drawn[model, "moice (released)", "ours (small), seed 0, minus base"]["financial_qa"]
+    for method, source in (("moice", "official code"), ("pos2distill", "paper")):
+        assert set(drawn["meta-llama/Llama-2-7b-chat-hf", method, source].values()) == {"empty"}
+    assert (tmp_path / "leval.tex").read_text().count(r"\\") == len(rows) + 1
+    assert len(next(tmp_path.glob("*/predictions/moice/tpo.pred.jsonl")).read_text().splitlines()) == 1

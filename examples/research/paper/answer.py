@@ -83,8 +83,7 @@ def train(
         found["held_out_loss"][rate] = training.train(model, tokenizer, words)
     if rates:
         found["rate"] = min(found["held_out_loss"], key=found["held_out_loss"].get)
-        if not options["small"]:
-            model = PeftModel.from_pretrained(load()[0], str(folder / f"{method}_{found['rate']:g}"))
+        model = PeftModel.from_pretrained(load()[0], str(folder / f"{method}_{found['rate']:g}"))
     return model, tokenizer, found
 
 
@@ -101,8 +100,8 @@ def tasks_at(tokenizer: Any, text: str, length: int) -> list[tuple[Task, int]]:
 def measure(model: Any, tokenizer: Any, text: str, *, small: bool, seed: int, name: str) -> tuple[list[Result], float]:
     """Results of every task and length, and the perplexity of ordinary text."""
     if small:
-        model.config.max_position_embeddings = 512  # so that 768 tokens are beyond it
-    lengths, window = (384, 768) if small else LENGTHS, window_of(model.config)
+        model.config.max_position_embeddings = 320  # so that 512 tokens are beyond it
+    lengths, window = (256, 512) if small else LENGTHS, window_of(model.config)
     if not small and window >= LENGTHS[-1]:
         lengths = (*lengths, window + window // 4)
     if lengths[-1] > window:

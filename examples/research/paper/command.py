@@ -1,11 +1,12 @@
 """What the command line asks for: train, measure, log, draw."""
 
 import argparse
+import copy
 import hashlib
 import re
 import time
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,14 @@ def main(args: argparse.Namespace) -> None:
             print(tables.markdown(tables.without_empty(rows)))
 
 
+load_once = cache(load_model)
+"""For small models: unpacking the default one takes longer than asking it."""
+
+
 def load(args: argparse.Namespace) -> tuple[Any, Any]:
     """A fresh model and its tokenizer."""
     if args.small:
-        model, tokenizer = load_model(args.model)
+        model, tokenizer = copy.deepcopy(load_once(args.model))
     else:
         on_gpu = torch.cuda.is_available()
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16 if on_gpu else torch.float32)
@@ -104,9 +109,9 @@ def options_of(args: argparse.Namespace, method: str) -> dict[str, Any]:
     """Options of a method for this model."""
     model, options = settings.model_named(args.model or ""), dict(METHODS[method][1])
     if method in ("moice", "attention_buckets"):
-        options["multipliers"] = args.angles or list(model.angles)
+        options["multipliers"] = args.angles or list(model.angles[: settings.SMALL_ANGLES if args.small else None])
     if method == "moice":
-        options |= {"top_k": model.top_k, **settings.RECIPES[args.recipe]}
+        options |= settings.RECIPES[args.recipe]
     return options
 
 
@@ -167,7 +172,7 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def ask_documents(args: argparse.Namespace, model: Any, tokenizer: Any, file: Path, task: str, method: str) -> Result:
-    size = {"num_groups": 1, "max_new_tokens": 16} if args.small else {"num_groups": args.questions}
+    size = {"num_groups": 1, "max_new_tokens": 8} if args.small else {"num_groups": args.questions}
     return mdqa.measure(model, tokenizer, file, int(task.split()[0]), seed=args.seed, name=method, **size)
 
 
@@ -177,7 +182,7 @@ def ask_exam(args: argparse.Namespace, model: Any, tokenizer: Any, file: Path, t
     # "4k" is 4,000 tokens in L-Eval, of which 512 are kept for the answer.
     options = leval.Options(window_of(model.config) // 1024 * 1000 - 512, official, predictions)
     if args.small:
-        options = leval.Options(400, official, predictions, limit=1, max_new_tokens=16)
+        options = leval.Options(400, official, predictions, limit=1, questions=1, max_new_tokens=8)
     return leval.measure(model, tokenizer, file, options, method)
 
 

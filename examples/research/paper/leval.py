@@ -220,6 +220,7 @@ class Options:
         official: see [`prompt`].
         predictions: folder for what is written, in L-Eval's format.
         limit: number of documents. Default: all.
+        questions: number of questions about each. Default: all.
         max_new_tokens: the most that is written. Default: 512.
     """
 
@@ -227,6 +228,7 @@ class Options:
     official: bool
     predictions: Path
     limit: int | None = None
+    questions: int | None = None
     max_new_tokens: int = 512
 
 
@@ -246,7 +248,8 @@ def measure(model: Any, tokenizer: Any, file: Path, options: Options, name: str)
         for group, record in enumerate(tqdm(records, desc=task, unit="document")):
             writer = Writer(model, tokenizer, task, options.max_new_tokens)
             document = cut(tokenizer, record["input"], options.length, task == "codeU")
-            for question, answer in zip(record["instructions"], record["outputs"], strict=True):
+            pairs = [*zip(record["instructions"], record["outputs"], strict=True)]
+            for question, answer in pairs[: options.questions]:
                 written = writer.write(prompt(tokenizer, task, document, question, answer, options.official))
                 if task == "sci_fi":
                     about_the_world = question.replace(_OF_THE_DOCUMENT, _OF_THE_WORLD) + "\nAnswer:"

@@ -15,19 +15,17 @@ class Model:
 
     Attributes:
         name: id on the Hub.
-        angles: base angles as multiples of its own.
-        top_k: K; None for all.
+        angles: base angles as multiples of its own; K is their number.
         official_prompt: whether L-Eval's own script writes its prompts, and not the tokenizer's chat template.
     """
 
     name: str
     angles: tuple[float, ...] = tuple(RELEASED_MULTIPLIERS)
-    top_k: int | None = None
     official_prompt: bool = False
 
 
 MODELS = {
-    "llama2": Model("meta-llama/Llama-2-7b-chat-hf", top_k=7, official_prompt=True),  # angles and K: script
+    "llama2": Model("meta-llama/Llama-2-7b-chat-hf", official_prompt=True),  # angles, and K = N: script
     # The text names the models ("Mistral-7B-Instruct-8k"; the id is our reading); no source at hand has their angles.
     # These are ours, by the search after Attention Buckets: `peft-moice angles --rope_theta 1e4 --head_dim 128
     # --context_length 8192`, and for Qwen 1e6 and 32768. For Llama (4096) it finds 4 of the 7 that were released.
@@ -51,6 +49,8 @@ TRAINING = ["--preset", "paper"]
 1e-4, no weight decay, bfloat16, checkpointing. The script's warm-up is ignored by its constant schedule."""
 SMALL_TRAINING = ["--max_steps", "1", "--sequences_per_step", "1", "--max_length", "2048", "--use_cpu", "True"]
 SMALL_TRAINING += ["--bf16", "False"]
+SMALL_ANGLES = 3
+"""So many of the model's, since Attention Buckets reads everything once for each."""
 
 TRAINING_DATA = "teknium/openhermes"
 """OpenHermes. Neither text nor script name its revision, nor which of its versions."""
