@@ -166,7 +166,7 @@ def test_parts_joined_by_their_log_sum_exps_equal_pairwise_scores(queries, keys,
     vectors = turned(query, m[:, None], layout), turned(key, n[:, None], layout), value, gates
     expected = oracle(query, key, value, gates, m, n, layout, starts, factors=factors, seen=seen)
     options |= {"rotations": table(layout, starts, factors=factors), "query_start": keys - queries}
-    for dtype, atol in ((torch.float32, 2e-5), (torch.bfloat16, 5e-2)):
+    for dtype, atol in ((torch.float32, 2e-5), (torch.bfloat16, 5e-2), (torch.float16, 5e-2)):
         way = {"attend": lambda *_, **__: pytest.fail("not by parts"), "implementation": "delegated"}
         output, _ = mixed_attention(*(x.to(dtype) for x in vectors), **options, **way, backend="sdpa")
         torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=atol)
