@@ -1,7 +1,7 @@
 """A layer's rotary position embedding, and those that it would have under other rope parameters."""
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -88,10 +88,6 @@ class LayerRope:
             del self._num_users[experts]
             for key in self._unused():
                 del self._tables[key]
-
-    def with_factors(self, is_long: bool | torch.Tensor) -> "LayerRope":
-        """The same rotary embedding under its long factors, or under its short ones. Tables are shared."""
-        return replace(self, is_long=is_long)
 
     def _table(self, experts: Experts, is_long: bool) -> RotationTable:
         key = (experts, is_long)
