@@ -52,7 +52,10 @@ def observe(model: nn.Module) -> dict[nn.Module, Observation]:
             hidden_states.detach(),
             arguments.get("position_embeddings"),
             position_ids if isinstance(position_ids, torch.Tensor) else None,
-            any(_are_encoder_states(value) for value in arguments.values()),
+            any(
+                isinstance(value, torch.Tensor) and value.dim() == 3 and value.shape[-2] == _NUM_ENCODER_STATES
+                for value in arguments.values()
+            ),
         )
 
     def need_gradients(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -83,10 +86,6 @@ def observe(model: nn.Module) -> dict[nn.Module, Observation]:
         for handle in handles:
             handle.remove()
         del failure  # whose traceback holds this frame, and so the model
-
-
-def _are_encoder_states(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() == 3 and value.shape[-2] == _NUM_ENCODER_STATES
 
 
 def _calls(model: nn.Module, device: torch.device) -> list[tuple[nn.Module, dict[str, torch.Tensor]]]:

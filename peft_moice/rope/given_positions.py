@@ -105,13 +105,12 @@ def give_positions(rotary: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         setattr(cosines, _ATTRIBUTE, GivenPositions(ids))
 
 
-def given_positions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> GivenPositions | None:
+def given_positions(args: tuple[Any, ...], kwargs: dict[str, Any], is_compiling: bool) -> GivenPositions | None:
     """The positions of this pass: those that the rotary embedding was given, else the layer's own argument."""
-    if not torch.compiler.is_compiling():
-        for value in (*kwargs.values(), *args):
-            first = value[0] if isinstance(value, (tuple, list)) and value else value
-            given: GivenPositions | None = getattr(first, _ATTRIBUTE, None)
-            if given is not None:
-                return given
+    for value in () if is_compiling else (*kwargs.values(), *args):
+        first = value[0] if isinstance(value, (tuple, list)) and value else value
+        given: GivenPositions | None = getattr(first, _ATTRIBUTE, None)
+        if given is not None:
+            return given
     ids = kwargs.get("position_ids")
     return GivenPositions(ids, token=None) if isinstance(ids, torch.Tensor) and ids.dim() > 1 else None

@@ -58,8 +58,13 @@ class LayerRope:
         Raises:
             ValueError: the model's rotary embedding is no longer the one that they start from.
         """
-        if self.own is not None:
-            self.own.check(self.layer_type)
+        disagreement = None if self.own is None else self.own.disagreement(self.layer_type)
+        if disagreement is not None:
+            raise ValueError(
+                f"The model's rotary embedding has changed since its adapter was added: {disagreement}, and MoICE "
+                "goes on from the latter. Put the rotary embedding back as it was; or remove the adapter, make config "
+                "and rotary embedding agree, and add it again."
+            )
         if isinstance(self.is_long, torch.Tensor):
             return SwitchedTable(self._table(experts, False), self._table(experts, True), self.is_long)
         return self._table(experts, self.is_long)

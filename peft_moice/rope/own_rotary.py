@@ -79,16 +79,6 @@ class OwnRotary:
             f"its config gives {_ends(accepted)}"
         )
 
-    def check(self, layer_type: str | None) -> None:
-        """Raise a ValueError if the model's rotary embedding is no longer the one that was accepted."""
-        disagreement = self.disagreement(layer_type)
-        if disagreement is not None:
-            raise ValueError(
-                f"The model's rotary embedding has changed since its adapter was added: {disagreement}, and MoICE "
-                "goes on from the latter. Put the rotary embedding back as it was; or remove the adapter, make config "
-                "and rotary embedding agree, and add it again."
-            )
-
 
 def _name_of_frequencies(rotary: nn.Module, layer_type: str | None) -> str:
     """The attribute with the inverse frequencies `[P]` that `rotary` starts from."""

@@ -118,11 +118,11 @@ def positions_of_pass(
             cache whose positions are not known; a static cache whose layer for this module cannot be told; compiled
             code that goes on with a cache whose keys do not count up.
     """
-    given, (cache, paged) = given_positions(args, kwargs), caches_among(args, kwargs)
+    is_compiling = torch.compiler.is_compiling()
+    given, (cache, paged) = given_positions(args, kwargs, is_compiling), caches_among(args, kwargs)
     batch, num_queries = (args[0] if args else kwargs["hidden_states"]).shape[:2]
     ids = None if given is None else given.of_tokens(batch, num_queries)
     positions = Positions(ids, cache=cache, is_paged=paged is not None, given=None if ids is None else given)
-    is_compiling = torch.compiler.is_compiling()
     if mixes and given is not None and ids is not None and not is_compiling:
         given.refuse_several_dimensions()
     # Families that share an attention module among layers name the layer in the call.

@@ -133,22 +133,17 @@ class _Kernel:
 
     def count_parts(self) -> int:
         """In how many parts the backward pass leaves the gradients of keys and values."""
-        parts: int = _library().count_parts(self.problem.packed(), self.threads)
+        library: Any = load()
+        parts: int = library.count_parts(self.problem.packed(), self.threads)
         self.problem.set({"parts": parts})
         return parts
 
     def run(self, name: str) -> None:
         """Call the C function of this name."""
-        library = _library()
+        library: Any = load()
         scratch = _empty(getattr(library, f"{name}_floats")(self.problem.packed(), self.threads))
         self.point(scratch=scratch)
         getattr(library, name)(self.problem.packed(), self.threads)
-
-
-def _library() -> Any:
-    library = load()
-    assert not isinstance(library, str), library
-    return library
 
 
 def _empty(*shape: int) -> torch.Tensor:
