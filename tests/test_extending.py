@@ -59,15 +59,19 @@ def test_a_merged_folder_states_the_new_length_and_computes_the_same(base, expec
         LlamaForCausalLM.from_pretrained(tmp_path)
 
 
-def test_yarn_keeps_the_length_that_it_starts_from_when_merging_states_another(base, tmp_path):
+def test_by_position_all_keys_have_the_angles_of_yarn(base, tmp_path, capsys):
+    """As under the same rule without the length that it starts from; merging states another length."""
     rules = [
         {"query_positions": [0, WINDOW]},
         {"query_positions": [WINDOW, 4 * WINDOW], "rope_type": "yarn", "factor": 4.0},
     ]
-    model = get_peft_model(load(base), MoICEConfig(ropes=rules)).eval()
-    before = logits_of(model, IDS)
-    model.merge_and_unload().save_pretrained(tmp_path)
-    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path).eval(), IDS), before)
+    before = logits_of(get_peft_model(load(base), MoICEConfig(ropes=rules)).eval(), IDS)
+    assert main(["extend", base, str(tmp_path / "adapter"), "--factor", "4", "--by", "position"]) == 0
+    assert "queries from 32 on below 128: yarn factor 4.0" in capsys.readouterr().out
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert torch.equal(logits_of(model, IDS), before)
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval(), IDS), before)
 
 
 def test_positions_may_jump_over_a_rope(base):
@@ -111,6 +115,8 @@ def test_routers_and_an_extension_are_merged_together(base, tmp_path):
         ({"factor": float("nan")}, "`factor` is nan"),
         ({"factor": 4.0, "near": WINDOW}, "`near` is 32"),
         ({"factor": 4.0, "near": 0}, "`near` is 0"),
+        ({"factor": 4.0, "near": 8, "by": "position"}, "`near` is 8, a distance"),
+        ({"factor": 4.0, "by": "time"}, "`by` is 'time'"),
     ],
 )
 def test_values_out_of_range(base, options, reason):

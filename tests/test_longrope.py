@@ -417,7 +417,7 @@ class TestRopesByPosition:
         rules = [{"query_positions": [0, ORIGINAL_LENGTH]}, {**beyond, "rope_type": "longrope"}]
         with pytest.raises(ValueError, match=r"leave out model.layers.0.self_attn"):
             get_peft_model(model_of(), MoICEConfig(ropes=rules, layers_to_transform=[1]))
-        with pytest.raises(ValueError, match=r"`factor` is 4\.0.*Leave both out"):
+        with pytest.raises(ValueError, match=r"`factor` is 4\.0.*Leave them out"):
             extend(model_of(), 4.0)
 
     @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Attention over keys that come in parts, joined by the log-sum-exps of their scores: each key is scored once.
 
 PyTorch's operator for the CPU, the one behind its sdpa, gives log-sum-exps, without gradients. Those for GPUs nobody
-has run.
+has run. Single queries need none: their scores are few.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,13 +36,14 @@ class Part(NamedTuple):
 
 
 def operator_of(call: AttentionCall) -> Operator | None:
-    """The operator that gives log-sum-exps for the tensors of `call`, or None."""
-    tensors = (call.query, call.key, call.value)
-    if call.key.shape[-1] != call.value.shape[-1] or any(type(tensor) is not torch.Tensor for tensor in tensors):
+    """What gives log-sum-exps for the tensors of `call`, or None."""
+    query = call.query
+    if any(type(tensor) is not torch.Tensor for tensor in (query, call.key, call.value)):
         return None
     # PyTorch does not promise it.
-    there = call.query.device.type == "cpu" and hasattr(torch.ops.aten, _NAME)
-    return _on_cpu if there else None
+    if call.key.shape[-1] == call.value.shape[-1] and query.device.type == "cpu" and hasattr(torch.ops.aten, _NAME):
+        return _on_cpu
+    return _by_products if query.shape[2] == 1 else None
 
 
 def attend(parts: Sequence[Part], operator: Operator, scaling: float) -> torch.Tensor:
@@ -66,14 +67,14 @@ def _attend(part: Part, operator: Operator, scaling: float) -> tuple[torch.Tenso
         output, sums = _attend(Part(*backwards, "up to", mask), operator, scaling)
         return pad(output.flip(2), (0, 0, 0, 1)), pad(sums.flip(2), (0, 1), value=-torch.inf)
     shape, group = query.shape, query.shape[1] // key.shape[1]
-    if sees == "all" and mask is None:
-        # Queries in any order: those of heads with the same keys may follow each other.
+    if sees == "all" and (mask is None or (shape[2] == 1 and mask.shape[1] == 1)):
+        # Queries that see the same, in any order: those of heads with the same keys may follow each other.
         query = query.reshape(shape[0], key.shape[1], group * shape[2], shape[3])
     else:
         key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
     bias = None if mask is None else _bias(mask, query)
     output, sums = operator(query, key, value, bias, sees == "up to", scaling)
-    return output.reshape(shape), sums.reshape(shape[:3])
+    return output.reshape(*shape[:3], -1), sums.reshape(shape[:3])
 
 
 def _bias(mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
@@ -85,3 +86,14 @@ def _bias(mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
 def _on_cpu(query: Any, key: Any, value: Any, bias: Any, is_causal: bool, scale: float) -> Any:
     operator = getattr(torch.ops.aten, _NAME)
     return operator(query, key, value, 0.0, is_causal, attn_mask=bias, scale=scale)
+
+
+def _by_products(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: Any, is_causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """For queries that see all keys: with memory for all scores, on any device."""
+    assert not is_causal
+    scores = ((query * scale) @ key.mT).to(torch.promote_types(query.dtype, torch.float32))
+    scores = scores if bias is None else scores + bias
+    sums = scores.logsumexp(dim=-1)
+    return (scores - sums[..., None]).exp().to(value.dtype) @ value, sums

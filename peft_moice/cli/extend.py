@@ -23,7 +23,8 @@ def parser() -> Parser:
         further=(
             ": an adapter of a few hundred bytes, made from the model's config "
             "alone. Within the window nothing changes, bit for bit. Beyond, keys nearer than --near keep the model's "
-            "own angles, and those of keys farther away go on more slowly, so that none leaves what the model knows."
+            "own angles, and those of keys farther away go on more slowly, so that none leaves what the model knows. "
+            "With --by position, all keys have YaRN's angles there, which vLLM serves, too."
         ),
         epilog=(
             "examples:\n  peft-moice extend HuggingFaceTB/SmolLM2-135M-Instruct outputs/longer --factor 4\n"
@@ -36,13 +37,19 @@ def parser() -> Parser:
     parser.add_argument(
         "--near", type=int, help="Distance in tokens up to which angles stay. Default: three quarters of the window."
     )
+    parser.add_argument(
+        "--by",
+        choices=("distance", "position"),
+        default="distance",
+        help="What changes the ropes of queries beyond the window. Default: %(default)s.",
+    )
     return parser
 
 
 def run(args: argparse.Namespace) -> Outcome:
     """Read the config, write the adapter, say what applies where."""
     base = AutoConfig.from_pretrained(args.model)
-    config = extension_config(base, args.factor, near=args.near)
+    config = extension_config(base, args.factor, near=args.near, by=args.by)
     config.base_model_name_or_path, config.inference_mode = args.model, True
     folder = output_folder(args.output_dir)
     # PEFT reads weights of every adapter, so there is a file without any.

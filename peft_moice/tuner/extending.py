@@ -1,6 +1,6 @@
 """Longer windows: ropes by position and distance for models whose window is too short, without training."""
 
-from typing import Any
+from typing import Any, Literal
 
 from peft import PeftModel, TaskType, get_peft_model
 from torch import nn
@@ -13,14 +13,23 @@ NEAR = 0.75
 """Share of the window within which keys keep the model's own angles."""
 
 
+By = Literal["distance", "position"]
+
+
 def extend(
-    model: nn.Module, factor: float | None = None, *, near: int | None = None, adapter_name: str | None = None
+    model: nn.Module,
+    factor: float | None = None,
+    *,
+    near: int | None = None,
+    by: By = "distance",
+    adapter_name: str | None = None,
 ) -> PeftModel:
     """Let a model read texts of `factor` times its window, without training and without a change within the window.
 
     Queries within the window compute what they did, bit for bit. Those beyond see keys nearer than `near` under the
     model's own angles; for keys farther away, angles go on more slowly from there (Self-Extend, Jin et al., ICML 2024,
-    without its floors), so that no angle leaves what the model was trained on.
+    without its floors), so that no angle leaves what the model was trained on. With `by="position"` they see all keys
+    under YaRN (Peng et al., ICLR 2024), which vLLM serves as well.
 
     Models whose own rope is longrope (Phi) have factors for longer texts already: queries below the original length
     then have the short ones, later ones the long ones, over one cache, so that sequences may grow across it.
@@ -29,18 +38,19 @@ def extend(
         model: a model, or a `PeftModel` with MoICE adapters, next to which the extension becomes active: their routers
             then decide within the window. Adapters of another tuner, such as LoRA, stay in effect below it.
         factor: the new length as a multiple of the window, above 1. It costs nothing within. Default: 4; to be left
-            out, as `near`, for longrope.
-        near: distance in tokens. Default: three quarters of the window.
+            out, as `near` and `by`, for longrope.
+        near: distance in tokens, for `by="distance"`. Default: three quarters of the window.
+        by: what changes the ropes of queries beyond the window: the "distance" of the key, or their "position" alone.
         adapter_name: name of the adapter. Default: "default", beside other adapters of MoICE "extension".
 
     Returns:
         The `PeftModel`.
 
     Raises:
-        ValueError: `factor` or `near` out of range; a model that has no window of its own, or that cannot be adapted.
+        ValueError: `factor`, `near` or `by` out of range; a model that has no window of its own, or cannot be adapted.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    config = extension_config(base.config, factor, near=near)
+    config = extension_config(base.config, factor, near=near, by=by)
     if not isinstance(model, PeftModel) or not isinstance(model.base_model, MoICEModel):
         config.task_type = TaskType.CAUSAL_LM if isinstance(base, PreTrainedModel) and base.can_generate() else None
         return get_peft_model(model, config, adapter_name=adapter_name or "default")
@@ -51,38 +61,47 @@ def extend(
     return model
 
 
-def extension_config(config: Any, factor: float | None = None, *, near: int | None = None) -> MoICEConfig:
+def extension_config(
+    config: Any, factor: float | None = None, *, near: int | None = None, by: By = "distance"
+) -> MoICEConfig:
     """The adapter that [`extend`] adds, from a model's config alone.
 
     Args:
         config: the model's config.
-        factor, near: see [`extend`].
+        factor, near, by: see [`extend`].
 
     Raises:
         ValueError: see [`extend`].
     """
     longrope = _longrope_of(config)
     if longrope is not None:
-        if factor is not None or near is not None:
+        if factor is not None or near is not None or by != "distance":
             raise ValueError(
-                f"`factor` is {factor!r} and `near` {near!r}, but the model's own rope is 'longrope', whose long "
-                "factors say how far it reaches. Leave both out."
+                f"`factor` is {factor!r}, `near` {near!r} and `by` {by!r}, but the model's own rope is 'longrope', "
+                "whose long factors say how far it reaches. Leave them out."
             )
         return _of_longrope(*longrope)
     factor, window = 4.0 if factor is None else factor, window_of(config)
     if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 1 < factor <= 1024:
         raise ValueError(f"`factor` is {factor!r}, but has to be a number above 1, such as 4, and at most 1024.")
+    length = int(factor * window)
+    within, beyond = {"query_positions": [0, window]}, {"query_positions": [window, length]}
+    if by == "position":
+        if near is not None:
+            raise ValueError(f'`near` is {near!r}, a distance, but the ropes change by "position". Leave one out.')
+        yarn = {"rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": window}
+        return MoICEConfig(ropes=[within, {**beyond, **yarn}], task_type=TaskType.CAUSAL_LM)
+    if by != "distance":
+        raise ValueError(f'`by` is {by!r}, but has to be "distance" or "position".')
     near = int(NEAR * window) if near is None else near
     if isinstance(near, bool) or not isinstance(near, int) or not 0 < near < window:
         raise ValueError(
             f"`near` is {near!r}, but has to be an integer from 1 to {window - 1}: the model's window is {window} "
             "tokens, and keys farther away than that need other angles."
         )
-    length = int(factor * window)
     far = {"rope_type": "linear", "factor": (length - near) / (window - near)}
-    beyond = {"query_positions": [window, length]}
     ropes: list[dict[str, Any]] = [
-        {"query_positions": [0, window]},
+        within,
         {**beyond, "distances": [0, near]},
         {**beyond, "distances": [near, None], **far},
     ]

@@ -41,7 +41,8 @@ def _reason(config: Any) -> str | None:
     _, layers, ropes = read_description(getattr(config, "moice", None))
     if any(expert.far is not None for expert in ropes):
         return (
-            "it has ropes by the distance of keys, of which vLLM's attention knows nothing (by position alone it can)"
+            "it has ropes by the distance of keys, of which vLLM's attention knows nothing (it serves what "
+            "`peft-moice extend --by position` writes)"
         )
     for name, layer in layers.items():
         layer.own_theta(config, name)
