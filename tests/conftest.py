@@ -1,6 +1,7 @@
 """Options and fixtures of the test-suite."""
 
 import pytest
+import torch
 from hypothesis import settings
 from peft import PeftModel, get_peft_model
 from tiny_models import FAMILIES, OTHER, adapted_model, decide, load, save_tiny_model, wide_config
@@ -51,6 +52,12 @@ def model(llama) -> PeftModel:
     for seed, name in enumerate(("a", "b", "other")):
         decide(model, name, seed=seed)
     return model.eval()
+
+
+@pytest.fixture
+def no_grad():
+    with torch.no_grad():
+        yield
 
 
 @pytest.fixture

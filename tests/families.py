@@ -202,17 +202,17 @@ def tiny_config(config_class: type[PreTrainedConfig], **overrides) -> PreTrained
     return config_class(**{**values, **overrides})
 
 
-def tiny_model(model_type: str, theta_factor: float = 1.0, **overrides) -> PreTrainedModel:
+def tiny_model(model_type: str | type[PreTrainedModel], theta_factor: float = 1.0, **overrides) -> PreTrainedModel:
     """A model of the family in evaluation mode, with random weights that are the same at every call.
 
     Weights are wide enough for attention to depend on positions, and norms are not the identity.
 
     Args:
-        model_type: a key of AutoModelForCausalLM or AutoModelForImageTextToText.
+        model_type: a key of AutoModelForCausalLM or AutoModelForImageTextToText, or a class of models.
         theta_factor: what every `rope_theta` of the default config is multiplied with.
         overrides: further fields of the config.
     """
-    cls = model_class(model_type)
+    cls = model_class(model_type) if isinstance(model_type, str) else model_type
     config = tiny_config(cls.config_class, **overrides)
     scale_rope_theta(config, theta_factor)
     torch.manual_seed(0)

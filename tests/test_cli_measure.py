@@ -1,6 +1,5 @@
 """`peft-moice measure` on tiny models: table, scores, pictures, errors, Ctrl-C."""
 
-import gzip
 import importlib.util
 import json
 import random
@@ -108,14 +107,9 @@ def test_what_cannot_be_asked_shows_before_the_model_is_loaded(model, document, 
     assert "`num_facts` is 68, but has to lie in 1..67" in error(capsys, *argv, "--items", "3", "68")
     assert "`positions` has to hold numbers in 0..1" in error(capsys, *argv, "--positions", "50")
     assert "`num_groups` is 0" in error(capsys, *argv, "--questions", "0")
-    assert "gone.jsonl.gz" in error(capsys, *argv, "--key_value_file", "gone.jsonl.gz")
     assert "`lengths` names a value twice: [3, 3]" in error(capsys, *argv, "--items", "3", "3")
     assert "`positions` names a value twice: [0.5, 0.5]" in error(capsys, *argv, "--positions", "0.5", "0.5")
     assert "invalid choice: 'fp16'" in error(capsys, *argv, "--dtype", "fp16")
-    (cut := tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"ordered_kv_records": []}')[:-9])
-    assert "cut.jsonl.gz cannot be decompressed" in error(capsys, *argv, "--key_value_file", str(cut))
-    (bare := tmp_path / "bare.jsonl").write_text('{"question": "w5?", "answers": [], "ctxs": []}')
-    assert "the question 'w5?' has no answer" in error(capsys, *argv, "--question_file", str(bare))
     (folder / "chat_template.jinja").write_text("{{ messages[0].name.first }}")
     assert "the chat template of the tokenizer refuses this chat" in error(capsys, *argv)
 
@@ -177,6 +171,13 @@ def test_the_pace_of_the_first_draw_counts_for_all_by_their_tokens(model, caplog
     with caplog.at_level("INFO", "peft_moice"):
         measure.tell_pace(None, None, (None, [2, 1]), [{1: 30, 2: 60}, {5: 90}], args)
     assert "The first 5 took 1 seconds; all take about 36 seconds." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.034, "0.034 seconds"), (75, "75 seconds"), (600, "10 minutes"), (9000, "2.5 hours")]
+)
+def test_durations_in_the_units_that_people_say(seconds, words):
+    assert measure.in_words(seconds) == words
 
 
 @pytest.mark.parametrize("calls", [1, 2, 4])

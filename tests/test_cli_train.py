@@ -21,7 +21,6 @@ from transformers import AutoTokenizer
 
 from peft_moice.cli import train
 from peft_moice.cli.main import main
-from peft_moice.cli.pace import in_words
 from peft_moice.tuner.config import RELEASED_MULTIPLIERS
 
 pytestmark = pytest.mark.slow
@@ -133,6 +132,7 @@ def test_arguments_that_do_not_go(model, tmp_path, capsys):
     assert "Did you mean --learning_rate?" in error(capsys, arguments(model, folder, file, learning_rat=1))
     assert "`top_k` is 9" in error(capsys, arguments(model, folder, file, top_k=9))
     assert "sequences_per_step 5 has to be" in error(capsys, arguments(model, folder, file, sequences_per_step=5))
+    assert "use_cpu" in error(capsys, arguments(model, folder, file, preset="paper", use_cpu=None))
     line = error(capsys, arguments(model, folder, file, report_to="clearml"))
     assert line.startswith("peft-moice train: --report_to clearml: ") and "pip install clearml" in line
     line = error(capsys, arguments(model, folder, file, keep_weight=1.0))
@@ -195,8 +195,10 @@ class TestPresets:
         assert "| Steps | 6 |" in (folder / "README.md").read_text()  # 12 chats, two at once
 
     def test_without_a_preset_ours_are_named(self, model, tmp_path, capsys):
-        run(arguments(model, tmp_path / "out", write_data(tmp_path, "messages"), max_steps=1))
-        assert "small models barely move. --preset retrieval" in capsys.readouterr().err
+        run(arguments(model, tmp_path / "out", write_data(tmp_path, "prompt_answer"), max_steps=1))
+        said = capsys.readouterr().err
+        assert "small models barely move. --preset retrieval" in said
+        assert "12 sequences of 9 tokens in the mean." in said
 
     def test_arguments_override(self, model, tmp_path):
         argv = arguments(
@@ -279,25 +281,6 @@ def test_a_full_disk_is_said_with_where_to_go_on(model, tmp_path, capsys):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     said = re.search(r"^peft-moice train: .*", capsys.readouterr().err, re.MULTILINE)[0]
     assert f"the disk of {folder} is full" in said and said.endswith("checkpoint-1.")
-
-
-def test_the_paper_on_a_cpu_is_told_what_it_needs(model, tmp_path, capsys):
-    argv = arguments(model, tmp_path / "out", write_data(tmp_path, "messages"), preset="paper", use_cpu=None)
-    assert "on an accelerator, and there is none. --use_cpu runs it" in error(capsys, argv)
-
-
-def test_the_work_is_said_before_and_estimated_after_the_first_step(model, tmp_path, capsys):
-    run(arguments(model, tmp_path / "out", write_data(tmp_path, "prompt_answer"), max_steps=3))
-    said = capsys.readouterr().err
-    assert "12 sequences of 9 tokens in the mean; 3 steps to go." in said
-    assert re.search(r"The first step took [\d.e-]+ seconds; the 2 left take about [\d.e-]+ seconds\.", said)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"), [(0.034, "0.034 seconds"), (75, "75 seconds"), (600, "10 minutes"), (9000, "2.5 hours")]
-)
-def test_durations_in_the_units_that_people_say(seconds, words):
-    assert in_words(seconds) == words
 
 
 @pytest.mark.parametrize(

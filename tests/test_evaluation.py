@@ -25,8 +25,7 @@ from peft_moice.evaluation import (
     sample_facts,
     wilson_interval,
 )
-from peft_moice.evaluation.encoding import encode_example
-from peft_moice.evaluation.grid import contained
+from peft_moice.evaluation.grid import contained, encode_example
 from peft_moice.evaluation.reader import Reader
 
 
@@ -165,14 +164,6 @@ class TestFactsByPosition:
             assert model.training is mode
 
 
-@pytest.mark.parametrize(
-    ("name", "instead"), [("position_sweep", r"Facts\(\), lengths="), ("perplexities", "once for each `chunk_length`")]
-)
-def test_names_that_went_say_what_to_call(name, instead):
-    with pytest.raises(ImportError, match=instead):
-        exec(f"from peft_moice.evaluation import {name}", {})
-
-
 class TestPerplexity:
     TEXT = "".join(random.Random(0).choices("abcdefgh ", k=700))
 
@@ -192,7 +183,7 @@ class TestPerplexity:
 
     def test_refuses_bad_values(self):
         model, tokenizer = tiny_llama(), byte_tokenizer()
-        with pytest.raises(ValueError, match="700 tokens, fewer than one chunk of 701"):
+        with pytest.raises(ValueError, match="700 tokens, fewer than a chunk of 701"):
             perplexity(model, tokenizer, self.TEXT, chunk_length=701)
         with pytest.raises(ValueError, match="chunk_length"):
             perplexity(model, tokenizer, self.TEXT, chunk_length=1)
@@ -271,38 +262,6 @@ def test_reader_reads_a_common_beginning_once():
     assert read == [42, 4]  # the last common token is read anew: it predicts the first that differs
 
 
-QUESTIONS = [[*range(100, 140), *end] for end in ([1, 2, 3], [4, 5], [6, 7, 8, 9, 10], [4, 6])]
-
-
-@pytest.mark.parametrize("kind", ["plain", "adapted", "sliding"])
-@pytest.mark.parametrize("begun", [False, True])
-def test_reader_reads_questions_together_as_one_by_one(kind, begun):
-    model = models_that_read()[kind].eval()
-    sequences = [(ids, len(ids) - 1) for ids in QUESTIONS]
-    reader, alone = Reader(model), Reader(model)
-    with torch.no_grad():
-        if begun:
-            reader.logits([*range(100, 150)], 40)
-        for together, (ids, first) in zip(reader.logits_of(sequences, 3), sequences, strict=True):
-            torch.testing.assert_close(together, alone.logits(ids, first), rtol=1e-4, atol=1e-5)
-        # What was read together leaves the reader able to go on.
-        ids = [*QUESTIONS[0][:20], 7, 7]
-        torch.testing.assert_close(reader.logits(ids, 20), alone.logits(ids, 20), rtol=1e-4, atol=1e-5)
-
-
-def test_reader_reads_together_only_what_does_not_cost_more():
-    model, read = tiny_llama().eval(), []
-    model.model.embed_tokens.register_forward_pre_hook(lambda module, args: read.append(tuple(args[0].shape)))
-    with torch.no_grad():
-        Reader(model).logits_of([([*range(100, 140), end, 7, 7], 41) for end in range(4)], 4)
-        assert read == [(1, 40), (4, 3)]
-        read.clear()
-        # The second has most in common with the first, the third little.
-        beginnings = [[*range(100, 140), 1], [*range(100, 138), 2, 2, 2], [*range(100, 110), *range(30)]]
-        Reader(model).logits_of([(ids, len(ids) - 1) for ids in beginnings], 4)
-        assert sum(rows * tokens for rows, tokens in read) <= 1.1 * (41 + 3 + 30)
-
-
 def test_reader_writes_what_greedy_decoding_does():
     model = tiny_llama().eval()
     ids = list(range(40, 60))
@@ -317,11 +276,11 @@ def test_reader_writes_what_greedy_decoding_does():
 @pytest.mark.parametrize("opening", ["", "It is ", 'It is "'])
 def test_encoded_answers_start_where_the_model_goes_on(chat_template, opening):
     tokenizer = byte_tokenizer(chat_template)
-    encoded = encode_example(tokenizer, Example("Which?", ("42",), 0.0, 1, opening), "42")
-    answer = tokenizer.decode(encoded.input_ids[encoded.start :])
+    ids, start = encode_example(tokenizer, Example("Which?", ("42",), 0.0, 1, opening), "42")
+    answer = tokenizer.decode(ids[start:])
     assert answer.strip() == "42"
-    assert tokenizer.decode(encoded.input_ids).endswith(f"{opening}42")
-    assert ("<assistant>" in tokenizer.decode(encoded.input_ids)) == (chat_template is not None)
+    assert tokenizer.decode(ids).endswith(f"{opening}42")
+    assert ("<assistant>" in tokenizer.decode(ids)) == (chat_template is not None)
 
 
 def test_an_end_that_the_tokenizer_puts_behind_the_text_is_no_answer():
@@ -331,8 +290,8 @@ def test_an_end_that_the_tokenizer_puts_behind_the_text_is_no_answer():
         single="$A <end>", special_tokens=[("<end>", tokenizer.eos_token_id)]
     )
     assert tokenizer("42")["input_ids"][-1] == tokenizer.eos_token_id
-    encoded = encode_example(tokenizer, Example("Which?", ("42",), 0.0, 1), "42")
-    assert tokenizer.decode(encoded.input_ids[encoded.start :]) == "42"
+    ids, start = encode_example(tokenizer, Example("Which?", ("42",), 0.0, 1), "42")
+    assert tokenizer.decode(ids[start:]) == "42"
 
 
 class TestEvaluate:
@@ -364,13 +323,9 @@ class TestEvaluate:
             losses = [result.mean("loss", position=position) for position in positions]
             assert max(losses[::2]) < min(losses[1::2])
 
-    @pytest.mark.slow
-    def test_batches_ask_the_same(self, knows_some):
-        model, tokenizer, _ = knows_some
-        results = [evaluate(model, tokenizer, Facts(), lengths=[5], num_groups=2, batch_size=size) for size in (1, 4)]
-        for alone, together in zip(*(result.scores for result in results), strict=True):
-            assert (alone.score, alone.tokens, alone.position) == (together.score, together.tokens, together.position)
-            assert together.loss == pytest.approx(alone.loss, rel=1e-4)
+    def test_a_batch_size_is_said_to_have_no_effect(self):
+        with pytest.warns(FutureWarning, match="`batch_size` has no effect"):
+            evaluate(tiny_llama(), byte_tokenizer(), Facts(), lengths=[2], num_groups=1, batch_size=2)
 
     def test_nothing_is_asked_twice(self):
         class Two:
@@ -385,7 +340,7 @@ class TestEvaluate:
 
     def test_refuses_bad_values(self):
         model, tokenizer = tiny_llama(), byte_tokenizer()
-        sizes = ({name: 0} for name in ("num_groups", "batch_size", "max_new_tokens"))
+        sizes = ({name: 0} for name in ("num_groups", "max_new_tokens"))
         for wrong in (*sizes, {"lengths": []}, {"lengths": [0]}, {"positions": (2.0,)}):
             with pytest.raises(ValueError, match=next(iter(wrong))):
                 evaluate(model, tokenizer, Facts(), **{"lengths": [3], **wrong})

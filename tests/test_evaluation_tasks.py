@@ -150,3 +150,5 @@ def test_needs_files_in_their_format(tmp_path):
         KeyValues(file=tmp_path / "broken.jsonl")
     with pytest.raises(ValueError, match=r"line 1: no 'question'"):
         MultiDocument(write_lines(tmp_path / "other.jsonl", [{"answers": []}]))
+    with pytest.raises(ValueError, match=r"the question 'w5\?' has no answer"):
+        MultiDocument(write_lines(tmp_path / "bare.jsonl", [{"question": "w5?", "answers": [], "ctxs": []}]))

@@ -146,7 +146,7 @@ def test_the_adapter_stands_at_the_top_whatever_it_is_called(fake_hub, llama):
         "adapter_config.json",
         "adapter_model.safetensors",
     }
-    assert 'from_pretrained("me/needle")' in (snapshot / "README.md").read_text()
+    assert "from_pretrained('me/needle')" in (snapshot / "README.md").read_text()
     stored = load_file(snapshot / "adapter_model.safetensors")
     for key, weight in router_state(model, "two").items():
         assert torch.equal(stored[key.replace(".two.", ".")], weight)
@@ -192,7 +192,7 @@ def test_the_card(adapted, tmp_path):
 def test_a_card_without_recipe_and_evaluation(adapted, tmp_path):
     text = write_model_card(adapted, tmp_path, base_model=BASE_ID).read_text()
     assert "## Training" not in text and "## Evaluation" not in text
-    assert f'from_pretrained("{tmp_path}")' in text
+    assert f"from_pretrained('{tmp_path}')" in text
 
 
 def test_evaluation_as_markdown(adapted, tmp_path):

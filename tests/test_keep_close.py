@@ -219,9 +219,9 @@ def test_text_is_tokenized_by_the_trainer(llama, tmp_path):
         ({"keep_text": torch.ones(1, 99, dtype=torch.long)}, TypeError, r"not Tensor with the shape \(1, 99\)"),
         ({"keep_text": torch.ones(99)}, TypeError, "not Tensor with .* torch.float32"),
         ({"keep_text": ["w5", "w6"]}, TypeError, "has to be one text, or the ids .*, not list. Join several"),
-        ({"keep_weight": -1.0}, ValueError, "`keep_weight` has to be a finite number of at least 0"),
-        ({"keep_weight": float("nan")}, ValueError, "not nan and 32"),
-        ({"keep_tokens": 1}, ValueError, "`keep_tokens` at least 2"),
+        ({"keep_weight": -1.0}, ValueError, "`keep_weight` -1.0 has to be finite and at least 0"),
+        ({"keep_weight": float("nan")}, ValueError, "`keep_weight` nan has to be finite"),
+        ({"keep_tokens": 1}, ValueError, "`keep_tokens` 1 at least 2"),
     ],
 )
 def test_bad_input(llama, tmp_path, options, error, message):

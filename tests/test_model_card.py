@@ -87,14 +87,14 @@ def part(base_model="me/model"):
 
 def test_the_part_comes_before_the_first_section_of_another_card(tmp_path):
     metadata = "---\nlicense: mit\ntags:\n- mine\nbase_model: me/model\n---\n\n"
-    card = metadata + "# My model\n\nIt is good.\n\n```sh\n## no\n```\n\n## Data\n\nMuch.\n"
+    card = metadata + "# My model\n\nIt is good.\n\n## Data\n\nMuch.\n"
     (tmp_path / "README.md").write_text(card)
     put_card(tmp_path, part())
     once = (tmp_path / "README.md").read_text()
     merged = ModelCard(once)
     assert merged.data.license == "mit"
     assert merged.data.tags == ["mine", "moice", "long-context", "base_model:adapter:me/model"]
-    order = ["# My model", "It is good.", "## no", "import peft_moice", "## Versions", "## Data", "Much."]
+    order = ["# My model", "It is good.", "import peft_moice", "## Versions", "## Data", "Much."]
     assert sorted(order, key=merged.text.index) == order
     put_card(tmp_path, part())
     assert (tmp_path / "README.md").read_text() == once

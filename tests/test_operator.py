@@ -365,17 +365,10 @@ def test_any_problem_equals_the_reference(implementation, problem):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-5)
 
 
-class TestRotationTable:
-    def test_values_are_those_of_float64(self):
-        rotations = table(LAYOUTS["half"])
-        cos, sin = rotations.cos_sin(5000, torch.device("cpu"))
-        angles = torch.arange(5000, dtype=torch.float64)[:, None] * rotations.deltas[2]
-        torch.testing.assert_close(cos[2], angles.cos().float(), rtol=0, atol=1e-7)
-        torch.testing.assert_close(sin[2], angles.sin().float(), rtol=0, atol=1e-7)
-
-    def test_growing_changes_no_value(self):
-        rotations = table(LAYOUTS["half"])
-        short = rotations.cos_sin(10, torch.device("cpu"))
-        long = rotations.cos_sin(3000, torch.device("cpu"))
-        assert torch.equal(short[0], long[0][:, :10])
-        assert torch.equal(short[1], long[1][:, :10])
+def test_values_of_a_table_are_those_of_float64_whatever_it_has_grown_from():
+    rotations, device = table(LAYOUTS["half"]), torch.device("cpu")
+    short, long = rotations.cos_sin(10, device), rotations.cos_sin(5000, device)
+    angles = torch.arange(5000, dtype=torch.float64)[:, None] * rotations.deltas[2]
+    for part, grown, exact in zip(short, long, (angles.cos(), angles.sin()), strict=True):
+        torch.testing.assert_close(grown[2], exact.float(), rtol=0, atol=1e-7)
+        assert torch.equal(part, grown[:, :10])

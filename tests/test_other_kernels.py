@@ -6,9 +6,8 @@ import pytest
 import torch
 from peft import PeftModel
 from representatives import slow_but
-from tiny_models import adapted_model, load, logits_of, save_tiny_model, token_ids
+from tiny_models import adapted_model, logits_of, save_tiny_model, token_ids
 from transformers.models.llama import modeling_llama
-from transformers.utils.import_utils import is_kernels_available
 
 
 @pytest.fixture(scope="module")
@@ -65,17 +64,6 @@ def test_a_rotary_embedding_exchanged_in_the_modeling_file(folder, rotary, monke
         tolerance = 1e-4 * expected_gradients.abs().max().item()
         torch.testing.assert_close(router_gradients(model), expected_gradients, rtol=0, atol=tolerance)
     assert torch.equal(after.generate(token_ids(), max_new_tokens=6), before.generate(token_ids(), max_new_tokens=6))
-
-
-@pytest.mark.skipif(is_kernels_available(), reason="would download kernels from the hub")
-def test_use_kernels_is_refused_where_the_package_is_missing(folder):
-    model = adapted_model(folder)
-    expected = logits_of(model)
-    with pytest.raises(ValueError, match="Kernels are not available"):
-        model.get_base_model().set_use_kernels(True)
-    with pytest.raises(ValueError, match="Kernels are not available"):
-        load(folder, use_kernels=True)
-    assert torch.equal(logits_of(model), expected)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="transformers offloads caches from a GPU only")

@@ -14,6 +14,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMod
 from peft_moice import MoICEConfig, MoICELayer
 from peft_moice.probing import LayerProbe, attention_module_names
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 WIDE = {"base_multipliers": [1.0, 4.0, 0.25], "init_weights": False}
 
 
@@ -48,7 +50,6 @@ def test_frequencies_that_the_config_does_not_give_are_refused(change):
 
 @pytest.mark.parametrize("change", [edit_frequencies, exchange_the_rotary_embedding])
 @pytest.mark.parametrize("when", ["before the first pass", "later"])
-@torch.no_grad()
 def test_a_change_after_injection_is_refused_until_it_is_undone(change, when):
     base = llama()
     model = get_peft_model(base, MoICEConfig(**WIDE)).eval()
@@ -63,7 +64,6 @@ def test_a_change_after_injection_is_refused_until_it_is_undone(change, when):
     assert torch.equal(model(tokens()).logits, expected)
 
 
-@torch.no_grad()
 def test_a_change_after_merging_or_reloading_is_refused(tmp_path):
     merged = get_peft_model(llama(), MoICEConfig(**WIDE)).eval().merge_and_unload()
     merged.save_pretrained(tmp_path)
@@ -74,7 +74,6 @@ def test_a_change_after_merging_or_reloading_is_refused(tmp_path):
             model(tokens())
 
 
-@torch.no_grad()
 def test_copies_watch_their_own_rotary_embedding():
     model = get_peft_model(llama(), MoICEConfig(**WIDE)).eval()
     expected = model(tokens()).logits
@@ -96,7 +95,6 @@ def test_a_second_adapter_on_an_edited_config_is_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@torch.no_grad()
 def test_rounding_of_the_buffer_is_no_change(dtype):
     before = get_peft_model(llama().to(dtype), MoICEConfig(**WIDE)).eval()
     after = get_peft_model(llama(), MoICEConfig(**WIDE)).eval()
@@ -108,7 +106,6 @@ def test_rounding_of_the_buffer_is_no_change(dtype):
 
 
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
-@torch.no_grad()
 def test_rope_types_that_overwrite_their_frequencies_are_no_change(rope_type):
     parameters = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 16}
     if rope_type == "longrope":

@@ -11,10 +11,12 @@ from peft import get_peft_model, inject_adapter_in_model
 from position_models import FACTOR, additive, assert_close, causal, mixture, one_angle, positions_of, rotated
 from representatives import slow_but
 from transformers import StaticCache
-from transformers.models.llama.modeling_llama import LlamaModel, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaModel
 
 from peft_moice import MoICEConfig, MoICELayer
 from peft_moice.rope.positions import positions_of_pass
+
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 LENGTH = 12
 FEW = ("gap in one row", "packed under a mask of ones", "two continuations", "a gap behind left padding")
@@ -84,7 +86,6 @@ def real_logits(model, arguments: dict[str, torch.Tensor]) -> torch.Tensor:
         ],
     ),
 )
-@torch.no_grad()
 def test_one_angle_equals_a_model_with_that_rope_theta(name, attention):
     model, own, base = one_angle(), rotated(), tiny_model("llama")
     model.get_base_model().set_attn_implementation(attention)
@@ -97,7 +98,6 @@ def test_one_angle_equals_a_model_with_that_rope_theta(name, attention):
 
 
 @pytest.mark.parametrize("name", slow_but(FEW, CASES))
-@torch.no_grad()
 def test_mixtures_equal_their_reference(name):
     """`reference` rotates by explicit positions wherever these are given, so it is held to a single angle as well."""
     arguments = case(name)
@@ -110,7 +110,6 @@ def test_mixtures_equal_their_reference(name):
     "family",
     slow_but(["gemma3_text"], ["mistral", "gemma3_text", "gpt_neox", "deepseek_v3", "persimmon", "llama4_text"]),
 )
-@torch.no_grad()
 def test_other_families(family):
     """Windows, several kinds of layers, other keywords, latent attention, and layers that get no `position_ids`."""
     model, own = one_angle(family), rotated(family)
@@ -128,7 +127,6 @@ class TestRegularRowsKeepTheFastPath:
             pytest.param([0, 1, 2, 0, 1, 0, 1, 2], id="packed"),
         ],
     )
-    @torch.no_grad()
     def test_without_a_mask(self, position_ids):
         arguments = {"input_ids": tokens(length=8), "position_ids": torch.tensor([position_ids]), "use_cache": False}
         assert_close(mixture(implementation="native")(**arguments).logits, mixture()(**arguments).logits)
@@ -141,7 +139,6 @@ class TestRegularRowsKeepTheFastPath:
             pytest.param(list(range(8)), 0, 5, id="right padding"),
         ],
     )
-    @torch.no_grad()
     def test_padding(self, position_ids, start, end):
         model, ids = mixture(implementation="native"), tokens(length=8)
         mask = torch.ones(2, 8, dtype=torch.long)
@@ -150,12 +147,12 @@ class TestRegularRowsKeepTheFastPath:
         logits = model(ids, attention_mask=mask, position_ids=rows, use_cache=False).logits
         assert_close(logits[1:, start:end], model(ids[1:, start:end], use_cache=False).logits)
 
-    @torch.no_grad()
     def test_others_do_not(self):
         with pytest.raises(ValueError, match="these tokens stand elsewhere"):
             mixture(implementation="native")(**case("gap"))
 
 
+@torch.enable_grad()
 def test_gradients_with_checkpointing_when_other_positions_come_in_between():
     def gradients(**checkpointing) -> list[torch.Tensor]:
         model = mixture(router_aux_loss_coef=0.0).train()  # which the reentrant kind cannot have
@@ -182,15 +179,7 @@ class Stretching(LlamaModel):
         return super().forward(input_ids, attention_mask, 3 * torch.arange(input_ids.shape[1])[None], **kwargs)
 
 
-class StretchingRotary(LlamaRotaryEmbedding):
-    """Alters positions where only it sees them."""
-
-    def forward(self, x, position_ids):
-        return super().forward(x, 3 * position_ids)
-
-
 class TestWaysInWhichPositionsCome:
-    @torch.no_grad()
     def test_by_position_and_to_the_decoder(self):
         ids, positions = tokens(length=LENGTH), case("gap")["position_ids"]
         ways = {
@@ -206,7 +195,6 @@ class TestWaysInWhichPositionsCome:
             for model in (one_angle().get_base_model(), added, merged):
                 assert_close(way(model), expected)
 
-    @torch.no_grad()
     def test_altered_by_a_subclass(self):
         ids, own, base = tokens(length=LENGTH), rotated(), tiny_model("llama")
         own.model.__class__ = base.model.__class__ = Stretching
@@ -215,7 +203,6 @@ class TestWaysInWhichPositionsCome:
         assert (expected - rotated()(ids).logits).abs().max() > 1e-3 * expected.abs().max()
         assert_close(model(ids).logits, expected)
 
-    @torch.no_grad()
     def test_altered_by_a_hook_in_front_of_the_rotary_embedding(self):
         """The positions that its keywords name are then not those that a layer's cosines belong to."""
 
@@ -227,7 +214,6 @@ class TestWaysInWhichPositionsCome:
             decoder.rotary_emb.register_forward_pre_hook(stretch, with_kwargs=True)
         assert_close(model(ids).logits, own(ids).logits)
 
-    @torch.no_grad()
     def test_to_copies_but_not_after_unloading(self):
         model, arguments = one_angle("llama4_text"), case("gap")
         expected = rotated("llama4_text")(**arguments).logits
@@ -239,7 +225,6 @@ class TestWaysInWhichPositionsCome:
         assert not any(module._forward_pre_hooks or module._forward_hooks for module in base.modules())
 
     @pytest.mark.parametrize("injected", [False, True])
-    @torch.no_grad()
     def test_to_layers_of_a_second_adapter(self, injected):
         """Its layers have a rotary embedding that no layer of the first adapter has."""
         family, first, second = (
@@ -264,7 +249,6 @@ class TestWaysInWhichPositionsCome:
         assert_close(real_logits(model.eval(), case("gap")), real_logits(own, case("gap")))
 
 
-@torch.no_grad()
 def test_positions_of_images_are_refused():
     model = mixture("qwen3_vl")
     text = torch.arange(8)[None, None].expand(3, 2, 8)
@@ -277,7 +261,6 @@ def test_positions_of_images_are_refused():
         model(input_ids=tokens(length=8), position_ids=image)
 
 
-@torch.no_grad()
 def test_text_at_positions_of_several_dimensions_may_stand_anywhere():
     positions = torch.tensor([*range(4), *range(20, 24)])[None, None].expand(3, 2, 8)
     actual = one_angle("qwen3_vl")(input_ids=tokens(length=8), position_ids=positions).logits
@@ -289,6 +272,7 @@ def query_start(layer: int, length: int, **kwargs) -> int | torch.Tensor | None:
 
 
 def test_query_start_in_a_static_cache():
+    assert query_start(0, 5) is None, "without one it is left to the keys"
     cache = StaticCache(config=tiny_model("llama").config, max_cache_len=16)
     keys = torch.zeros(1, 2, 5, 16)
     assert query_start(0, 5, past_key_values=cache) == 0
@@ -300,11 +284,6 @@ def test_query_start_in_a_static_cache():
     assert query_start(1, 1, past_key_values=cache, layer_idx=0) == 5
 
 
-def test_query_start_without_a_static_cache_is_left_to_the_keys():
-    assert query_start(0, 5) is None
-
-
-@torch.no_grad()
 def test_right_padding_changes_no_real_token():
     model, mask = mixture(), (torch.arange(9) < torch.tensor([[9], [6], [9]])).long()
     ids = tokens(batch=3, length=9) * mask

@@ -1,16 +1,18 @@
-"""What the probe finds, leaves out and refuses."""
+"""What the probe finds, leaves out and refuses: it tells layouts apart in every dtype, and leaves no trace."""
 
 import pytest
 import torch
 from families import tiny_model, tokens
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from representatives import slow_but
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from versions import family
 
 from peft_moice import MoICEConfig, MoICELayer
 from peft_moice.probing import LayerProbe, UnsupportedLayerError, attention_module_names
-from peft_moice.rope import RotaryLayout
+from peft_moice.probing.layouts import Capture, best_layout
+from peft_moice.rope import RotaryLayout, rotate
 
 
 def config(**options) -> MoICEConfig:
@@ -21,8 +23,7 @@ def adapted_names(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, MoICELayer)]
 
 
-def plans(family: str, **overrides) -> list:
-    model = tiny_model(family, **overrides)
+def plans(model: nn.Module) -> list:
     probe = LayerProbe(model)
     return [probe.plan(name) for name in attention_module_names(model)]
 
@@ -41,7 +42,7 @@ def plans(family: str, **overrides) -> list:
     ],
 )
 def test_layouts(family, layout, direction):
-    for plan in plans(family):
+    for plan in plans(tiny_model(family)):
         assert plan.rope.layout == layout
         assert plan.rope.direction == direction
 
@@ -62,7 +63,7 @@ def test_layouts(family, layout, direction):
 @pytest.mark.slow
 @torch.no_grad()
 def test_layers_without_rotary_embedding_are_left_out(family, overrides, rotary):
-    found = [plan.rope is not None for plan in plans(family, **overrides)]
+    found = [plan.rope is not None for plan in plans(tiny_model(family, **overrides))]
     if rotary is None:
         assert any(found) and not all(found)
     else:
@@ -124,18 +125,15 @@ def test_a_weighted_norm_after_the_rotation_is_refused_even_while_its_weights_ar
         get_peft_model(model, config())
 
 
+LONGER = {"factor": 4.0, "original_max_position_embeddings": 32}
+
+
 @pytest.mark.parametrize(
     "rope_parameters",
     [
         {"rope_type": "linear", "factor": 4.0},
-        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
-        {
-            "rope_type": "llama3",
-            "factor": 4.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 32,
-        },
+        {"rope_type": "yarn", **LONGER},
+        {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **LONGER},
         {"rope_type": "proportional", "factor": 2.0, "partial_rotary_factor": 0.5},
     ],
     ids=lambda parameters: parameters["rope_type"],
@@ -179,28 +177,101 @@ def test_cross_attention_is_not_wrapped():
     assert {name.split(".")[-1] for name in adapted_names(model)} == {"self_attn"}
 
 
-def test_layers_with_equal_rotary_embeddings_share_their_tables():
-    model = get_peft_model(tiny_model("llama"), config())
-    first, second = (model.get_submodule(name).rope for name in adapted_names(model))
-    assert first is second
-
-
 def test_probing_leaves_the_model_as_it_was():
     model = tiny_model("gemma4_text")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     configs = {name: module.config for name, module in model.named_modules() if hasattr(module, "config")}
-    probe = LayerProbe(model)
-    for name in attention_module_names(model):
-        probe.plan(name)
+    plans(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(model.get_submodule(name).config is config for name, config in configs.items())
 
 
 def test_a_model_without_weights_is_probed_like_one_with_them():
-    expected = [(plan.rope.layout, plan.num_heads, plan.head_dim) for plan in plans("deepseek_v3")]
+    expected = [(plan.rope.layout, plan.num_heads, plan.head_dim) for plan in plans(tiny_model("deepseek_v3"))]
     with torch.device("meta"):
         model = tiny_model("deepseek_v3")
-    probe = LayerProbe(model)
-    found = [probe.plan(name) for name in attention_module_names(model)]
+    found = plans(model)
     assert [(plan.rope.layout, plan.num_heads, plan.head_dim) for plan in found] == expected
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_large_coordinates_beside_the_rotated_ones_hide_no_wrong_layout(dtype):
+    """As in trained models, some of whose queries and keys are hundreds of times as large as the others."""
+    model = tiny_model("glm")
+    for layer in model.model.layers:
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            projection.weight.data.unflatten(0, (-1, 16))[:, 8:] *= 300
+    for plan in plans(model.to(dtype)):
+        assert plan.rope.layout == RotaryLayout(0, 8, interleaved=True)
+
+
+class NearlyRotary(LlamaRotaryEmbedding):
+    """Cosines and sines that are off by a part of themselves that depends on the angle."""
+
+    off_by = 1e-4
+
+    def forward(self, x, position_ids):
+        cos, sin = super().forward(x, position_ids)
+        return cos * (1 + self.off_by * cos), sin * (1 + self.off_by * cos)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_nearly_a_rotation_is_refused(dtype):
+    model = tiny_model("llama").to(dtype)
+    model.model.rotary_emb = NearlyRotary(model.config)
+    with pytest.raises(UnsupportedLayerError, match="something other than a rotation"):
+        get_peft_model(model, MoICEConfig())
+
+
+def capture_of(layout: RotaryLayout, deltas: torch.Tensor, dtype: torch.dtype) -> Capture:
+    """Queries and keys that were rotated by `deltas` in `layout`."""
+    positions = (0, 1, 3, 8, 20, 50)
+    own = torch.randn(1, 2, len(positions), 16, generator=torch.Generator().manual_seed(0))
+    angles = torch.tensor(positions, dtype=torch.float64)[:, None] * deltas
+    turned = rotate(own, angles.cos().float(), angles.sin().float(), layout)
+    return Capture(positions, [(own.to(dtype), turned.to(dtype))])
+
+
+@pytest.mark.parametrize("layout", [RotaryLayout(0, 8, True), RotaryLayout(8, 8, False), RotaryLayout(0, 8, False)])
+@pytest.mark.parametrize("direction", [1, -1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_best_of_all_layouts_is_taken(layout, direction, dtype):
+    deltas = torch.tensor([0.0, 0.3, -0.1, 0.05], dtype=torch.float64)
+    assert best_layout(capture_of(layout, direction * deltas, dtype), deltas) == (layout, direction)
+
+
+def test_layouts_that_explain_equally_well_are_no_proof():
+    """Angles too small for the precision of quantized layers fit every layout."""
+    deltas = torch.tensor([0.0, 3e-4, 2e-4, 1e-4], dtype=torch.float64)
+    layout = RotaryLayout(0, 8, True)
+    assert best_layout(capture_of(layout, deltas, torch.bfloat16), deltas) is None
+    assert best_layout(capture_of(layout, deltas, torch.float32), deltas) == (layout, 1)
+
+
+@torch.no_grad()
+def test_a_float64_model():
+    expected = tiny_model("llama", theta_factor=3.0).double()(tokens()).logits
+    model = get_peft_model(tiny_model("llama").double(), MoICEConfig(base_multipliers=[3.0])).eval()
+    torch.testing.assert_close(model(tokens()).logits, expected, rtol=0, atol=1e-6 * expected.abs().max().item())
+
+
+def test_dropout_of_lora_in_training_mode():
+    options = {"target_modules": ["q_proj"], "lora_dropout": 0.5, "init_lora_weights": False}
+    model = get_peft_model(tiny_model("llama"), LoraConfig(**options))
+    model.train()
+    model.base_model.model.model.layers[0].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    state = torch.get_rng_state()
+    found = plans(model.base_model.model)
+    assert [plan.rope.layout for plan in found] == 2 * [RotaryLayout(0, 16, interleaved=False)]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    model = get_peft_model(model, MoICEConfig())
+    assert sum(isinstance(module, MoICELayer) for module in model.modules()) == 2
+
+
+def test_autocast_does_not_reach_the_probe():
+    model = tiny_model("cohere")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(plan.rope.layout == RotaryLayout(0, 16, interleaved=True) for plan in plans(model))

@@ -46,8 +46,6 @@ def bitsandbytes_nf4() -> BitsAndBytesConfig:
 
 TRAINABLE = [torchao_int8, torchao_int4, bitsandbytes_int8, bitsandbytes_nf4]
 ALL = [*TRAINABLE, torchao_int4_packed]
-EXACT_ACTIVATIONS = [torchao_int8, torchao_int4, bitsandbytes_nf4]
-"""Those that quantize weights only."""
 
 
 @pytest.fixture(scope="module")
@@ -108,15 +106,13 @@ def test_the_mixture_equals_the_reference(folder, scheme):
 
 
 @pytest.mark.parametrize("scheme", TRAINABLE)
-def test_every_router_gets_a_gradient(folder, scheme):
-    gradients = router_gradients(adapted(load_quantized(folder, scheme)))
-    assert len(gradients) == 3 * 3
-    assert all(gradient.isfinite().all() and gradient.abs().max() > 0 for gradient in gradients.values())
-
-
-@pytest.mark.parametrize("scheme", EXACT_ACTIVATIONS)
 def test_gradients_are_those_of_the_dequantized_model(folder, scheme):
+    """Where weights alone are quantized; elsewhere there are some."""
     actual = router_gradients(adapted(load_quantized(folder, scheme)))
+    assert len(actual) == 3 * 3
+    assert all(gradient.isfinite().all() and gradient.abs().max() > 0 for gradient in actual.values())
+    if scheme is bitsandbytes_int8:
+        return
     expected = router_gradients(adapted(dequantize(load_quantized(folder, scheme))))
     for name, gradient in expected.items():
         torch.testing.assert_close(actual[name], gradient, rtol=0, atol=1e-4 * gradient.abs().max().item())
@@ -162,25 +158,20 @@ def test_the_probe_leaves_layers_ready_for_training(folder):
 
 
 @pytest.mark.parametrize("scheme", ALL)
-def test_an_adapter_loads_onto_a_freshly_quantized_model(folder, scheme, tmp_path):
-    model = adapted(load_quantized(folder, scheme))
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(load_quantized(folder, scheme), tmp_path)
-    assert router_state(loaded).keys() == router_state(model).keys()
-    assert torch.equal(logits_of(loaded), logits_of(model))
-
-
-@pytest.mark.parametrize("scheme", ALL)
-def test_merging_keeps_the_weights_quantized(folder, scheme, tmp_path):
+def test_an_adapter_is_loaded_and_merged_and_the_weights_stay_quantized(folder, scheme, tmp_path):
     model = adapted(load_quantized(folder, scheme))
     expected = logits_of(model)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(load_quantized(folder, scheme), tmp_path / "adapter")
+    assert router_state(loaded).keys() == router_state(model).keys()
+    assert torch.equal(logits_of(loaded), expected)
     kind = type(model.get_base_model().model.layers[0].self_attn.q_proj.weight)
     merged = model.merge_and_unload()
     assert torch.equal(logits_of(merged), expected)
     if scheme is torchao_int4_packed:
         return  # torchao cannot save this format.
-    merged.save_pretrained(tmp_path)
-    loaded = load(tmp_path, device_map={"": "cpu"})
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = load(tmp_path / "merged", device_map={"": "cpu"})
     assert type(loaded.model.layers[0].self_attn.q_proj.weight) is kind is not nn.Parameter
     assert torch.equal(logits_of(loaded), expected)
 

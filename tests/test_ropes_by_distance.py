@@ -2,25 +2,26 @@
 
 import pytest
 import torch
+from representatives import slow_but
 
 from peft_moice.attention import mixed_attention
 from peft_moice.rope import RotaryLayout, RotationTable, rotate
 from peft_moice.rope.rotation import NEVER, FarRopes
 
-IMPLEMENTATIONS = ("reference", "delegated", "native")
 LAYOUTS = {
     "half": RotaryLayout(0, 16, False),
     "interleaved": RotaryLayout(0, 16, True),
     "partial": RotaryLayout(4, 8, False),
 }
-OWN, OTHER = 10.0, 40.0
+OWN, OTHER, SLOWER = 10.0, 40.0, 8.0
+LENGTHS = [(700, 700), (150, 300), (40, 60), (1, 300), (3, 130), (1, 7)]
 
 
 def frequencies(base: float, layout: RotaryLayout) -> torch.Tensor:
     return base ** (-torch.arange(0, layout.size, 2, dtype=torch.float64) / layout.size)
 
 
-def table(layout: RotaryLayout, starts: tuple[int, ...], slower: float = 8.0, factors=None) -> RotationTable:
+def table(layout: RotaryLayout, starts: tuple[int, ...], slower: float = SLOWER, factors=None) -> RotationTable:
     """Experts at the own angle that turn far keys `slower`; those that never do at another angle."""
     own = frequencies(OWN, layout)
     near = [own * 0 if start < NEVER else frequencies(OTHER, layout) - own for start in starts]
@@ -33,7 +34,7 @@ def turned(x: torch.Tensor, positions: torch.Tensor, layout: RotaryLayout) -> to
     return rotate(x.double(), angles.cos(), angles.sin(), layout).float()
 
 
-def oracle(query, key, value, gates, m, n, layout, starts, slower=8.0, factors=None, seen=None):
+def oracle(query, key, value, gates, m, n, layout, starts, factors=None, seen=None):
     """From unrotated vectors: the angle of every pair of a query at `m` and a key at `n`, then a plain softmax."""
     groups = query.shape[1] // key.shape[1]
     query, key, value = query.double(), key.repeat_interleave(groups, 1).double(), value.repeat_interleave(groups, 1)
@@ -54,7 +55,7 @@ def oracle(query, key, value, gates, m, n, layout, starts, slower=8.0, factors=N
         for i, (a, b) in enumerate(zip(*pairs, strict=True)):
             theta = frequencies(OWN, layout)[i]
             near = theta if start < NEVER else frequencies(OTHER, layout)[i]
-            angle = torch.where(distance < start, near * distance, near * start + theta / slower * (distance - start))
+            angle = torch.where(distance < start, near * distance, near * start + theta / SLOWER * (distance - start))
             qa, qb, ka, kb = query[..., a], query[..., b], key[..., a], key[..., b]
             same = qa[..., :, None] * ka[..., None, :] + qb[..., :, None] * kb[..., None, :]
             cross = qa[..., :, None] * kb[..., None, :] - qb[..., :, None] * ka[..., None, :]
@@ -75,140 +76,95 @@ def attend(query, key, value, mask, scaling=None, **options):
     return (probs @ value.repeat_interleave(groups, 1)).transpose(1, 2), probs
 
 
-def draw(queries: int, keys: int, experts: int, seed: int = 0):
-    generator = torch.Generator().manual_seed(seed)
-    query = torch.randn(2, 4, queries, 20, generator=generator)
-    key, value = torch.randn(2, 2, keys, 20, generator=generator), torch.randn(2, 2, keys, 6, generator=generator)
-    return query, key, value, torch.rand(2, 4, queries, experts, generator=generator).softmax(dim=-1)
+def problem(queries, keys, starts, layout, value_size=6, positions=None, seen=None, factors=None):
+    """The tensors and options of a call whose queries stand at the last keys, and what it has to give."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (4, queries, 20), (2, keys, 20), (2, keys, value_size), (4, queries, len(starts))
+    query, key, value, logits = (torch.randn(2, *size, generator=generator) for size in sizes)
+    n = torch.arange(keys)[None] if positions is None else positions
+    m, gates = n[:, keys - queries :], logits.softmax(dim=-1)
+    expected = oracle(query, key, value, gates, m, n, layout, starts, factors=factors, seen=seen)
+    vectors = turned(query, m[:, None], layout), turned(key, n[:, None], layout), value, gates
+    rotations = table(layout, starts, factors=factors)
+    return vectors, {"rotations": rotations, "query_start": keys - queries, "attend": attend}, expected
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
+def close(actual: torch.Tensor, expected: torch.Tensor, atol: float = 2e-5) -> None:
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=atol)
+
+
+@pytest.fixture(params=["reference", "delegated", "native"])
 def implementation(request) -> str:
     return request.param
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("factors", [None, (1.0, 1.2, 0.7, 1.0)], ids=["plain", "factors"])
-@pytest.mark.parametrize(("queries", "keys"), [(700, 700), (150, 300), (1, 300), (5, 130), (1, 7)])
+@pytest.mark.parametrize(("queries", "keys"), slow_but(LENGTHS[1:], LENGTHS))
 def test_equals_pairwise_scores(implementation, layout, factors, queries, keys):
-    starts = (37, NEVER)
-    query, key, value, gates = draw(queries, keys, 2)
-    n = torch.arange(keys)[None]
-    m = n[:, keys - queries :]
-    output, probs = mixed_attention(
-        turned(query, m[:, None], layout),
-        turned(key, n[:, None], layout),
-        value,
-        gates,
-        rotations=table(layout, starts, factors=factors),
-        query_start=keys - queries,
-        attend=attend,
-        implementation=implementation,
-    )
-    expected = oracle(query, key, value, gates, m, n, layout, starts, factors=factors)
-    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=2e-5)
+    vectors, options, expected = problem(queries, keys, (37, NEVER), layout, factors=factors)
+    output, probs = mixed_attention(*vectors, implementation=implementation, **options)
+    close(output, expected)
     if probs is not None:
-        groups = probs.float() @ value.repeat_interleave(2, 1)
+        groups = probs.float() @ vectors[2].repeat_interleave(2, 1)
         torch.testing.assert_close(groups.transpose(1, 2), output, rtol=1e-5, atol=1e-5)
 
 
 def test_a_start_at_zero_is_the_far_rope_alone_and_one_beyond_all_keys_the_near_one(implementation):
     layout = LAYOUTS["half"]
-    query, key, value, gates = draw(40, 40, 1)
-    n = torch.arange(40)[None]
-    vectors = turned(query, n[:, None], layout), turned(key, n[:, None], layout), value, torch.ones_like(gates)
-    for start, slower in ((0, 8.0), (41, 1.0)):
+    for start, slower in ((0, SLOWER), (41, 1.0)):
+        vectors, options, _ = problem(40, 40, (start,), layout)
         own = frequencies(OWN, layout)
-        plain = RotationTable((own / slower - own)[None], layout)
-        outputs = [
-            mixed_attention(*vectors, rotations=rotations, attend=attend, implementation=implementation)[0]
-            for rotations in (plain, table(layout, (start,)))
-        ]
+        plain = options | {"rotations": RotationTable((own / slower - own)[None], layout)}
+        outputs = [mixed_attention(*vectors, implementation=implementation, **way)[0] for way in (plain, options)]
         torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("additive", [False, True])
 def test_masks_hide_far_keys_as_well_as_near_ones(implementation, additive):
-    layout, starts = LAYOUTS["half"], (20,)
-    query, key, value, gates = draw(90, 90, 1)
-    n = torch.arange(90)[None]
     seen = torch.ones(2, 1, 90, 90, dtype=torch.bool).tril()
     seen[1, :, :, :25] = False
     seen[1, :, torch.arange(25), torch.arange(25)] = True
     mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf) if additive else seen
-    output, _ = mixed_attention(
-        turned(query, n[:, None], layout),
-        turned(key, n[:, None], layout),
-        value,
-        torch.ones_like(gates),
-        rotations=table(layout, starts),
-        attention_mask=mask,
-        attend=attend,
-        implementation=implementation,
-    )
-    expected = oracle(query, key, value, torch.ones_like(gates), n, n, layout, starts, seen=seen)
-    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=2e-5)
+    vectors, options, expected = problem(90, 90, (20,), LAYOUTS["half"], seen=seen)
+    close(mixed_attention(*vectors, implementation=implementation, attention_mask=mask, **options)[0], expected)
 
 
 @pytest.mark.parametrize("mask", [None, "boolean", "additive"])
-@pytest.mark.parametrize(("queries", "keys"), [(700, 700), (150, 300), (40, 60), (1, 300), (3, 130), (1, 7)])
+@pytest.mark.parametrize(("queries", "keys"), slow_but(LENGTHS[1:], LENGTHS))
 def test_parts_joined_by_their_log_sum_exps_equal_pairwise_scores(queries, keys, mask):
-    layout, starts, factors = LAYOUTS["partial"], (37,), (1.2, 0.7)
-    query, key, _, gates = draw(queries, keys, 1)
-    _, equal, smaller, _ = draw(1, keys, 1, seed=1)
     n = torch.arange(keys)[None]
     m = n[:, keys - queries :]
     seen = (m[..., None] >= n[:, None])[None].repeat(2, 1, 1, 1)
     if mask is not None:
         seen[1] &= (n >= 3) | (m[..., None] == n)
-    options = {"attention_mask": None if mask is None else seen}
+    way = {"attention_mask": None if mask is None else seen, "implementation": "delegated", "backend": "sdpa"}
+    way |= {"attend": lambda *_, **__: pytest.fail("not by parts")}
     if mask == "additive":
-        options["attention_mask"] = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
-    rotated = turned(query, m[:, None], layout), turned(key, n[:, None], layout)
-    options |= {"rotations": table(layout, starts, factors=factors), "query_start": keys - queries}
+        way["attention_mask"] = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
     # PyTorch's operators take values of the size of keys; single queries do without an operator.
-    for value in (equal, smaller) if queries == 1 else (equal,):
-        expected = oracle(query, key, value, gates, m, n, layout, starts, factors=factors, seen=seen)
+    for value_size in (20, 6) if queries == 1 else (20,):
+        given = {"value_size": value_size, "seen": seen, "factors": (1.2, 0.7)}
+        vectors, options, expected = problem(queries, keys, (37,), LAYOUTS["partial"], **given)
         for dtype, atol in ((torch.float32, 2e-5), (torch.bfloat16, 5e-2), (torch.float16, 5e-2)):
-            way = {"attend": lambda *_, **__: pytest.fail("not by parts"), "implementation": "delegated"}
-            vectors = (x.to(dtype) for x in (*rotated, value, gates))
-            output, _ = mixed_attention(*vectors, **options, **way, backend="sdpa")
-            torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=atol)
+            close(mixed_attention(*(x.to(dtype) for x in vectors), **options | way)[0], expected, atol)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "delegated"])
 def test_any_positions(implementation):
-    layout, starts = LAYOUTS["interleaved"], (9,)
-    query, key, value, gates = draw(30, 30, 1)
     positions = torch.stack((torch.arange(30), torch.arange(30) * 3 - 4)).clamp(min=0)
-    positions[1].sort()
-    seen = torch.ones(30, 30, dtype=torch.bool).tril()[None, None]
-    output, _ = mixed_attention(
-        turned(query, positions[:, None], layout),
-        turned(key, positions[:, None], layout),
-        value,
-        torch.ones_like(gates),
-        rotations=table(layout, starts),
-        query_positions=positions,
-        key_positions=positions,
-        attention_mask=seen,
-        attend=attend,
-        implementation=implementation,
-    )
-    expected = oracle(query, key, value, torch.ones_like(gates), positions, positions, layout, starts, seen=seen)
-    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=2e-5)
+    seen = torch.ones(1, 1, 30, 30, dtype=torch.bool).tril()
+    vectors, options, expected = problem(30, 30, (9,), LAYOUTS["interleaved"], positions=positions, seen=seen)
+    options |= {"query_positions": positions, "key_positions": positions, "attention_mask": seen}
+    close(mixed_attention(*vectors, implementation=implementation, **options)[0], expected)
 
 
 def test_gradients_equal_those_of_the_reference():
-    layout, starts = LAYOUTS["half"], (15, NEVER)
-    n = torch.arange(60)[None]
-    query, key, value, gates = draw(60, 60, 2)
-    vectors = turned(query, n[:, None], layout), turned(key, n[:, None], layout), value, gates
+    vectors, options, _ = problem(60, 60, (15, NEVER), LAYOUTS["half"])
     grads = []
     for implementation in ("reference", "delegated", "auto"):
         own = [x.clone().requires_grad_() for x in vectors]
-        options = {"rotations": table(layout, starts), "attend": attend, "backend": "sdpa"}
-        output, _ = mixed_attention(*own, implementation=implementation, **options)
+        output, _ = mixed_attention(*own, implementation=implementation, backend="sdpa", **options)
         (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
         grads.append([x.grad for x in own])
     for other in grads[1:]:

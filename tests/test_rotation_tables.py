@@ -11,6 +11,8 @@ from peft import get_peft_model
 from peft_moice import MoICEConfig, MoICELayer
 from peft_moice.rope import LayerRope
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 
 def config(*multiples: float, **options) -> MoICEConfig:
     return MoICEConfig(base_multipliers=list(multiples), top_k=2, init_weights=False, **options)
@@ -26,7 +28,6 @@ def sets_kept(model) -> list[tuple[float, ...]]:
     return sorted(rope_bases for rope_bases, _ in rope_of(model)._tables)
 
 
-@torch.no_grad()
 def test_tables_go_with_the_last_adapter_that_uses_them():
     model = get_peft_model(tiny_model("llama"), config(1.0, 4.0)).eval()
     kept = sets_kept(model)
@@ -43,7 +44,6 @@ def test_tables_go_with_the_last_adapter_that_uses_them():
         assert sets_kept(model) == kept
 
 
-@torch.no_grad()
 def test_an_adapter_that_is_replaced_leaves_no_tables():
     model = get_peft_model(tiny_model("llama"), config(1.0, 4.0)).eval()
     other = copy.deepcopy(model.peft_config["default"])
@@ -55,7 +55,6 @@ def test_an_adapter_that_is_replaced_leaves_no_tables():
 
 
 @pytest.mark.slow
-@torch.no_grad()
 def test_combinations_share_tables_whatever_their_order_and_are_few():
     model, names = get_peft_model(tiny_model("llama"), config(1.0, 4.0), "a").eval(), "abcde"
     for name in names[1:]:
@@ -77,7 +76,6 @@ def test_combinations_share_tables_whatever_their_order_and_are_few():
     assert len(sets_kept(model)) == len(own) - 1
 
 
-@torch.no_grad()
 def test_merging_and_copies_keep_what_they_use():
     model = get_peft_model(tiny_model("llama"), config(1.0, 4.0)).eval()
     expected = model(tokens()).logits

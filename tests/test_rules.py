@@ -69,19 +69,17 @@ BAD_TYPES = {
     "a range of three": ([{"distances": [0, 1, 2]}], "two integers"),
     "a number that is text": ([{"rope_type": "linear", "factor": "4"}], "has to be a number, not '4'"),
     "a number that is a boolean": ([{"rope_type": "linear", "factor": True}], "has to be a number"),
+    "what is neither true nor false": ([{**YARN, "truncate": {}}], "true or false"),
     "factors that are a number": ([{"rope_type": "longrope", "long_factor": 2.0}], "list of positive numbers"),
 }
 
 
-@pytest.mark.parametrize(("rules", "reason"), BAD_VALUES.values(), ids=BAD_VALUES)
-def test_values(rules, reason):
-    with pytest.raises(ValueError, match=f"(?s){reason}"):
-        MoICEConfig(ropes=rules)
+BAD = [(ValueError, *case) for case in BAD_VALUES.values()] + [(TypeError, *case) for case in BAD_TYPES.values()]
 
 
-@pytest.mark.parametrize(("rules", "reason"), BAD_TYPES.values(), ids=BAD_TYPES)
-def test_types(rules, reason):
-    with pytest.raises(TypeError, match=reason):
+@pytest.mark.parametrize(("error", "rules", "reason"), BAD, ids=[*BAD_VALUES, *BAD_TYPES])
+def test_bad_rules(error, rules, reason):
+    with pytest.raises(error, match=f"(?s){reason}"):
         MoICEConfig(ropes=rules)
 
 

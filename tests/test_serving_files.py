@@ -10,13 +10,16 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel, get_peft_model
-from tiny_models import adapted_model, load, logits_of, save_tiny_model, token_ids, wide_config
+from tiny_models import adapted_model, load, logits_of, save_tiny_model, token_ids
 from transformers import AutoConfig, AutoTokenizer, Gemma3Config
 
 from peft_moice import MoICEConfig, extend
 from peft_moice.standalone.transformers_server import add_model_class, main
 from peft_moice.standalone.vllm.folder import check_files, refuse_adapter
 from peft_moice.standalone.vllm.refusals import refuse_other_classes, refuse_unserved
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
+LONGROPE |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,9 @@ def test_other_adapters_are_none_of_our_business(tmp_path):
 
 
 def test_a_whole_folder_passes(merged, copied):
+    config = AutoConfig.from_pretrained(merged)
+    refuse_other_classes(config)
+    refuse_unserved(config)
     check_files(merged)
     load(str(copied)).save_pretrained(copied, max_shard_size="20KB")
     assert len(list(copied.glob("*.safetensors"))) > 1
@@ -115,12 +121,6 @@ def test_a_description_that_says_nothing(merged, broken, reason):
         refuse_unserved(config)
 
 
-def test_a_config_of_a_merged_model_is_served(merged):
-    config = AutoConfig.from_pretrained(merged)
-    refuse_other_classes(config)
-    refuse_unserved(config)
-
-
 @pytest.mark.parametrize(
     ("architectures", "reason"),
     [(["MoICELlamaForTokenClassification"], "only causal"), (None, "not named"), ([], "not named")],
@@ -158,6 +158,7 @@ def test_a_description_that_cannot_be_read(merged, field, value, reason):
     ("changes", "reason"),
     [
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'"),
+        ({"rope_parameters": LONGROPE}, "'longrope', whose angles change"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}}, "mRoPE"),
         ({"kv_lora_rank": 8}, "latent"),
         ({"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "chunked_attention"),
@@ -170,16 +171,6 @@ def test_what_is_not_served(merged, changes, reason):
         setattr(config, name, value)
     with pytest.raises(ValueError, match=f"is not served by vLLM: .*{reason}"):
         refuse_unserved(config)
-
-
-def test_longrope_is_not_served(tmp_path):
-    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 64}
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, **factors}
-    base = save_tiny_model(tmp_path, "phi3", head_dim=8, rope_parameters=rope)
-    model = get_peft_model(load(base), wide_config()).merge_and_unload()
-    model.config.architectures = [type(model).__name__]
-    with pytest.raises(ValueError, match="'longrope', whose angles change"):
-        refuse_unserved(model.config)
 
 
 def test_transformers_own_server_finds_the_class(merged, monkeypatch):

@@ -1,14 +1,14 @@
 """Which modules the fields of a config select, saved, reloaded and beside other adapters."""
 
+import copy
+
 import pytest
 import torch
-import transformers
 from families import tiny_model, tokens
 from peft import PeftModel, get_peft_model
 from representatives import slow_but
-from tiny_models import widen
 from torch import nn
-from transformers import AutoModel, MoonshineConfig, MoonshineForConditionalGeneration
+from transformers import AutoModel, MoonshineForConditionalGeneration, NomicBertModel
 
 from peft_moice import MoICEConfig, MoICELayer
 
@@ -98,34 +98,21 @@ def test_parts_of_attention_as_targets_are_told_the_attention_modules():
 
 
 def moonshine(theta_factor: float = 1.0) -> MoonshineForConditionalGeneration:
-    sizes = {f"{part}_num_{what}": 2 for part in ("encoder", "decoder") for what in ("hidden_layers",)}
-    sizes |= {f"{part}_num_{w}": 4 for part in ("encoder", "decoder") for w in ("attention_heads", "key_value_heads")}
-    tiny = MoonshineConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=1,
-        max_position_embeddings=128,
-        **sizes,
-    )
-    torch.manual_seed(0)
-    model = MoonshineForConditionalGeneration(tiny)
-    widen(model)
-    rotary = model.model.decoder.rotary_emb
-    other = type(tiny)(**tiny.to_dict())
-    other.rope_parameters["rope_theta"] *= theta_factor
-    model.model.decoder.rotary_emb = type(rotary)(other)
-    return model.eval()
+    """With other angles in its decoder alone."""
+    sizes = {"hidden_layers": 2, "attention_heads": 4, "key_value_heads": 4}
+    sides = {f"{side}_num_{what}": count for side in ("encoder", "decoder") for what, count in sizes.items()}
+    model = tiny_model(MoonshineForConditionalGeneration, **sides, decoder_start_token_id=1)
+    rotary, config = model.model.decoder.rotary_emb, copy.deepcopy(model.config)
+    config.rope_parameters["rope_theta"] *= theta_factor
+    model.model.decoder.rotary_emb = type(rotary)(config)
+    return model
 
 
 @torch.no_grad()
 def test_cross_attention_that_does_not_say_so_is_left_out():
     batch = {
         "input_values": torch.randn(2, 4000, generator=torch.Generator().manual_seed(0)),
-        "decoder_input_ids": tokens(length=20).clamp(max=63),
+        "decoder_input_ids": tokens(),
     }
     model = get_peft_model(moonshine(), config(base_multipliers=[3.0])).eval()
     assert adapted(model) == ["model.decoder.layers.0.self_attn", "model.decoder.layers.1.self_attn"]
@@ -134,29 +121,13 @@ def test_cross_attention_that_does_not_say_so_is_left_out():
     torch.testing.assert_close(model(**batch).logits, expected, rtol=0, atol=1e-5)
 
 
-def nomic_bert(theta_factor: float = 1.0) -> nn.Module:
-    tiny = transformers.NomicBertConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        pad_token_id=0,
-    )
-    tiny.rope_parameters["rope_theta"] *= theta_factor
-    torch.manual_seed(0)
-    model = transformers.NomicBertModel(tiny)
-    widen(model)
-    return model.eval()
-
-
 @torch.no_grad()
 def test_encoders_whose_attention_has_no_place_in_a_cache():
     ids, mask = tokens(), torch.ones_like(tokens())
     mask[1, 15:] = 0
-    expected = nomic_bert(theta_factor=3.0)(ids, attention_mask=mask).last_hidden_state
-    assert not hasattr(nomic_bert().get_submodule(adapted(get_peft_model(nomic_bert(), config()))[0]), "layer_idx")
-    model = get_peft_model(nomic_bert(), config(base_multipliers=[3.0])).eval()
+    expected = tiny_model(NomicBertModel, theta_factor=3.0)(ids, attention_mask=mask).last_hidden_state
+    model = get_peft_model(tiny_model(NomicBertModel), config(base_multipliers=[3.0])).eval()
+    assert not hasattr(model.get_base_model().get_submodule(adapted(model)[0]).base_layer, "layer_idx")
     actual = model(ids, attention_mask=mask).last_hidden_state
     torch.testing.assert_close(actual[mask.bool()], expected[mask.bool()], rtol=0, atol=1e-5)
     merged = model.merge_and_unload()(ids, attention_mask=mask).last_hidden_state

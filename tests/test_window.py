@@ -1,17 +1,22 @@
 """Models with ropes by position and distance: the base model within its window, exact beyond it."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 from families import tiny_model, tokens
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from position_models import assert_close as close
+from representatives import slow_but
 from tiny_models import decide, load, logits_of, save_tiny_model, token_ids, wide_config
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import peft_moice
 from peft_moice import MoICEConfig, MoICELayer
+
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 WINDOW, NEAR, FACTOR = 32, 24, 4
 SLOWER = (FACTOR * WINDOW - NEAR) / (WINDOW - NEAR)
@@ -45,10 +50,6 @@ def extended(folder: str, ropes: list | None = None, implementation: str = "auto
     model = load(folder, **options)
     config = peft_moice.tuner.extending.extension_config(model.config, FACTOR)
     return with_ropes(model, ropes or config.ropes, implementation)
-
-
-def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
 def in_chunks(model, ids: torch.Tensor, sizes: list[int], cache=None, **options) -> torch.Tensor:
@@ -85,6 +86,7 @@ class TestWithin:
             parameter.data = own.data
         return base, model
 
+    @torch.enable_grad()
     def test_logits_and_gradients(self, pair):
         ids, results = token_ids(length=WINDOW), []
         if pair[0].config._attn_implementation == "flex_attention":  # no gradients on a CPU
@@ -97,7 +99,6 @@ class TestWithin:
         for actual, expected in zip(*results, strict=True):
             assert torch.equal(actual, expected)
 
-    @torch.no_grad()
     def test_chunks_single_tokens_and_padded_rows(self, pair):
         base, model = pair
         ids, batch = token_ids(length=WINDOW), left_padded((WINDOW, 9))
@@ -105,7 +106,6 @@ class TestWithin:
         for sizes in ([5, 20], [*[1] * 8, 22, 1]):
             assert torch.equal(in_chunks(model, ids, sizes), in_chunks(base, ids, sizes))
 
-    @torch.no_grad()
     def test_a_static_cache(self, pair):
         ids, config = token_ids(length=WINDOW), pair[0].config
         results = [in_chunks(m, ids, [20, 11], cache=StaticCache(config=config, max_cache_len=48)) for m in pair]
@@ -215,7 +215,6 @@ def oracle_by_position(model, ids: torch.Tensor, rules: list, kind: str | None =
 
 class TestBeyond:
     @pytest.mark.parametrize("attention", ATTENTIONS)
-    @torch.no_grad()
     def test_by_distance_equals_scores_computed_pair_by_pair(self, folder, attention):
         ids = token_ids(length=100)
         model = extended(folder, attn_implementation=attention)
@@ -230,40 +229,35 @@ class TestBeyond:
 
     @pytest.mark.parametrize("attention", ATTENTIONS)
     @pytest.mark.parametrize("rules", [BY_POSITION, SEVERAL], ids=["two ranges", "three ranges"])
-    @torch.no_grad()
     def test_by_position_equals_the_models_with_those_ropes_over_keys_rotated_anew(self, folder, attention, rules):
         ids = token_ids(length=100)
         expected = oracle_by_position(load(folder, attn_implementation=attention), ids, rules)
         close(logits_of(extended(folder, rules, attn_implementation=attention), ids), expected)
         assert not torch.allclose(expected[:, 40:], logits_of(load(folder), ids)[:, 40:], atol=1e-2)
 
-    @pytest.mark.parametrize("attention", ATTENTIONS)
-    @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
-    @torch.no_grad()
-    def test_pieces_equal_the_whole(self, folder, rules, attention):
-        ids, model = token_ids(length=70), extended(folder, rules, attn_implementation=attention)
-        whole = logits_of(model, ids)
+    @pytest.mark.parametrize(
+        ("rules", "attention"),
+        slow_but(
+            [("by distance", "sdpa"), ("mixed", "eager")],
+            itertools.product(RULES, ["eager", "sdpa", "flex_attention"]),
+        ),
+    )
+    def test_every_way_and_any_pieces_equal_the_reference(self, folder, rules, attention):
+        ids, batch = token_ids(length=70), left_padded((70, 45, 20))
+        real, reference = batch["attention_mask"].bool(), extended(folder, RULES[rules], "reference")
+        whole, padded = logits_of(reference, ids), reference(**batch).logits[real]
+        others = {"eager": ["reference"], "sdpa": ["reference", "native"], "flex_attention": []}
+        for name in ("auto", "delegated", *others[attention]):
+            model = extended(folder, RULES[rules], name, attn_implementation=attention)
+            close(logits_of(model, ids), whole)
+            close(model(**batch).logits[real], padded)
+            close(in_chunks(model, ids, [40, 1, 1, 5]), whole)
+        model = extended(folder, RULES[rules], attn_implementation=attention)
         for sizes in ([10, 35], [31, 1, 1], [32, 18], [33, 16, 3, *[1] * 17]):
             close(in_chunks(model, ids, sizes), whole)
-        if attention == "flex_attention":  # transformers gives static caches another model's logits there
-            return
-        static = StaticCache(config=model.config, max_cache_len=96)
-        close(in_chunks(model, ids, [28, 1, 10, *[1] * 20], cache=static), whole)
-
-    @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
-    @pytest.mark.parametrize("attention", ATTENTIONS)
-    @torch.no_grad()
-    def test_implementations_agree(self, folder, rules, attention):
-        ids, batch = token_ids(length=70), left_padded((70, 45, 20))
-        models = [extended(folder, rules, "reference")]
-        names = ("delegated", "native") if attention == "sdpa" else ("delegated",)
-        models += [extended(folder, rules, name, attn_implementation=attention) for name in names]
-        results = [
-            (m(**batch).logits[batch["attention_mask"].bool()], in_chunks(m, ids, [40, 1, 1, 5])) for m in models
-        ]
-        for other in results[1:]:
-            for actual, expected in zip(other, results[0], strict=True):
-                close(actual, expected)
+        if attention != "flex_attention":  # transformers gives static caches another model's logits there
+            static = StaticCache(config=model.config, max_cache_len=96)
+            close(in_chunks(model, ids, [28, 1, 10, *[1] * 20], cache=static), whole)
 
 
 class TestCachesAndPositions:
@@ -275,7 +269,6 @@ class TestCachesAndPositions:
     def whole(self, model):
         return logits_of(model, token_ids(length=70))
 
-    @torch.no_grad()
     def test_caches_cropped_below_a_boundary_copied_and_reordered(self, model, whole):
         ids, cache = token_ids(length=70), DynamicCache()
         model(ids[:, :60], past_key_values=cache)
@@ -289,7 +282,6 @@ class TestCachesAndPositions:
         close(model(ids.flip(0)[:, 50:], past_key_values=kept).logits, whole.flip(0)[:, 50:])
 
     @pytest.mark.parametrize("rules", [None, BY_POSITION], ids=["by distance", "by position"])
-    @torch.no_grad()
     def test_turned_keys_are_taken_up_only_where_they_are_those_of_the_cache(self, folder, rules):
         model = extended(folder, rules, "delegated")
         model.add_adapter("other", MIXED_CONFIG)
@@ -331,22 +323,7 @@ class TestCachesAndPositions:
             close(step(own, 61), step(fresh, 61))
             close(step(own, 62), step(fresh, 62))
 
-    @torch.no_grad()
-    def test_a_chat_that_grows_across_equals_one_pass(self, model):
-        options = {"do_sample": False, "return_dict_in_generate": True}
-        ids, cache = token_ids(1, 12), DynamicCache()
-        for turn in range(4):
-            mask = torch.ones_like(ids)
-            ids = model.generate(
-                input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=8, **options
-            ).sequences
-            ids = torch.cat((ids, token_ids(1, 5, seed=turn)), dim=1)
-        last = model(ids[:, cache.get_seq_length() :], past_key_values=cache).logits[:, -1]
-        assert ids.shape[1] == 64
-        close(last, model(ids).logits[:, -1])
-
-    @pytest.mark.parametrize("options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 4}], ids=str)
-    @torch.no_grad()
+    @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 4}], ids=str)
     def test_generation_across_equals_that_without_cache(self, model, options):
         ids = token_ids(1, 26)
         results = [
@@ -363,7 +340,6 @@ class TestCachesAndPositions:
         assert torch.equal(*results)
 
     @pytest.mark.parametrize("implementation", ["auto", "reference", "delegated"])
-    @torch.no_grad()
     def test_positions_with_gaps_and_packed_rows(self, folder, implementation):
         model, base = extended(folder, implementation=implementation), load(folder)
         ids = token_ids(1, 60)
@@ -383,8 +359,9 @@ class TestCachesAndPositions:
 
 
 class TestTraining:
-    @pytest.mark.parametrize("attention", ["eager", "sdpa"])
+    @pytest.mark.parametrize("attention", slow_but(["sdpa"], ["eager", "sdpa"]))
     @pytest.mark.parametrize("rules", [None, MIXED], ids=["by distance", "mixed"])
+    @torch.enable_grad()
     def test_lora_below_gets_the_gradients_of_the_reference(self, folder, rules, attention):
         grads, ids = [], token_ids(length=70)
         for implementation, checkpoints in (("reference", False), ("auto", False), ("delegated", True)):
@@ -418,18 +395,16 @@ class TestTraining:
 class TestFamilies:
     @pytest.mark.parametrize(
         ("family", "options"),
-        [
-            ("llama", {}),
-            ("qwen2", {}),
-            ("qwen3", {}),
-            ("phi", {}),  # rotates half of a head
-            ("gpt_neox", {}),
-            ("glm", {"interleaved": True}),
-            ("gemma3_text", {"kind": "full_attention"}),
-        ],
+        slow_but(
+            [("phi", {}), ("gemma3_text", {"kind": "full_attention"})],
+            [
+                *((family, {}) for family in ("llama", "qwen2", "qwen3", "phi", "gpt_neox")),  # phi: half of a head
+                ("glm", {"interleaved": True}),
+                ("gemma3_text", {"kind": "full_attention"}),
+            ],
+        ),
         ids=lambda value: value if isinstance(value, str) else "",
     )
-    @torch.no_grad()
     def test_is_exact(self, family, options):
         ids, base = tokens(length=70), tiny_model(family, max_position_embeddings=WINDOW)
         expected = oracle_by_position(base, ids, SEVERAL, **options)
@@ -464,7 +439,6 @@ class TestFamilies:
             with_ropes(model, BY_POSITION)
         assert not hasattr(model, "peft_config")
 
-    @torch.no_grad()
     def test_a_yarn_model_gets_its_short_texts_back(self):
         yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": WINDOW}
         ids, default = tokens(length=70), tiny_model("llama", max_position_embeddings=WINDOW)
@@ -472,7 +446,7 @@ class TestFamilies:
         model = with_ropes(tiny_model("llama", rope_parameters=yarn), rules)
         close(logits_of(model, ids), oracle_by_position(default, ids, BY_POSITION))
 
-    @torch.no_grad()
+    @pytest.mark.slow
     def test_flex_attention_with_a_softcap_is_refused_beyond(self):
         base = tiny_model("gemma2", max_position_embeddings=WINDOW)
         base.set_attn_implementation("flex_attention")
@@ -500,7 +474,6 @@ class TestAdapters:
         again.load_adapter(tmp_path)
         assert torch.equal(logits_of(again, ids), expected)
 
-    @torch.no_grad()
     def test_switching_it_off_and_removing_it(self, folder):
         ids, base = token_ids(length=60), load(folder)
         own = logits_of(base, ids)
@@ -541,6 +514,7 @@ class TestAdapters:
         model.set_adapter("default")
         assert torch.equal(logits_of(model, ids), everywhere)
 
+    @torch.enable_grad()
     def test_routers_within_learn_beside_an_extension(self, folder):
         grads, ids = [], token_ids(length=60)
         for implementation in ("reference", "auto"):
@@ -586,7 +560,6 @@ class TestCompiled:
     @pytest.mark.parametrize(
         ("rules", "attention"), [(None, "eager"), (None, "sdpa"), (MIXED, "sdpa"), ("routers", "sdpa")]
     )
-    @torch.no_grad()
     def test_decoding_across_with_a_static_cache_is_one_graph(self, folder, rules, attention):
         options = {"attn_implementation": attention}
         if rules == "routers":
@@ -607,7 +580,6 @@ class TestCompiled:
         close(torch.cat(logits, dim=1), expected[:, 29:])
         assert graphs.frame_count == 1
 
-    @torch.no_grad()
     def test_prompts_on_both_sides(self, folder):
         model = extended(folder, MIXED)
         expected = {length: logits_of(model, token_ids(length=length)) for length in (20, 60)}
@@ -616,7 +588,6 @@ class TestCompiled:
             close(compiled(token_ids(length=length), use_cache=False).logits, logits)
 
     @pytest.mark.parametrize("lengths", [(26,), (26, 9)], ids=["one row", "left-padded"])
-    @torch.no_grad()
     def test_generation_compiles_by_itself_with_a_static_cache(self, folder, lengths):
         model, batch = extended(folder), left_padded(lengths)
         batch.pop("position_ids")

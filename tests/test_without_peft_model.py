@@ -11,25 +11,16 @@ from transformers import pipeline
 from versions import needs_adapter_verbs_of_transformers
 
 
-def test_inject_adapter_in_model(llama, adapted, adapter):
-    model = inject_adapter_in_model(PeftConfig.from_pretrained(adapter), load(llama))
-    result = set_peft_model_state_dict(model, load_file(f"{adapter}/adapter_model.safetensors"))
-    assert not result.unexpected_keys
-    assert torch.equal(logits_of(model), logits_of(adapted))
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_inject_adapter_in_model(llama, adapted, adapter, device):
+    config, state = PeftConfig.from_pretrained(adapter), load_file(f"{adapter}/adapter_model.safetensors")
+    options = {"low_cpu_mem_usage": device == "meta"}
+    model = inject_adapter_in_model(config, load(llama), **options)
+    assert {weight.device.type for weight in router_state(model).values()} == {device}
+    assert not set_peft_model_state_dict(model, state, **options).unexpected_keys
     gc.collect()  # the tuner object itself is gone by now
     assert torch.equal(logits_of(model), logits_of(adapted))
-    saved = get_peft_model_state_dict(model)
-    assert set(saved) == {
-        key.removeprefix("base_model.model.") for key in load_file(f"{adapter}/adapter_model.safetensors")
-    }
-
-
-def test_inject_adapter_in_model_on_the_meta_device(llama, adapted, adapter):
-    model = inject_adapter_in_model(PeftConfig.from_pretrained(adapter), load(llama), low_cpu_mem_usage=True)
-    assert {weight.device.type for weight in router_state(model).values()} == {"meta"}
-    state = load_file(f"{adapter}/adapter_model.safetensors")
-    set_peft_model_state_dict(model, state, low_cpu_mem_usage=True)
-    assert torch.equal(logits_of(model), logits_of(adapted))
+    assert set(get_peft_model_state_dict(model)) == {key.removeprefix("base_model.model.") for key in state}
 
 
 @needs_adapter_verbs_of_transformers

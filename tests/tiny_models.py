@@ -174,3 +174,12 @@ def router_state(model: torch.nn.Module, adapter_name: str = "default") -> dict[
 def logits_with(model: PeftModel, *adapters: str) -> torch.Tensor:
     model.base_model.set_adapter(list(adapters))
     return logits_of(model)
+
+
+def train_step(model: torch.nn.Module, ids: torch.Tensor) -> None:
+    """One step of gradient descent, which leaves the model in evaluation mode."""
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.5)
+    model.zero_grad()
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    model.eval()

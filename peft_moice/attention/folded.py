@@ -16,7 +16,7 @@ def why_not(call: AttentionCall) -> str | None:
     if call.attention_mask is not None and not isinstance(call.attention_mask, torch.Tensor):
         return f"it reads masks that are tensors, not a {type(call.attention_mask).__name__}"
     if call.rotations.far is not None:
-        return "it knows no ropes by distance"
+        return 'it knows no ropes by distance, and no attention scaling (which `"attention_factor": 1.0` leaves out)'
     if any(call.options.get(name) is not None for name in _PER_HEAD):
         return "it knows no attention sinks or position bias, which belong to heads"
     return None

@@ -1,6 +1,5 @@
 """`peft-moice angles`: which base angles for a model?"""
 
-import logging
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,9 @@ import torch
 from ..evaluation import encode_chat, sample_facts
 from ..evaluation.angles import OwnAngle, own_angles, score_angles, search_angles
 from ..evaluation.plotting import plot_waveforms
-from ..tuner.config import RELEASED_MULTIPLIERS
+from .measure import can_draw
 from .models import ModelArguments, load_model, load_tokenizer
 from .parsing import Outcome, Parser, UsageError, option, output_folder
-
-logger = logging.getLogger(__name__)
 
 SUMMARY = "choose base angles, by RoPE's waveforms and by measuring a model"
 _MOST_DRAWN = 7
@@ -63,7 +60,8 @@ def run(args: Arguments) -> Outcome:
         model = load_model(args.model, args.dtype, quantization=args.quantization()).eval()
         own = own_angles(model)
     searched = [_by_waveform(angle, args) for angle in own]
-    is_drawn = _draw(searched, args.context_length, output_dir)
+    if is_drawn := can_draw():
+        _draw(searched, args.context_length, output_dir)
     lines = [_waveform_in_words(found) for found in searched]
     values: dict[str, Any] = {"by_waveform": searched, "by_measurement": None}
     if len(own) > 1:
@@ -89,17 +87,12 @@ def run(args: Arguments) -> Outcome:
     return Outcome("\n".join(lines), values)
 
 
-def _draw(searched: list[dict[str, Any]], context_length: int, output_dir: Path) -> bool:
-    """Draw the choices by waveform; whether it could be done."""
+def _draw(searched: list[dict[str, Any]], context_length: int, output_dir: Path) -> None:
+    """Pictures of the choices by waveform."""
     for found in searched:
-        try:
-            figure = plot_waveforms(found["rotary_dim"], found["rope_bases"][:_MOST_DRAWN], context_length)
-        except ImportError as error:
-            logger.warning("No picture is drawn. %s", error)
-            return False
+        figure = plot_waveforms(found["rotary_dim"], found["rope_bases"][:_MOST_DRAWN], context_length)
         name = "waveforms" if found["layer_type"] is None else f"waveforms_{found['layer_type']}"
         figure.savefig(output_dir / f"{name}.png", dpi=150)
-    return True
 
 
 def _by_waveform(own: OwnAngle, args: Arguments) -> dict[str, Any]:
@@ -107,22 +100,16 @@ def _by_waveform(own: OwnAngle, args: Arguments) -> dict[str, Any]:
     angles = search_angles(own.rotary_dim, own.rope_theta, args.context_length, args.num_experts)
     found = {"layer_type": own.layer_type, "rotary_dim": own.rotary_dim, "rope_bases": angles}
     found["multiples"] = _multiples(angles)
-    if own.rope_theta == 10_000 and args.num_experts == len(RELEASED_MULTIPLIERS):
-        found["released"] = [multiple * own.rope_theta for multiple in RELEASED_MULTIPLIERS]
     return found
 
 
 def _waveform_in_words(found: dict[str, Any]) -> str:
     where = "" if found["layer_type"] is None else f" in layers of type {found['layer_type']}"
     angles = found["rope_bases"]
-    line = (
+    return (
         f"By waveform{where}, over {found['rotary_dim']} rotated dimensions: {angles}, times {angles[0]:g}: "
         f"{found['multiples']}"
     )
-    if "released" in found:
-        same = len({*found["released"]} & {*angles})
-        line += f"\nThe official release has {found['released']}; {same} of {len(angles)} are the same."
-    return line
 
 
 def _multiples(angles: list[float]) -> list[float]:

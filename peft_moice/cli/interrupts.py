@@ -2,14 +2,13 @@
 
 import logging
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +28,7 @@ class StopOnSignal(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take signals inside. Outside of the main thread, where Python gives none, nothing happens."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
+        """Take signals inside."""
         before = {number: signal.signal(number, self._take) for number in _SIGNALS}
         try:
             yield
@@ -40,9 +36,7 @@ class StopOnSignal(TrainerCallback):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         accelerator = self.trainer.accelerator
         if accelerator.num_processes > 1:
             flag = torch.tensor(float(self.stopped), device=accelerator.device)

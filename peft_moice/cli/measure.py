@@ -15,7 +15,6 @@ from ..evaluation import (
     POSITIONS,
     Facts,
     KeyValues,
-    MultiDocument,
     Needles,
     PositionLosses,
     Result,
@@ -29,7 +28,6 @@ from ..evaluation.plotting import plot_losses
 from ..training.data import read_text
 from ..tuner.config import MoICEConfig
 from .models import ModelArguments, base_name, load_model, load_tokenizer
-from .pace import in_words
 from .parsing import Outcome, Parser, UsageError, option, output_folder
 from .tables import difference, score_table, verdict
 
@@ -47,7 +45,6 @@ _EPILOG = """tasks (--tasks; 'right' is decided by greedy decoding, loss is that
   keys        the same, among the numbers of three other keys
   values      the same, all four numbers of one key
   variables   a chain of assignments (needles to variables: definitions of RULER)
-  also        --key_value_file and --question_file of "Lost in the Middle", by their paths
 
 Documents are files of text (UTF-8); perplexity and loss by position are measured on their first 16 chunks as well.
 Scores are written to --output_dir as soon as a task is done at a length, so Ctrl-C loses only what is under way.
@@ -68,10 +65,6 @@ class Arguments(ModelArguments):
     items: list[int] = option("Facts or pairs in a prompt.", [16, 30, 45])
     positions: list[float] = option("0 first to 1 last.", list(POSITIONS))
     questions: int = option("Questions at each position and length.", 8)
-    batch_size: int = option("Questions read at once; more is faster on a GPU.", 1)
-    key_value_file: str | None = option("kv-retrieval-*.jsonl.gz, --items pairs each.", None)
-    question_file: str | None = option("nq-open-oracle.jsonl.gz, --passages each.", None)
-    passages: list[int] = option("Passages in a prompt of questions.", [10])
     chunk_length: int | None = option(
         "Tokens of a chunk of the documents, for loss and perplexity. Default: 1024; beside an adapter that extends "
         "the window, the longest of --lengths.",
@@ -94,18 +87,6 @@ class Measured:
     name: str
     results: dict[str, Result] = field(default_factory=dict)
     losses: PositionLosses | None = None
-
-    def on_both_sides(self, window: int) -> str:
-        """The mean losses within a window and beyond it, where a bucket of positions ends there."""
-        assert self.losses is not None
-        edges, values = self.losses.edges, self.losses.losses
-        sizes = [end - start for start, end in zip((1, *edges), edges, strict=False)]
-        cut = edges.index(window) + 1
-        within, beyond = (
-            sum(loss * size for loss, size in zip(values[part], sizes[part], strict=True)) / sum(sizes[part])
-            for part in (slice(cut), slice(cut, None))
-        )
-        return f"{self.name}: {within:.3f} within, {beyond:.3f} beyond"
 
 
 def run(args: Arguments) -> Outcome:
@@ -130,12 +111,10 @@ def run(args: Arguments) -> Outcome:
             "(--chunk_length %d).",
             *(num_tokens, args.chunk_length),
         )
-    can_draw = importlib.util.find_spec("matplotlib") is not None
-    if not can_draw:
-        logger.warning("Without matplotlib no pictures are drawn: pip install 'peft_moice[plot]'.")
+    is_drawn = can_draw()
 
     asked = sum(map(len, sizes)) * len(args.positions) * args.questions
-    longest = max((tokens for prompts in sizes for tokens in prompts.values()), default=0)
+    longest = max(tokens for prompts in sizes for tokens in prompts.values())
     logger.info(
         "%s questions about prompts of up to %s tokens, put to %d models in turn.",
         *(f"{asked:,}", f"{longest:,}", 1 + len(args.adapter)),
@@ -144,8 +123,7 @@ def run(args: Arguments) -> Outcome:
     interrupted = False
     try:
         model = load_model(base, args.dtype, quantization=quantization)
-        if tasks:
-            tell_pace(model, tokenizer, tasks[0], sizes, args)
+        tell_pace(model, tokenizer, tasks[0], sizes, args)
         for name, adapter in variants(base, args.adapter):
             if isinstance(model, PeftModel):
                 # Virtual tokens are no modules in the base model, which is as it was.
@@ -161,10 +139,18 @@ def run(args: Arguments) -> Outcome:
             raise
         interrupted = True
     write(measured, output_dir)
-    if can_draw:
+    if is_drawn:
         draw(measured, output_dir)
-    where = f"Scores{' and pictures' * can_draw} are in {output_dir}."
+    where = f"Scores{' and pictures' * is_drawn} are in {output_dir}."
     return Outcome(_as_text(measured, where, interrupted, window), _as_values(measured, output_dir), interrupted)
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is there; a warning where it is not."""
+    is_there = importlib.util.find_spec("matplotlib") is not None
+    if not is_there:
+        logger.warning("Without matplotlib no pictures are drawn: pip install 'peft_moice[plot]'.")
+    return is_there
 
 
 def extended_window(adapters: Sequence[str]) -> int | None:
@@ -179,8 +165,7 @@ def extended_window(adapters: Sequence[str]) -> int | None:
 
 def chosen_tasks(args: Arguments, text: str) -> list[str]:
     """Names of tasks to run."""
-    with_files = bool(args.key_value_file or args.question_file)
-    default = ["needles", "keys"] if args.documents else [] if with_files else ["facts"]
+    default = ["needles", "keys"] if args.documents else ["facts"]
     names = default if args.tasks is None else list(dict.fromkeys(args.tasks))
     if unknown := sorted(set(names) - {*NEEDLES, *_WITHOUT_FILES}):
         raise UsageError(f"--tasks names {unknown}; choose among {', '.join([*_WITHOUT_FILES, *NEEDLES])}.")
@@ -197,12 +182,10 @@ def make_tasks(names: list[str], args: Arguments, text: str, tokenizer: Any) -> 
     tasks: list[tuple[Task, list[int]]] = [
         (Needles(text, tokenizer, NEEDLES[name]), args.lengths) for name in names if name in NEEDLES
     ]
-    if "key_values" in names or args.key_value_file:
-        tasks.append((KeyValues(file=args.key_value_file), args.items))
+    if "key_values" in names:
+        tasks.append((KeyValues(), args.items))
     if "facts" in names:
         tasks.append((Facts(), args.items))
-    if args.question_file:
-        tasks.append((MultiDocument(args.question_file), args.passages))
     return tasks
 
 
@@ -240,14 +223,21 @@ def tell_pace(
     """
     task, lengths = first
     begun = time.perf_counter()
-    positions, batch_size = args.positions, args.batch_size
-    evaluate(model, tokenizer, task, lengths=[min(lengths)], positions=positions, num_groups=1, batch_size=batch_size)
+    evaluate(model, tokenizer, task, lengths=[min(lengths)], positions=args.positions, num_groups=1)
     seconds = time.perf_counter() - begun
     all_tokens = sum(sum(prompts.values()) for prompts in sizes) * args.questions * (1 + len(args.adapter))
     logger.info(
         "The first %d took %s; all take about %s. Fewer --questions or models, and shorter prompts, take less.",
         *(len(args.positions), in_words(seconds), in_words(seconds * all_tokens / sizes[0][min(lengths)])),
     )
+
+
+def in_words(seconds: float) -> str:
+    """A duration in the unit that people would say it in."""
+    for size, unit in ((3600, "hours"), (60, "minutes")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.2g} {unit}" if seconds < 100 * size else f"{seconds / size:,.0f} {unit}"
+    return f"{seconds:.2g} seconds" if seconds < 100 else f"{seconds:.0f} seconds"
 
 
 def measure(
@@ -269,7 +259,6 @@ def measure(
                 lengths=[length],
                 positions=tuple(args.positions),
                 num_groups=args.questions,
-                batch_size=args.batch_size,
                 seed=args.seed,
                 name=measured.name,
             )
@@ -303,14 +292,12 @@ def write(measured: list[Measured], output_dir: Path) -> None:
 
 
 def draw(measured: list[Measured], output_dir: Path) -> None:
-    """Pictures of the same, where positions are known."""
+    """Pictures of the same."""
     for number, one in enumerate(measured):
         for task, result in one.results.items():
-            if not result.positions:
-                continue
             result.plot().savefig(output_dir / f"{_file_name(task)}_{number}.png", dpi=150)
     for task, result, *rivals in _by_task(measured):
-        if rivals and result.positions and all(rival.lengths == result.lengths for rival in rivals):
+        if rivals and all(rival.lengths == result.lengths for rival in rivals):
             result.plot(rivals).savefig(output_dir / f"{_file_name(task)}.png", dpi=150)
     losses = {one.name: one.losses for one in measured if one.losses is not None}
     if losses:
@@ -331,12 +318,15 @@ def _as_text(measured: list[Measured], where: str, interrupted: bool, window: in
         for one in measured
         if one.losses is not None
     ]
-    if window is not None and (read := [one.on_both_sides(window) for one in measured if one.losses is not None]):
-        parts.append(
-            "\n".join([f"loss of your documents, window of {window:,} tokens", *(f"  {line}" for line in read)])
-        )
+    if window is not None:
+        parts += [
+            f"loss of your documents, window of {window:,} tokens, {one.name}: "
+            f"{one.losses.mean(end=window):.3f} within, {one.losses.mean(start=window):.3f} beyond"
+            for one in measured
+            if one.losses is not None
+        ]
     base, *adapted = measured
-    parts += [verdict(result) for result in base.results.values() if result.positions]
+    parts += [verdict(result) for result in base.results.values()]
     parts += ["\n".join(lines) for one in adapted if (lines := _changes(one, base))]
     if interrupted:
         parts.append("Interrupted: this is what was finished.")

@@ -95,8 +95,7 @@ def load_tokenizer(model: str, adapter: str | None = None) -> Any:
         if not Path(model).is_dir():
             raise
         raise UsageError(
-            f"{model}: no tokenizer can be read from this folder ({error}) Save the model's there, with "
-            "`tokenizer.save_pretrained`."
+            f"{model}: no tokenizer can be read from this folder ({error}) Save one with `tokenizer.save_pretrained`."
         ) from error
     if adapter is not None:
         try:
@@ -115,14 +114,9 @@ def load_model(
     adapter: str | None = None,
     quantization: BitsAndBytesConfig | None = None,
 ) -> Any:
-    """A causal language model, with an adapter if one is named, on the accelerator if there is one.
+    """A causal language model, with an adapter of PEFT if one is named, on the accelerator if there is one.
 
-    Args:
-        model: folder or Hub id.
-        dtype: of its weights. Default: float32 on a CPU, where others are slow, and the checkpoint's own on an
-            accelerator.
-        adapter: folder or Hub id of an adapter of PEFT.
-        quantization: of the base model. Default: as it was saved.
+    The default of `dtype` is float32 on a CPU, where others are slow, and the checkpoint's own on an accelerator.
     """
     has_accelerator = torch.accelerator.is_available()
     with nullcontext(model) if adapter is None else _base_alone(model) as base:

@@ -8,9 +8,8 @@ _CELL = 18
 def score_table(results: list[Result]) -> str:
     """Scores of several models on one task with 95% intervals, by length and position."""
     first = results[0]
-    columns: list[float | None] = [*first.positions] or [None]
-    heads = ["all" if position is None else f"at {position:.0%}" for position in columns]
-    columns, heads = ([*columns, None], [*heads, "mean"]) if first.positions else (columns, heads)
+    columns: list[float | None] = [*first.positions, None]
+    heads = [*(f"at {position:.0%}" for position in first.positions), "mean"]
     width = max(24, *(len(result.model) for result in results))
     lines = [f"{first.task}: share of right answers [95% interval]"]
     for length in first.lengths:
@@ -30,25 +29,20 @@ def difference(name: str, after: Result, before: Result) -> str:
     """What an adapter changed on the questions of a task."""
     mean, (low, high) = after.difference(before)
     text = f"{after.task}: {name}: {mean:+.2f} in the mean ({low:+.2f} to {high:+.2f}, paired)"
-    return f"{text}, gap {before.gap():.2f} to {after.gap():.2f}" if after.positions else text
+    return f"{text}, gap {before.gap():.2f} to {after.gap():.2f}"
 
 
 def verdict(result: Result) -> str:
     """What the scores of one model say about positions, at the length where they differ most."""
-    gaps = {}
-    for length in result.lengths:
-        scores = {position: result.mean(length=length, position=position) for position in result.positions}
-        best, worst = max(scores, key=lambda at: scores[at]), min(scores, key=lambda at: scores[at])
-        gaps[length] = (scores[best] - scores[worst], best, worst)
-    length = max(gaps, key=lambda at: gaps[at][0])
-    _, best, worst = gaps[length]
+    length = max(result.lengths, key=result.gap)
+    scores = {position: result.mean(length=length, position=position) for position in result.positions}
+    best, worst = max(scores, key=lambda at: scores[at]), min(scores, key=lambda at: scores[at])
     high, low = (result.interval(length=length, position=position) for position in (best, worst))
     where = f"{result.task}, {length:,} {result.unit}"
     if low[1] < high[0]:
         return (
-            f"{where}: {result.model} answers right {result.mean(length=length, position=best):.0%} at {best:.0%} of "
-            f"the prompt and {result.mean(length=length, position=worst):.0%} at {worst:.0%}. It loses what stands "
-            "there, which routers may repair."
+            f"{where}: {result.model} answers right {scores[best]:.0%} at {best:.0%} of the prompt and "
+            f"{scores[worst]:.0%} at {worst:.0%}. It loses what stands there, which routers may repair."
         )
     if result.mean(length=length) < 0.1:
         return f"{where}: {result.model} hardly answers anywhere. Ask something easier, or less at once."

@@ -14,14 +14,11 @@ from typing import Any, Literal
 import torch
 from peft import get_peft_model
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     Trainer,
     TrainerCallback,
-    TrainerControl,
     TrainerState,
     TrainingArguments,
     set_seed,
@@ -39,7 +36,6 @@ from ..training.loss_parts import DivergedError
 from ..tuner.config import MoICEConfig
 from .interrupts import StopOnSignal
 from .models import Dtype, ModelArguments, check_folder, load_tokenizer
-from .pace import TellPace
 from .parsing import Outcome, Parser, UsageError, option, output_folder
 from .presets import PRESETS
 
@@ -135,16 +131,7 @@ class _AllArguments(Parser):
             shown.print_help()
             raise SystemExit(0)
         self.set_defaults(output_dir="outputs/routers", remove_unused_columns=False, **preset)
-        try:
-            ours, data, trainer = super().parse(argv)
-        except ValueError as error:
-            if known.preset != "paper" or "bf16" not in str(error):
-                raise
-            raise UsageError(
-                "--preset paper computes in bfloat16 on an accelerator, and there is none. --use_cpu runs it on the "
-                "CPU, where a step of 128 long sequences is slow; --preset retrieval and --preset chats are for small "
-                "models."
-            ) from None
+        ours, data, trainer = super().parse(argv)
         _settle(ours, trainer)
         return TrainArguments(ours, data, trainer)
 
@@ -190,6 +177,9 @@ def run(args: TrainArguments) -> Outcome:
     train_examples = load_examples(data.train_files, tokenizer, data, training.seed, quiet)
     eval_examples = load_examples(data.eval_files, tokenizer, data, training.seed + 1, quiet)
     keep_ids = ordinary_text(args, tokenizer)
+    tokens = sum(len(sequence["input_ids"]) for row in train_examples for sequence in row)
+    sequences = sum(map(len, train_examples))
+    logger.info("%s sequences of %s tokens in the mean.", f"{sequences:,}", f"{tokens / sequences:,.0f}")
     folder = output_folder(str(training.output_dir))
     options = {"attn_implementation": ours.attn_implementation, "quantization_config": quantization}
     model = AutoModelForCausalLM.from_pretrained(ours.model, dtype=ours.dtype, **options)
@@ -293,8 +283,6 @@ def train(trainer: "RouterTrainer", checkpoint: str | None) -> Outcome:
     trainer.add_callback(MoICECallback(trainer))
     trainer.add_callback(stop)
     trainer.add_callback(RaiseIfDone())
-    rows: Any = trainer.train_dataset
-    trainer.add_callback(TellPace(sum(map(len, rows)), sum(len(part["input_ids"]) for row in rows for part in row)))
     interrupted = False
     with telling_of_a_full_disk(trainer):
         with stop.listening():
@@ -350,9 +338,7 @@ class NothingToDo(Exception):
 class RaiseIfDone(TrainerCallback):
     """Raises NothingToDo, because Trainer would do one step more."""
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
             raise NothingToDo
 
@@ -361,12 +347,6 @@ def _outcome(trainer: "RouterTrainer", interrupted: bool, is_done_before: bool =
     if not trainer.is_world_process_zero():
         return Outcome("", None, interrupted)
     folder, step = trainer.args.output_dir, trainer.state.global_step
-    file = Path(str(folder), SAFETENSORS_WEIGHTS_NAME)
-    if file.is_file() and not all(weight.isfinite().all() for weight in load_file(file).values()):
-        raise UsageError(
-            f"the training diverged, and what is in {folder} cannot be used: weights of the routers are not finite. "
-            f"Lower --learning_rate, which is {trainer.args.learning_rate:g}."
-        )
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     values: dict[str, Any] = {
         "adapter": folder,

@@ -4,10 +4,8 @@ A task draws questions, [`evaluate`] asks a model, a [`Result`] holds scores and
 language model of transformers, adapted or not.
 """
 
-from typing import NoReturn
-
+from .explaining import gates_along
 from .facts import EncodedChat, FactList, Facts, encode_chat, sample_facts
-from .gates import gates_along
 from .grid import evaluate
 from .intervals import bootstrap_interval, wilson_interval
 from .key_values import KeyValues
@@ -39,16 +37,3 @@ __all__ = [
     "sample_facts",
     "wilson_interval",
 ]
-
-_GONE = {
-    "position_sweep": "Call `evaluate(model, tokenizer, Facts(), lengths=[num_facts], num_groups=num_lists)`.",
-    "PositionSweep": "`evaluate` returns a `Result`, which has the same means and intervals.",
-    "perplexities": "Call `perplexity` once for each `chunk_length`.",
-    "Exam": "A task is a class with `name`, `unit`, `scoring` and `draw`; examples/research/exams.py has this one.",
-}
-
-
-def __getattr__(name: str) -> NoReturn:
-    if name in _GONE:
-        raise ImportError(f"`{__name__}.{name}` is no longer here. {_GONE[name]}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -36,8 +36,7 @@ def attention_waveform(head_dim: int, rope_theta: float, context_length: int) ->
         raise ValueError(f"`head_dim` is {head_dim}, but has to be even and at least 2.")
     if not 0 < rope_theta < math.inf or context_length < 3:
         raise ValueError(
-            f"`rope_theta` has to be positive and finite, and `context_length` at least 3, not {rope_theta} and "
-            f"{context_length}."
+            f"`rope_theta` {rope_theta} has to be positive and finite, `context_length` {context_length} at least 3."
         )
     frequencies = rope_theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
     angles = torch.arange(context_length, dtype=torch.float64, device="cpu")[:, None] * frequencies
@@ -70,7 +69,7 @@ def search_angles(
     far (mean distance in tokens).
 
     For D = 128, `rope_theta` = 10000 and N = 7 it finds five of the official release's seven angles at a context of
-    2,048 tokens and four at 4,096; `peft-moice angles` prints the comparison.
+    2,048 tokens and four at 4,096.
 
     Args:
         head_dim: number D of rotated dimensions.
@@ -93,8 +92,7 @@ def search_angles(
     pool = [base for base in dict.fromkeys(pool) if base != own]
     if not 1 <= num_experts <= len(pool) + 1:
         raise ValueError(
-            f"`num_experts` is {num_experts}, but has to lie in 1..{len(pool) + 1}, the candidates and the model's "
-            "own angle. Give more candidates."
+            f"`num_experts` is {num_experts}, but has to lie in 1..{len(pool) + 1}. Give more candidates."
         )
     candidate_extrema = {base: extrema(attention_waveform(head_dim, base, context_length)) for base in pool}
     chosen = [own]
@@ -180,8 +178,7 @@ class AngleScores:
         """
         if not 1 <= num_experts <= len(self.rope_bases):
             raise ValueError(
-                f"`num_experts` is {num_experts}, but has to lie in 1..{len(self.rope_bases)}, the number of "
-                "candidates. Score more of them."
+                f"`num_experts` is {num_experts}, but has to lie in 1..{len(self.rope_bases)}. Score more candidates."
             )
         chosen = [0]
         least = self.losses[0]
@@ -212,8 +209,7 @@ def score_angles(
     own = [angle.rope_theta for angle in own_angles(model)]
     if len(own) > 1:
         raise ValueError(
-            f"The model's layer types have different angles ({own}), and one scale for all of them is not what this "
-            "search varies. Give `base_multipliers` by hand."
+            f"The model's layer types have different angles, {own}; one is scaled. Give `base_multipliers` by hand."
         )
     multipliers = tuple(dict.fromkeys((1.0, *multipliers)))
     losses = []

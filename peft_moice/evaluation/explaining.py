@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..probing.evaluation_mode import evaluating
+from ..rope.rules import Ropes, expert_in_words
 from ..routing.mixture import LayerMixture, MixesAngles, RouterRecord, in_columns
 from ..standalone.built_in import ROUTERS_NAME
-from .gates import records_along
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,13 +24,13 @@ class Explanation:
         gates: `[S, L, H, N]` in float32, the share of each of N base angles in each of H heads of the L layers with
             routers. They sum to one over N, and lie in 0 to 1 unless an identity scale does not.
         rope_bases: the N base angles of each of these layers; the model's own is the first, except in a mixture of
-            several adapters, where they ascend.
+            several adapters, where they ascend. Ropes stand as pairs of names and values.
         layers: names of these layers' attention modules.
     """
 
     tokens: list[str]
     gates: torch.Tensor
-    rope_bases: list[tuple[float, ...]]
+    rope_bases: list[Ropes]
     layers: list[str]
 
     def plot(self, layer: int | None = None, head: int | None = None) -> "Figure":
@@ -52,7 +53,7 @@ class Explanation:
         gates = gates.mean(dim=1) if head is None else gates[:, head]
         where = "mean over layers" if layer is None else self.layers[layer]
         which = "mean over heads" if head is None else f"head {head}"
-        names = [f"{base:g}" for base in self.rope_bases[layer or 0]]
+        names = [expert_in_words(base) for base in self.rope_bases[layer or 0]]
         return plot_gates(gates, self.tokens, names=names, title=f"{where}, {which}")
 
 
@@ -84,8 +85,7 @@ def explain(model: Any, tokenizer: PreTrainedTokenizerBase, text: str) -> Explan
     passed = records_along(model, input_ids)
     if not passed:
         raise ValueError(
-            "No routers are at work in this model. Load an adapter with `PeftModel.from_pretrained`, and enable it "
-            "where it is disabled."
+            "No routers are at work in this model. Load an adapter with `PeftModel.from_pretrained`, or enable it."
         )
     mixtures = [LayerMixture([record.share for record in records], layer.rope) for layer, records in passed.values()]
     rope_bases = [mixture.rope_bases() for mixture in mixtures]
@@ -106,7 +106,65 @@ def explain(model: Any, tokenizer: PreTrainedTokenizerBase, text: str) -> Explan
     )
 
 
-def _weighted(rope_bases: tuple[float, ...], layer: MixesAngles, record: RouterRecord) -> torch.Tensor:
+def _weighted(rope_bases: Ropes, layer: MixesAngles, record: RouterRecord) -> torch.Tensor:
     """The gates `[H, S, N]` of one router over all base angles of its layer, times its share."""
     columns = [rope_bases.index(base) for base in record.share.spec.bases_of(layer.rope.layer_type)]
     return record.share.weight * in_columns(record.gates[0].float().cpu(), columns, len(rope_bases))
+
+
+def gates_along(model: Any, input_ids: torch.Tensor, adapter_name: str = "default") -> dict[str, torch.Tensor]:
+    """Gates `[H, S, N]` of each adapted layer, by the layer's name, in the order of layers.
+
+    Args:
+        model: a model with MoICE routers.
+        input_ids: one sequence `[S]` of token ids.
+        adapter_name: whose routers. Those of a mean of adapters are called "NAME.0", "NAME.1", ..., and those of a
+            merged model "0", "1", .... Default: "default".
+
+    Raises:
+        ValueError: no routers of this name are at work, or `input_ids` are not one sequence.
+    """
+    if input_ids.dim() != 1:
+        raise ValueError(
+            f"`input_ids` has the shape {tuple(input_ids.shape)}; give one sequence `[S]`, a row of a batch."
+        )
+    passed = records_along(model, input_ids)
+    gates = {
+        name: record.gates[0].float().cpu()
+        for name, (_, records) in passed.items()
+        for record in records
+        if record.share.name == adapter_name
+    }
+    if not gates:
+        known = sorted({record.share.name for _, records in passed.values() for record in records})
+        raise ValueError(
+            f"No layer of this model has routers of the name {adapter_name!r} at work; those at work are {known}. "
+            "Give one of these names as `adapter_name`, or activate the adapter."
+        )
+    return gates
+
+
+def records_along(model: Any, input_ids: torch.Tensor) -> dict[str, tuple[MixesAngles, list[RouterRecord]]]:
+    """The layers whose routers took part in a pass over `input_ids` `[S]`, by name, and what these recorded."""
+    names = {module: name for name, module in model.named_modules() if isinstance(module, MixesAngles)}
+    collector = _Collector()
+    before = {layer: layer.recorder for layer in names}
+    try:
+        with evaluating(model):
+            for layer in names:
+                layer.recorder = collector
+            model(input_ids=input_ids[None].to(model.device), use_cache=False, logits_to_keep=1)
+    finally:
+        for layer, recorder in before.items():
+            layer.recorder = recorder
+    return {name: (layer, collector.records[layer]) for layer, name in names.items() if layer in collector.records}
+
+
+class _Collector:
+    """Keeps the records of a pass."""
+
+    def __init__(self) -> None:
+        self.records: dict[MixesAngles, list[RouterRecord]] = {}
+
+    def take(self, layer: MixesAngles, records: list[RouterRecord]) -> None:
+        self.records[layer] = records

@@ -12,11 +12,7 @@ T = TypeVar("T")
 
 
 def read_json_lines(file: str | Path, needed: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The objects of a file `*.jsonl` or `*.jsonl.gz`.
-
-    Args:
-        file: the file.
-        needed: fields that each object has to have.
+    """The objects of a file `*.jsonl` or `*.jsonl.gz`, each of which has to have the fields `needed`.
 
     Raises:
         ValueError: the file is missing or damaged, a line is not an object with these fields, or the file is empty.
@@ -34,9 +30,6 @@ class Deck(Generic[T]):
     """Items in random order, all of them before any comes again.
 
     Every source of randomness has its own order and its own place in it, so equally seeded ones are dealt the same.
-
-    Args:
-        items: what is dealt, at least one.
     """
 
     def __init__(self, items: Sequence[T]):

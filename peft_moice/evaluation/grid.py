@@ -3,6 +3,7 @@
 import random
 import re
 import string
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..probing.evaluation_mode import evaluating
-from .encoding import EncodedExample, encode_example
+from ..training.data.sequences import encode_marked, render_chat
 from .reader import Reader
 from .result import Result, Score
 from .task import POSITIONS, Example, Scoring, Task
@@ -26,7 +27,7 @@ def evaluate(
     positions: Sequence[float] = POSITIONS,
     num_groups: int = 16,
     max_new_tokens: int = 48,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     seed: int = 0,
     name: str | None = None,
 ) -> Result:
@@ -42,8 +43,7 @@ def evaluate(
             before is not asked again, so a small file may give fewer. Default: 16.
         max_new_tokens: the most that the model writes, where the task's scoring reads what it writes, at least 1.
             Default: 48.
-        batch_size: how many questions of a draw are read in one pass, where they follow the same text and nothing is
-            written. As many copies of the text's keys and values have to fit. Default: 1.
+        batch_size: without effect; goes in version 0.4.
         seed: of the draws. Equal seeds ask different models the same questions. Default: 0.
         name: of the model, for tables and pictures. Default: the one in its config.
 
@@ -54,9 +54,10 @@ def evaluate(
         ValueError: a value out of its range.
     """
     check_grid(lengths, positions, num_groups)
-    for value_name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"`{value_name}` is {value}, but has to be at least 1.")
+    if max_new_tokens < 1:
+        raise ValueError(f"`max_new_tokens` is {max_new_tokens}, but has to be at least 1.")
+    if batch_size is not None:
+        warnings.warn("`batch_size` has no effect, and goes in version 0.4.", FutureWarning, stacklevel=2)
     scores: list[Score] = []
     with evaluating(model), tqdm(total=num_groups * len(lengths), desc=task.name, unit="draw") as progress:
         for length in lengths:
@@ -66,11 +67,8 @@ def evaluate(
                 examples = [example for example in task.draw(rng, length, positions) if example not in asked]
                 asked.update(examples)
                 reader = Reader(model)
-                # What is written after a prompt is written while the prompt is still in the cache.
-                step = 1 if task.scoring in ("any", "all") else max(1, len(examples))
-                for start in range(0, len(examples), step):
-                    part = examples[start : start + step]
-                    scores += score_examples(reader, tokenizer, task, part, group, max_new_tokens, batch_size)
+                for example in examples:
+                    scores.append(score_example(reader, tokenizer, task, example, group, max_new_tokens))
                 progress.update()
     name = getattr(model.config, "_name_or_path", "") if name is None else name
     return Result(task=task.name, unit=task.unit, model=name, seed=seed, scores=tuple(scores))
@@ -79,24 +77,14 @@ def evaluate(
 def try_task(
     task: Task, tokenizer: Any, lengths: Sequence[int], positions: Sequence[float], num_groups: int
 ) -> dict[int, int]:
-    """Draw and encode one example at every length.
-
-    Args:
-        task: what is to be asked.
-        tokenizer: the model's tokenizer.
-        lengths: as [`evaluate`] takes them.
-        positions: likewise.
-        num_groups: likewise.
-
-    Returns:
-        Tokens of the example, by length.
+    """Tokens of one example of a task at every length, drawn and encoded as [`evaluate`] will do it.
 
     Raises:
         ValueError: a value out of its range; the task has too little material, or none of an answer has tokens.
     """
     check_grid(lengths, positions, num_groups)
     drawn = {length: task.draw(random.Random(0), length, positions)[0] for length in lengths}
-    return {length: len(encode_example(tokenizer, one, one.answers[0]).input_ids) for length, one in drawn.items()}
+    return {length: len(encode_example(tokenizer, one, one.answers[0])[0]) for length, one in drawn.items()}
 
 
 def check_grid(lengths: Sequence[int], positions: Sequence[float], num_groups: int) -> None:
@@ -114,29 +102,38 @@ def check_grid(lengths: Sequence[int], positions: Sequence[float], num_groups: i
         raise ValueError(f"`positions` has to hold numbers in 0..1, not {positions!r}.")
 
 
-def score_examples(
-    reader: Reader,
-    tokenizer: Any,
-    task: Task,
-    examples: Sequence[Example],
-    group: int,
-    max_new_tokens: int,
-    batch_size: int,
-) -> list[Score]:
-    """Ask the questions of a draw."""
-    encoded = [[encode_example(tokenizer, example, text) for text in _texts(task, example)] for example in examples]
-    read = iter(reader.logits_of([(one.input_ids, one.start) for texts in encoded for one in texts], batch_size))
-    scores = []
-    for example, texts in zip(examples, encoded, strict=True):
-        (loss, tokens, exact), *others = [_compare(next(read), one) for one in texts]
-        if task.scoring == "exact":
-            score = float(exact)
-        elif task.scoring == "choice":
-            score = float(all(loss < other for other, _, _ in others))
-        else:
-            score = _write(reader, tokenizer, task.scoring, example, texts[0], max_new_tokens)
-        scores.append(Score(group, example.length, example.position, score, loss, tokens))
-    return scores
+def encode_example(tokenizer: Any, example: Example, answer: str) -> tuple[list[int], int]:
+    """Token ids of a prompt, in the tokenizer's chat template if it has one, with an answer to it; and the index of
+    the first token of the answer.
+
+    Raises:
+        ValueError: the tokenizer is a slow one, its chat template refuses the prompt, or the answer is empty.
+    """
+    messages = [{"role": "user", "content": example.prompt}]
+    before = render_chat(tokenizer, messages, add_generation_prompt=True) + example.opening
+    ids, is_answer = encode_marked(tokenizer, before + answer, [(len(before), len(before) + len(answer))])
+    # Tokens of words may begin with the space before them. Some tokenizers put an end of the text behind it, which is
+    # no part of the answer, and stands for no characters.
+    tokens = [index for index, belongs in enumerate(is_answer) if belongs]
+    if not tokens or not answer.strip():
+        raise ValueError(f"The answer {answer!r} has no tokens. Give answers that are not empty.")
+    return ids[: tokens[-1] + 1], tokens[0]
+
+
+def score_example(
+    reader: Reader, tokenizer: Any, task: Task, example: Example, group: int, max_new_tokens: int
+) -> Score:
+    """Ask a question of a draw."""
+    texts = [encode_example(tokenizer, example, text) for text in _texts(task, example)]
+    (loss, tokens, exact), *others = [_compare(reader.logits(ids, start), ids[start:]) for ids, start in texts]
+    if task.scoring == "exact":
+        score = float(exact)
+    elif task.scoring == "choice":
+        score = float(all(loss < other for other, _, _ in others))
+    else:
+        ids, start = texts[0]
+        score = _write(reader, tokenizer, task.scoring, example, ids[:start], max_new_tokens)
+    return Score(group, example.length, example.position, score, loss, tokens)
 
 
 def _texts(task: Task, example: Example) -> list[str]:
@@ -150,8 +147,8 @@ def contained(scoring: Scoring, answers: Sequence[str], written: str) -> float:
     """The score of a text with the scorings "any" and "all"."""
     if scoring == "any":
         line = written.partition("\n")[0]
-        return float(any(_holds(normalized(line), normalized(answer)) for answer in answers))
-    return sum(_holds(written.lower(), answer.lower()) for answer in answers) / len(answers)
+        return float(any(part in normalized(line) for part in filter(None, map(normalized, answers))))
+    return sum(bool(answer) and answer.lower() in written.lower() for answer in answers) / len(answers)
 
 
 def normalized(text: str) -> str:
@@ -160,20 +157,16 @@ def normalized(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-def _holds(text: str, answer: str) -> bool:
-    return bool(answer) and answer in text
-
-
-def _compare(logits: torch.Tensor, encoded: EncodedExample) -> tuple[float, float, bool]:
+def _compare(logits: torch.Tensor, answer: list[int]) -> tuple[float, float, bool]:
     """Loss of an answer, the share of its tokens that are first choices, and whether all are."""
-    target = torch.tensor(encoded.input_ids[encoded.start :], device=logits.device)
+    target = torch.tensor(answer, device=logits.device)
     hits = logits[:-1].argmax(-1) == target
     loss = nn.functional.cross_entropy(logits[:-1], target).item()
     return loss, hits.float().mean().item(), bool(hits.all())
 
 
 def _write(
-    reader: Reader, tokenizer: Any, scoring: Scoring, example: Example, encoded: EncodedExample, max_new_tokens: int
+    reader: Reader, tokenizer: Any, scoring: Scoring, example: Example, prompt: list[int], max_new_tokens: int
 ) -> float:
     """The score of what the model writes after a prompt, which ends as soon as nothing can change the score."""
 
@@ -182,7 +175,7 @@ def _write(
         return contained(scoring, example.answers, text) == 1 or (scoring == "any" and "\n" in text)
 
     end = _end_tokens(reader.model, tokenizer)
-    written = reader.write(encoded.input_ids[: encoded.start], max_new_tokens, end, is_settled)
+    written = reader.write(prompt, max_new_tokens, end, is_settled)
     return contained(scoring, example.answers, tokenizer.decode(written))
 
 

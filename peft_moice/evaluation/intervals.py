@@ -53,8 +53,7 @@ def bootstrap_interval(
         raise ValueError("There is nothing to draw from; give at least one group, and at least one value in each.")
     if not 0 < confidence < 1 or resamples < 1:
         raise ValueError(
-            f"`confidence` has to lie strictly between 0 and 1 and `resamples` to be at least 1, not {confidence} "
-            f"and {resamples}."
+            f"`confidence` {confidence} has to lie strictly between 0 and 1, `resamples` {resamples} to be at least 1."
         )
     rng = random.Random(seed)
     sums = [(sum(group), len(group)) for group in groups]

@@ -40,9 +40,13 @@ class PositionLosses:
     @property
     def perplexity(self) -> float:
         """Of all tokens that were predicted."""
-        sizes = _sizes(self.edges)
-        total = sum(loss * size for loss, size in zip(self.losses, sizes, strict=True))
-        return math.exp(total / sum(sizes))
+        return math.exp(self.mean())
+
+    def mean(self, start: int = 1, end: float = math.inf) -> float:
+        """Mean loss of the buckets that lie between two positions. Default: of all."""
+        buckets = zip(self.edges, self.losses, _sizes(self.edges), strict=True)
+        chosen = [(loss * size, size) for edge, loss, size in buckets if start <= edge - size and edge <= end]
+        return sum(total for total, _ in chosen) / sum(size for _, size in chosen)
 
 
 def chunks_of(tokenizer: Any, text: str, length: int, max_chunks: int | None = None) -> torch.Tensor:
@@ -59,8 +63,7 @@ def chunks_of(tokenizer: Any, text: str, length: int, max_chunks: int | None = N
     chunks = torch.tensor(tokens, device="cpu")[: len(tokens) // length * length].view(-1, length)[:max_chunks]
     if not len(chunks):
         raise ValueError(
-            f"The text has {len(tokens)} tokens, fewer than one chunk of {length}. Give more text or lower "
-            "`chunk_length`."
+            f"The text has {len(tokens)} tokens, fewer than a chunk of {length}. Give more, or lower `chunk_length`."
         )
     return chunks
 
@@ -115,17 +118,8 @@ def perplexity(
 ) -> float:
     """Perplexity of `text`, cut into consecutive chunks that are read independently.
 
-    Every token of a chunk but the first is predicted from those before it in the chunk.
-
-    Args:
-        model: a causal language model of transformers.
-        tokenizer: its tokenizer.
-        text: text of at least one chunk; a rest shorter than a chunk is dropped.
-        chunk_length: number of tokens in a chunk, at least 2. Default: 1024.
-        max_chunks: number of chunks to read. Default: all.
-
-    Raises:
-        ValueError: the text is shorter than one chunk, or a value is out of its range.
+    Every token of a chunk but the first is predicted from those before it in the chunk. Arguments and errors are those
+    of [`losses_by_position`]; `chunk_length` is 1024 by default.
     """
     return losses_by_position(model, tokenizer, text, chunk_length=chunk_length, max_chunks=max_chunks).perplexity
 

@@ -50,8 +50,7 @@ class MultiDocument:
         others = [passage for passage in asked["ctxs"] if passage is not gold] or self._of_other_questions(rng, asked)
         if len(others) < length - 1:
             raise ValueError(
-                f"`length` is {length}, but only {len(others)} passages of the file go with {asked['question']!r} "
-                "without answering it. Lower it."
+                f"`length` is {length}, but only {len(others)} passages go with {asked['question']!r}. Lower it."
             )
         others = others[: length - 1]
         examples = []

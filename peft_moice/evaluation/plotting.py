@@ -6,11 +6,12 @@ ImportError where matplotlib is not installed and ValueError where there is noth
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .angles import attention_waveform
+from .losses import PositionLosses
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -27,16 +28,6 @@ _BUCKETS = 240
 
 Curve = tuple[Sequence[float], Sequence[tuple[float, float]]]
 """Values by position, and their intervals."""
-
-
-class LossByPosition(Protocol):
-    """What [`plot_losses`] draws, such as `evaluation.PositionLosses`."""
-
-    @property
-    def centers(self) -> Sequence[float]: ...
-
-    @property
-    def losses(self) -> Sequence[float]: ...
 
 
 def plot_positions(
@@ -193,7 +184,7 @@ def plot_gates(
     return figure
 
 
-def plot_losses(losses: Mapping[str, LossByPosition], *, title: str = "") -> "Figure":
+def plot_losses(losses: Mapping[str, PositionLosses], *, title: str = "") -> "Figure":
     """Draw loss against position in running text, one curve per model, on a logarithmic axis of positions; and below,
     where there are several, how far each is from the first.
 
@@ -322,16 +313,3 @@ def _figure(width: float, height: float) -> "Figure":
     except ImportError as error:
         raise ImportError("Plotting needs matplotlib: pip install 'peft_moice[plot]'.") from error
     return Figure(figsize=(width, height), layout="constrained")
-
-
-_GONE = {
-    "plot_position_sweeps": "`Result.plot` draws what `evaluate` returns, and `plot_positions` other curves.",
-    "plot_tradeoff": "It is in examples/research/pictures.py.",
-    "plot_choices": "It is in examples/research/pictures.py.",
-}
-
-
-def __getattr__(name: str) -> NoReturn:
-    if name in _GONE:
-        raise ImportError(f"`{__name__}.{name}` is no longer here. {_GONE[name]}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,5 @@
 """Reads sequences one after the other, and of each only what the one before did not begin with."""
 
-import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -15,9 +14,6 @@ class Reader:
 
     Models whose layers keep something else than keys and values (linear attention, ...), or prompts of virtual tokens,
     cannot go back, so they read every sequence whole.
-
-    Args:
-        model: a causal language model of transformers.
     """
 
     def __init__(self, model: Any):
@@ -31,11 +27,8 @@ class Reader:
         self._cache: Any = None
 
     def logits(self, ids: list[int], first: int) -> torch.Tensor:
-        """Logits `[len(ids) - first + 1, vocabulary]` in float32 after each token from index `first` - 1 on.
-
-        Args:
-            ids: the sequence.
-            first: index of the first token to predict, at least 1.
+        """Logits `[len(ids) - first + 1, vocabulary]` in float32 after each token from index `first` - 1 on, where
+        `first` is the index of the first token to predict, at least 1.
         """
         # The token that the first prediction follows is read anew.
         shared = common_length(self._ids, ids[: first - 1]) if self._goes_back else 0
@@ -48,20 +41,6 @@ class Reader:
         self._ids = list(ids)
         logits: torch.Tensor = output.logits[0, first - len(ids) - 1 :]
         return logits.float()
-
-    def logits_of(self, sequences: list[tuple[list[int], int]], batch_size: int = 1) -> list[torch.Tensor]:
-        """What [`logits`] gives for each of several `ids` and `first`.
-
-        Up to `batch_size` neighbours are read in one pass where that takes hardly more tokens than one by one, as with
-        short questions about one long text. The keys and values of the text are held as often meanwhile.
-        """
-        found: list[torch.Tensor] = []
-        while len(found) < len(sequences):
-            batch = sequences[len(found) :][:batch_size]
-            while len(batch) > 1 and not self._is_worth(batch):
-                batch.pop()
-            found += self._read_together(batch) if len(batch) > 1 else [self.logits(*batch[0])]
-        return found
 
     def write(
         self,
@@ -81,37 +60,6 @@ class Reader:
                 break
             written.append(token)
         return written
-
-    def _is_worth(self, batch: list[tuple[list[int], int]]) -> bool:
-        """Whether a pass over all takes at most a tenth more tokens than one pass for each."""
-        if not self._goes_back:
-            return False
-        one_by_one, before = 0, self._ids
-        for ids, first in batch:
-            one_by_one += len(ids) - common_length(before, ids[: first - 1])
-            before = ids
-        shared = _shared(batch)
-        begun = common_length(self._ids, batch[0][0][:shared])
-        together = shared - begun + len(batch) * max(len(ids) - shared for ids, _ in batch)
-        return shared > 0 and together <= 1.1 * one_by_one
-
-    def _read_together(self, batch: list[tuple[list[int], int]]) -> list[torch.Tensor]:
-        """Logits of sequences that begin alike, from one pass over what follows."""
-        shared = _shared(batch)
-        beginning = batch[0][0][:shared]
-        if common_length(self._ids, beginning) < shared:
-            self.logits(beginning, shared)
-        self._go_back(shared)
-        self._ids = beginning
-        cache = copy.deepcopy(self._cache)
-        cache.batch_repeat_interleave(len(batch))
-        rests = [ids[shared:] for ids, _ in batch]
-        longest = max(map(len, rests))
-        # What stands behind a sequence changes nothing before it, so any token fills the rows up.
-        inputs = torch.tensor([[*rest, *[rest[-1]] * (longest - len(rest))] for rest in rests], device="cpu")
-        output = self.model(input_ids=inputs.to(self.model.device), use_cache=True, **{self._keyword: cache})
-        logits = [output.logits[row, : len(rest)] for row, rest in enumerate(rests)]
-        return [part[first - 1 - shared :].float() for part, (_, first) in zip(logits, batch, strict=True)]
 
     def _go_back(self, length: int) -> None:
         if length == 0 or self._cache is None:
@@ -135,8 +83,3 @@ def common_length(first: list[int], second: list[int]) -> int:
             break
         length += 1
     return length
-
-
-def _shared(batch: list[tuple[list[int], int]]) -> int:
-    """Number of tokens that all of a batch begin with, before the token that a first prediction follows."""
-    return min(common_length(batch[0][0], ids[: first - 1]) for ids, first in batch)

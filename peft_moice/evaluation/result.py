@@ -133,8 +133,7 @@ class Result:
         questions, asked = ([(s.length, s.group, s.position) for s in result.scores] for result in (self, before))
         if self.task != before.task or self.seed != before.seed or questions != asked or not asked:
             raise ValueError(
-                f"{self.model} and {before.model} were not asked the same questions. Measure both with one task, "
-                "seed, `lengths`, `positions` and `num_groups`."
+                f"{self.model} and {before.model} were not asked the same questions. Call `evaluate` alike for both."
             )
         changes = [after.score - other.score for after, other in zip(self.scores, before.scores, strict=True)]
         draws = _by_draw(self.scores, changes)

@@ -17,17 +17,10 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError: it cannot be written; `path` is as it was.
     """
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=_STAGING)
-    try:
-        with open(descriptor, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(descriptor)
-        _give_usual_mode(Path(name), like=path)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with staged(path.parent) as staging, open(staging / path.name, "w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager

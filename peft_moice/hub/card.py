@@ -85,7 +85,8 @@ class CardPart:
         elif _is_blank_form(content):
             text = f"# {self.title}\n\n{self._marked()}\n"
         else:
-            place = _first_section(content)
+            section = re.search(r"^#{2,6} ", content, re.MULTILINE)
+            place = section.start() if section else len(content)
             text = f"{content[:place].rstrip()}\n\n{self._marked()}\n\n{content[place:]}".strip() + "\n"
         return _with_metadata(ModelCardData(**data), text)
 
@@ -123,15 +124,9 @@ def adapter_part(
     source: str = UNNAMED_FOLDER,
     parameters: int | None = None,
 ) -> CardPart:
-    """What a card says about an adapter.
-
-    Args:
-        specs: its routers.
-        ropes: its ropes by position. Default: none.
-        base_model: Hub id of the base model, if it has one.
-        is_causal_lm: whether it was made for a causal language model.
-        source: what the snippet loads. Default: a placeholder.
-        parameters: number of the routers' parameters, if known.
+    """What a card says about an adapter: its routers, its ropes by position, the Hub id of its base model if it has
+    one, whether it was made for a causal language model, and the number of its parameters, if known. The snippet loads
+    `source`, by default a placeholder.
     """
     load = "import peft_moice  # registers MoICE with PEFT; without it PEFT raises KeyError: 'MOICE'\n"
     if is_causal_lm and base_model:
@@ -170,22 +165,15 @@ def merged_part(
     ropes: Sequence[RopeExpert] = (),
     base_model: str | None,
     auto_class: str,
-    source: str = UNNAMED_FOLDER,
 ) -> CardPart:
-    """What a card says about a whole model with routers built in.
-
-    Args:
-        specs: all kinds of routers in it.
-        ropes: its ropes by position. Default: none.
-        base_model: Hub id of the model that they were built into, if it has one.
-        auto_class: name of the auto class that loads it, such as "AutoModelForCausalLM".
-        source: what the snippet loads. Default: a placeholder.
+    """What a card says about a whole model with routers built in: all kinds of them, its ropes by position, the Hub id
+    of the model that they were built into if it has one, and the name of the auto class that loads it.
     """
     load = (
         "import peft_moice  # registers the model type\n"
         f"from transformers import {auto_class}, AutoTokenizer\n\n"
-        f"model = {auto_class}.from_pretrained({python_string(source)})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({python_string(source)})\n"
+        f"model = {auto_class}.from_pretrained({python_string(UNNAMED_FOLDER)})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({python_string(UNNAMED_FOLDER)})\n"
     )
     return CardPart(
         _metadata("transformers", base_model, list(TAGS), auto_class == "AutoModelForCausalLM"),
@@ -234,15 +222,7 @@ def plain(value: Any) -> str:
 
 def python_string(text: str) -> str:
     """A literal of Python for `text` that cannot end the block of code that it stands in."""
-    return '"' + "".join(map(_in_literal, text)) + '"'
-
-
-def _in_literal(character: str) -> str:
-    if character in '"\\':
-        return f"\\{character}"
-    if character in "`<" or not character.isprintable():
-        return f"\\U{ord(character):08x}"
-    return character
+    return repr(text).replace("`", r"\x60").replace("<", r"\x3c")
 
 
 def _metadata(library: str, base_model: str | None, tags: list[str], is_causal_lm: bool) -> ModelCardData:
@@ -269,9 +249,8 @@ def _for(base_model: str | None) -> str:
 def _sections(introduction: str, load: str, *further: str) -> str:
     versions = {"peft_moice": _own_version()}
     versions |= {name: importlib.metadata.version(name) for name in ("peft", "transformers", "torch")}
-    versions_table = table([{"package": name, "version": version} for name, version in versions.items()])
     use = f"## Use\n\n```python\n{load}```"
-    return "\n\n".join([introduction, use, *further, f"## Versions\n\n{versions_table}"])
+    return "\n\n".join([introduction, use, *further, f"## Versions\n\n{_facts_table(versions)}"])
 
 
 def _facts_table(facts: Mapping[str, str]) -> str:
@@ -291,15 +270,3 @@ def _is_local(name: object) -> bool:
 def _is_blank_form(text: str) -> bool:
     """Whether `text` is the form that PEFT writes, with nothing filled in."""
     return bool(text.split() == ModelCard.from_template(ModelCardData()).text.split())
-
-
-def _first_section(text: str) -> int:
-    """Where the first heading below the first level begins; the end of `text` where it has none."""
-    place, fenced = 0, False
-    for line in text.splitlines(keepends=True):
-        if line.lstrip().startswith("```"):
-            fenced = not fenced
-        if not fenced and re.match(r"#{2,6} ", line):
-            return place
-        place += len(line)
-    return place

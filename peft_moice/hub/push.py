@@ -153,11 +153,7 @@ def write_model_card(
 def add_to_card(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Say in the model card that is in `folder` what the routers of `model` are and how it is loaded.
 
-    Does nothing to the cards of models without routers, and of those with several active adapters.
-
-    Args:
-        model: a model with a MoICE adapter or with routers built in, or a wrapper around it.
-        folder: where the model is, or will be.
+    The model may be wrapped. Does nothing for models without routers, and for those with several active adapters.
     """
     model = unwrap_model(model)
     if isinstance(model, PeftModel):

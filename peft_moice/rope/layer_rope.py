@@ -9,10 +9,10 @@ from torch import nn
 from .frequencies import frequencies_under, inverse_frequencies, rope_parameters
 from .own_rotary import OwnRotary
 from .rotation import NEVER, FarRopes, RotaryLayout, RotationTable, SwitchedTable
-from .rules import RopeExpert
+from .rules import Parameters, RopeExpert
 
-Experts = tuple[float | RopeExpert, ...]
-"""What the experts of a layer are: base angles, or ropes by position and distance."""
+Experts = tuple[float | Parameters | RopeExpert, ...]
+"""What the experts of a layer are: base angles, ropes that hold everywhere, or ropes by position and distance."""
 
 _MAX_UNUSED = 4
 """Tables kept for sets of experts that no adapter has on its own."""
@@ -107,6 +107,8 @@ class LayerRope:
         own, own_scaling = inverse_frequencies(*build, self.rope_theta, is_long)
         near, far, factors = [], [], []
         for expert in experts:
+            if isinstance(expert, tuple):
+                expert = RopeExpert(expert)
             if isinstance(expert, RopeExpert):
                 both = expert.near, expert.far or expert.near
                 found = [frequencies_under(*build, dict(rope), expert.first) for rope in both]
@@ -119,9 +121,9 @@ class LayerRope:
                 far.append(torch.zeros_like(own))
                 factors.append([1.0, 1.0])
         deltas, of_near, of_far = self.direction * torch.stack(near), *zip(*factors, strict=True)
-        if not any(isinstance(expert, RopeExpert) for expert in experts):
-            return RotationTable(deltas, self.layout)
         starts = tuple(expert.start if isinstance(expert, RopeExpert) else NEVER for expert in experts)
+        if set(starts) == {NEVER} and set(of_near) == {1.0}:
+            return RotationTable(deltas, self.layout)
         far_ropes = FarRopes(self.direction * torch.stack(far), starts, (*of_near, *of_far))
         return RotationTable(deltas, self.layout, far_ropes)
 

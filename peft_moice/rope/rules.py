@@ -15,6 +15,10 @@ from .rotation import NEVER
 
 Parameters = tuple[tuple[str, Any], ...]
 """Rope parameters over the model's own, sorted by name, with tuples for lists; none for the model's own rope."""
+Base = float | dict[str, Any]
+"""An expert of routers as configs hold it: a base angle, or rope parameters over the model's own."""
+Ropes = tuple[float | Parameters, ...]
+"""The experts of routers as tables of rotations name them."""
 
 _RANGES = ("query_positions", "distances")
 _TYPES = ("default", "linear", "yarn", "llama3", "longrope", "proportional")
@@ -23,6 +27,10 @@ _NUMBERS = (
     *("mscale", "mscale_all_dim", "low_freq_factor", "high_freq_factor"),
 )
 _NAMES = {"rope_type", "truncate", "short_factor", "long_factor", *_NUMBERS, *_RANGES}
+_TWO = (
+    "Make two adapters and activate both: one of ropes without ranges, among which routers choose, and one of rules "
+    "with ranges, which routers fill where they give the model's own rope."
+)
 
 
 @dataclass(frozen=True)
@@ -77,10 +85,8 @@ def experts_of(rules: object) -> tuple[RopeExpert, ...]:
         ValueError: unknown names or rope types, values out of range, gaps or overlaps between ranges.
         TypeError: no list of dicts, or values of the wrong type.
     """
-    if not isinstance(rules, (list, tuple)) or not rules or not all(isinstance(rule, dict) for rule in rules):
-        raise TypeError(f"`ropes` has to be a list of dicts of rope parameters, not {shortened(rules)}.")
     groups: dict[tuple[int, int | None], list[tuple[int, int | None, Parameters]]] = {}
-    for index, rule in enumerate(rules):
+    for index, rule in enumerate(_checked_rules(rules)):
         where = f"ropes[{index}]"
         queries, distances = (_range_of(rule, name, where) for name in _RANGES)
         groups.setdefault(queries, []).append((*distances, _parameters_of(rule, where)))
@@ -95,20 +101,79 @@ def experts_of(rules: object) -> tuple[RopeExpert, ...]:
     return tuple(_expert(queries, groups[queries]) for queries in ordered)
 
 
+def _checked_rules(rules: object) -> Sequence[dict[str, Any]]:
+    if not isinstance(rules, (list, tuple)) or not rules or not all(isinstance(rule, dict) for rule in rules):
+        raise TypeError(f"`ropes` has to be a list of dicts of rope parameters, not {shortened(rules)}.")
+    return rules
+
+
+def are_for_routers(rules: object) -> bool:
+    """Whether there are several rules, all of which hold everywhere, so that routers have to choose.
+
+    Raises:
+        ValueError: ranges out of range.
+        TypeError: no list of dicts, or ranges of the wrong type.
+    """
+    checked = _checked_rules(rules)
+    return len(checked) > 1 and all(_holds_everywhere(rule, f"ropes[{i}]") for i, rule in enumerate(checked))
+
+
+def _holds_everywhere(rule: dict[str, Any], where: str) -> bool:
+    return all(_range_of(rule, name, where) == (0, None) for name in _RANGES)
+
+
+def checked_rope(rope: dict[str, Any], where: str) -> Base:
+    """An expert of routers in JSON's types, after checks; a base angle where the rope has nothing else.
+
+    Raises:
+        ValueError: unknown names or rope types, values out of range, or a rope that does not hold everywhere.
+        TypeError: values of the wrong type.
+    """
+    if not _holds_everywhere(rope, where):
+        raise ValueError(
+            f"`{where}` is {shortened(rope)}, but routers choose among ropes that hold everywhere. {_TWO}"
+        )
+    checked = in_json(_parameters_of(rope, where))
+    if checked.get("short_factor") != checked.get("long_factor"):
+        raise ValueError(
+            f"`{where}` has a `short_factor` and another `long_factor`, but what routers choose is one rope at any "
+            "length. Give the same list as both."
+        )
+    return float(checked["rope_theta"]) if checked.keys() == {"rope_theta"} else checked
+
+
+def expert_of(base: Base) -> float | Parameters:
+    """The member of [`Ropes`] that stands for `base`."""
+    if not isinstance(base, dict):
+        return base
+    return tuple(sorted((name, tuple(value) if isinstance(value, list) else value) for name, value in base.items()))
+
+
+def expert_in_words(expert: float | Parameters) -> str:
+    """An expert of routers for people."""
+    return _parameters_in_words(expert) if isinstance(expert, tuple) else f"{expert:.12g}"
+
+
+def order_of(expert: float | Parameters) -> tuple[float, str]:
+    """By what experts of several routers are sorted: base angles first, the smallest before the others."""
+    return (math.inf, repr(expert)) if isinstance(expert, tuple) else (expert, "")
+
+
 def rules_of(experts: Sequence[RopeExpert]) -> list[dict[str, Any]]:
     """The rules that stand for `experts`, in JSON's types; the inverse of [`experts_of`]."""
     rules = []
     for expert in experts:
         queries = {"query_positions": [expert.first, expert.end]}
         if expert.far is None:
-            rules.append({**queries, **_in_json(expert.near)})
+            rules.append({**queries, **in_json(expert.near)})
             continue
         for parameters, first, end in ((expert.near, 0, expert.start), (expert.far, expert.start, None)):
-            rules.append({**queries, "distances": [first, end], **_in_json(parameters)})
+            rules.append({**queries, "distances": [first, end], **in_json(parameters)})
     return rules
 
 
-def _in_json(parameters: Parameters) -> dict[str, Any]:
+def in_json(parameters: Parameters) -> dict[str, Any]:
+    """Rope parameters in JSON's types."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in parameters}
 
 
@@ -124,7 +189,7 @@ def _expert(queries: tuple[int, int | None], parts: list[tuple[int, int | None, 
         raise ValueError(
             f"The `distances` of `ropes` for the query positions {list(queries)} are "
             f"{[list(part[:2]) for part in parts]}. They have to begin at 0, follow each other without gaps, and go "
-            "on without end (null). Ropes that overlap would need routers to choose, which rules have not."
+            f"on without end (null). Where ropes overlap, routers have to choose, which these rules have not. {_TWO}"
         )
     if len(parts) > 2:
         raise ValueError(
@@ -177,6 +242,8 @@ def _parameters_of(rule: dict[str, Any], where: str) -> Parameters:
         if not (0 < value < math.inf) or (name == "factor" and value < 1):
             least = "at least 1" if name == "factor" else "positive and finite"
             raise ValueError(f"`{name}` of `{where}` is {value}, but has to be {least}.")
+    if not isinstance(parameters.get("truncate", True), bool):
+        raise TypeError(f"`truncate` of `{where}` has to be true or false, not {shortened(parameters['truncate'])}.")
     for name in ("short_factor", "long_factor"):
         factors = parameters.get(name, [1.0])
         if not isinstance(factors, (list, tuple)) or not all(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from ..rope.rules import Base, expert_in_words, expert_of
 from .spec import Bases, RouterSpec
 
 
@@ -16,11 +17,7 @@ def router_facts(specs: Sequence[RouterSpec]) -> dict[str, str]:
 
 def router_in_a_line(spec: RouterSpec) -> str:
     """Base angles and K."""
-    angles = _by_layer_type(
-        spec.rope_bases,
-        lambda bases: f"{bases[0]:.12g} times {_multiples(bases)}",
-        "{angles} in layers of type {kind}",
-    )
+    angles = _by_layer_type(spec.rope_bases, _in_a_line, "{angles} in layers of type {kind}")
     return f"rope_theta {angles}, K = {spec.top_k} of {spec.num_experts}"
 
 
@@ -35,15 +32,24 @@ def _facts_of(spec: RouterSpec) -> dict[str, str]:
     }
 
 
-def _by_layer_type(rope_bases: Bases, in_words: Callable[[list[float]], str], form: str) -> str:
+def _by_layer_type(rope_bases: Bases, in_words: Callable[[list[Base]], str], form: str) -> str:
     if not isinstance(rope_bases, dict):
         return in_words(rope_bases)
     return "; ".join(form.format(kind=kind, angles=in_words(bases)) for kind, bases in rope_bases.items())
 
 
-def _angles(bases: list[float]) -> str:
-    return f"{', '.join(f'{base:.12g}' for base in bases)} ({_multiples(bases)} times the first)"
+def _in_a_line(bases: list[Base]) -> str:
+    multiples = _multiples(bases)
+    return f"{bases[0]:.12g} times {multiples}" if multiples else _angles(bases)
 
 
-def _multiples(bases: list[float]) -> str:
-    return ", ".join(f"{base / bases[0]:.4g}" for base in bases)
+def _angles(bases: list[Base]) -> str:
+    multiples = _multiples(bases)
+    named = ("; " if multiples is None else ", ").join(map(expert_in_words, map(expert_of, bases)))
+    return named if multiples is None else f"{named} ({multiples} times the first)"
+
+
+def _multiples(bases: list[Base]) -> str | None:
+    """Base angles as multiples of the first; None where there are ropes among them."""
+    angles = [base for base in bases if isinstance(base, float)]
+    return ", ".join(f"{angle / angles[0]:.4g}" for angle in angles) if len(angles) == len(bases) else None

@@ -16,7 +16,7 @@ from ..rope.layer_rope import Experts
 from ..rope.longrope import rope_of_pass
 from ..rope.positions import Positions, positions_of_pass
 from ..rope.rotary_hooks import attach_rotary_hooks
-from ..rope.rules import RopeExpert, active, longest
+from ..rope.rules import RopeExpert, Ropes, active, longest, order_of
 from ..rope.turned_keys import TurnedKeys
 from .router import MoICERouter
 from .spec import RouterSpec
@@ -105,11 +105,11 @@ class LayerMixture:
     rope: LayerRope
     own_weight: float | torch.Tensor = 0.0
     by_position: RopesByPosition | None = None
-    _rope_bases: tuple[float, ...] | None = field(default=None, init=False, repr=False, compare=False)
+    _rope_bases: Ropes | None = field(default=None, init=False, repr=False, compare=False)
     _fixed: tuple[int, str] | None = field(default=None, init=False, repr=False, compare=False)
 
-    def rope_bases(self) -> tuple[float, ...]:
-        """The distinct base angles `[N]`: in the order of a single router, else the smallest first.
+    def rope_bases(self) -> Ropes:
+        """The N distinct base angles and ropes: in the order of a single router, else the smallest first, then ropes.
 
         So combinations of the same adapters in another order have the same tables of rotations.
         """
@@ -117,16 +117,15 @@ class LayerMixture:
             self._rope_bases = self._find_rope_bases()
         return self._rope_bases
 
-    def _find_rope_bases(self) -> tuple[float, ...]:
-        of_shares = [tuple(share.spec.bases_of(self.rope.layer_type)) for share in self.shares]
+    def _find_rope_bases(self) -> Ropes:
+        of_shares = [share.spec.bases_of(self.rope.layer_type) for share in self.shares]
         has_own = isinstance(self.own_weight, torch.Tensor) or bool(self.own_weight)
         if len(of_shares) == 1 and not has_own:
             return tuple(dict.fromkeys(of_shares[0]))
-        return tuple(
-            sorted({*((self.rope.rope_theta,) if has_own else ()), *(b for bases in of_shares for b in bases)})
-        )
+        own = (self.rope.rope_theta,) if has_own else ()
+        return tuple(sorted({*own, *(base for bases in of_shares for base in bases)}, key=order_of))
 
-    def gate(self, query: torch.Tensor, rope_bases: tuple[float, ...]) -> Gating:
+    def gate(self, query: torch.Tensor, rope_bases: Ropes) -> Gating:
         """The gates over `rope_bases` for queries `[B, H, S, D]`."""
         mixed: torch.Tensor | None = None
         picked: torch.Tensor | None = None
@@ -215,13 +214,13 @@ class LayerMixture:
         turned = None if inner or torch.compiler.is_compiling() else TurnedKeys.before_pass(positions)
         return MixtureCall(gate, rotations, positions, top_k, self.implementation(), known_rows, turned)
 
-    def _inner_and_others(self, chosen: tuple[RopeExpert, ...]) -> tuple[tuple[float, ...], tuple[RopeExpert, ...]]:
-        """The base angles of the routers where some of `chosen` leave queries to these, and the rest of `chosen`."""
+    def _inner_and_others(self, chosen: tuple[RopeExpert, ...]) -> tuple[Ropes, tuple[RopeExpert, ...]]:
+        """The experts of the routers where some of `chosen` leave queries to these, and the rest of `chosen`."""
         inner = self.rope_bases() if self.shares and any(expert.is_own for expert in chosen) else ()
         return inner, tuple(expert for expert in chosen if not (inner and expert.is_own))
 
     def experts_by_position(self) -> Experts:
-        """Those of queries at any positions: the routers' base angles, then the ropes of [`gate_by_position`]."""
+        """Those of queries at any positions: the routers' experts, then the ropes of [`gate_by_position`]."""
         if self.by_position is None:
             return self.rope_bases()
         inner, others = self._inner_and_others(self.by_position.experts)

@@ -9,13 +9,16 @@ from typing import Any
 
 from transformers.activations import ACT2FN
 
+from ..rope.rules import Base, Ropes, checked_rope, expert_of
+
 PEFT_TYPE_NAME = "MOICE"
 """Name of the `PeftType` member that `tuner/registration.py` adds."""
 
 MAX_EXPERTS = 1024
 """Most experts of a router. Far above anything useful; what damaged or hostile files ask for."""
 
-Bases = list[float] | dict[str, list[float]]
+Bases = list[Base] | dict[str, list[Base]]
+"""The experts of a router, of every layer or by layer type."""
 
 
 @dataclass
@@ -23,7 +26,8 @@ class RouterSpec:
     """What one router is, with everything resolved: the part of a config that a layer needs.
 
     Attributes:
-        rope_bases: absolute base angles of its experts, or a dict of such lists by layer type.
+        rope_bases: its experts: absolute base angles, and dicts of rope parameters over the model's own; or a dict of
+            such lists by layer type.
         top_k: number K of experts kept.
         router_dim: hidden size R.
         router_scope: "layer" or "head".
@@ -80,9 +84,9 @@ class RouterSpec:
             )
         return spec
 
-    def bases_of(self, layer_type: str | None) -> tuple[float, ...]:
-        """Base angles `[N]` in layers of `layer_type` (None where the model has one set for all)."""
-        return tuple(bases_of(self.rope_bases, layer_type))
+    def bases_of(self, layer_type: str | None) -> Ropes:
+        """The N experts in layers of `layer_type` (None where the model has one set for all)."""
+        return tuple([expert_of(base) for base in bases_of(self.rope_bases, layer_type)])
 
     @property
     def num_experts(self) -> int:
@@ -90,12 +94,12 @@ class RouterSpec:
         return count_experts(self.rope_bases)
 
 
-def count_experts(rope_bases: Bases) -> int:
+def count_experts(rope_bases: Bases | list[float]) -> int:
     """Number N of experts that base angles stand for; the most of any layer type."""
     return max(map(len, rope_bases.values())) if isinstance(rope_bases, dict) else len(rope_bases)
 
 
-def bases_of(rope_bases: Bases, layer_type: str | None) -> list[float]:
+def bases_of(rope_bases: Bases, layer_type: str | None) -> list[Base]:
     if not isinstance(rope_bases, dict):
         return rope_bases
     assert layer_type is not None  # `resolve_bases` has compared the layer types with the model's
@@ -140,17 +144,19 @@ def check_router(fields: Any, may_differ: bool = False) -> None:
 
 
 def checked_bases(rope_bases: Any, may_differ: bool = False) -> Bases:
-    """Base angles as floats, after checks. With `may_differ`, layer types may have different numbers of them.
+    """Base angles as floats and ropes in JSON's types, after checks.
+
+    With `may_differ`, layer types may have different numbers of them.
 
     Raises:
         ValueError: none, too many, equal ones, ones out of range, or another number of them for some layer type.
         TypeError: no list of numbers.
     """
     if not isinstance(rope_bases, dict):
-        return checked_angles(rope_bases, "rope_bases")
+        return checked_angles(rope_bases, "rope_bases", ropes=True)
     if not rope_bases:
         raise ValueError("`rope_bases` is empty; give at least one angle, or leave it out.")
-    checked = {kind: checked_angles(bases, f"rope_bases[{kind!r}]") for kind, bases in rope_bases.items()}
+    checked = {kind: checked_angles(bases, f"rope_bases[{kind!r}]", ropes=True) for kind, bases in rope_bases.items()}
     if not may_differ and len({len(bases) for bases in checked.values()}) > 1:
         raise ValueError("`rope_bases` needs the same number of angles for every layer type.")
     return checked
@@ -165,7 +171,8 @@ def check_number(value: object, name: str) -> float:
     return value
 
 
-def checked_angles(values: list[float], name: str) -> list[float]:
+def checked_angles(values: Any, name: str, ropes: bool = False) -> list[Any]:
+    """Base angles as floats, after checks; with `ropes`, ropes in JSON's types may stand among them."""
     if isinstance(values, str) or not hasattr(values, "__iter__"):
         raise TypeError(f"`{name}` has to be a list of numbers, not {shortened(values)}.")
     values = list(itertools.islice(values, MAX_EXPERTS + 1))
@@ -173,13 +180,22 @@ def checked_angles(values: list[float], name: str) -> list[float]:
         raise ValueError(f"`{name}` is empty; give at least one angle, or leave it out for the default.")
     if len(values) > MAX_EXPERTS:
         raise ValueError(f"`{name}` holds more than {MAX_EXPERTS} angles, each of which is an expert. Give fewer.")
-    for value in values:
+    angles: list[Any] = []
+    for index, value in enumerate(values):
+        if ropes and isinstance(value, dict):
+            angles.append(checked_rope(value, f"{name}[{index}]"))
+            continue
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"`{name}` has to be a list of numbers, but holds {shortened(value)}.")
         if not 0 < value <= sys.float_info.max:
             shown = float(value) if abs(value) <= sys.float_info.max else shortened(value)
             raise ValueError(f"`{name}` holds {shown}; base angles have to be positive and finite.")
-    angles = [float(value) for value in values]
-    if len(set(angles)) < len(angles):
+        angles.append(float(value))
+    if len(set(map(expert_of, angles))) < len(angles):
         raise ValueError(f"`{name}` holds an angle twice: {angles}. Equal angles are the same expert; drop one.")
+    if len(angles) > 1 and isinstance(angles[0], dict) and angles[0]:
+        raise ValueError(
+            f"The first of `{name}` is {shortened(angles[0])}. Where ropes overlap, routers choose among them, and "
+            "the first has to be {}, the model's own, because keys in the cache carry it."
+        )
     return angles

@@ -81,7 +81,6 @@ class BalanceLossMixin(LossPartsMixin):
 
     model: Any
     get_tp_size: Callable[[], int]
-    is_world_process_zero: Callable[[], bool]
 
     def compute_loss(
         self,
@@ -107,7 +106,11 @@ class BalanceLossMixin(LossPartsMixin):
         return self.add_part(result, "balance", extra, num_items_in_batch, return_outputs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the trainer's model card, and say in it how the model is loaded."""
-        super().create_model_card(*args, **kwargs)  # type: ignore[misc]
-        if self.is_world_process_zero():
-            add_to_card(self.model, str(self.args.output_dir))
+        create_card(self, super().create_model_card, *args, **kwargs)  # type: ignore[misc]
+
+
+def create_card(trainer: Any, create: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Let `create` write the model card of a trainer, and say in it how the model is loaded."""
+    create(*args, **kwargs)
+    if trainer.is_world_process_zero():
+        add_to_card(trainer.model, str(trainer.args.output_dir))

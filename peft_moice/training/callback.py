@@ -1,26 +1,28 @@
 """`MoICECallback`: what the routers do during training, in the logs of transformers' Trainer."""
 
-import json
 import logging
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from peft import PeftModel
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from ..hub.push import add_to_card
+from ..routing.describing import router_in_a_line
 from ..routing.mixture import RouterRecord
-from .balance_outside import BalanceLossMixin
-from .describing import describe_training
-from .hooks import RouterHooks, hooks_of
-from .pass_records import PassRecords
+from .balance_outside import BalanceLossMixin, create_card
+from .hooks import hooks_of
+from .pass_records import PassRecords, mixing_layers
 
 logger = logging.getLogger(__name__)
 
-_START_FILE = "moice_callback.json"
+_START = "moice/start"
+"""Where Trainer's state, and so a checkpoint, keeps the mean gates of the first step."""
+
+
+Sums = dict[str, torch.Tensor]
 
 
 class MoICECallback(TrainerCallback):
@@ -54,78 +56,54 @@ class MoICECallback(TrainerCallback):
     """
 
     def __init__(self, trainer: Trainer):
-        self.trainer = trainer
+        self.trainer: Any = trainer
         self.statistics = RouterStatistics()
         self.start: dict[str, list[list[float]]] | None = None
         if not isinstance(trainer, BalanceLossMixin):
-            create = partial(_create_model_card, trainer, trainer.create_model_card)
+            create = partial(create_card, trainer, trainer.create_model_card)
             trainer.create_model_card = create  # type: ignore[method-assign]
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._hooks().observer = self.statistics
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        hooks_of(self.trainer.model).observer = self.statistics
         if self.trainer.is_world_process_zero():
-            assert self.trainer.model is not None
             logger.info("%s", describe_training(self.trainer.model))
-        if state.global_step == 0:
-            self.start = None  # of a training before this one
-        elif self.start is None:
-            path = self._start_path(args, state)
-            if path.is_file():
-                self.start = json.loads(path.read_text())
-            else:
-                logger.warning("%s is missing, so moice/drift counts from step %d.", path, state.global_step)
+        self.start = state.stateful_callbacks.get(_START)  # type: ignore[union-attr]  # a dict by now
+        if self.start is None and state.global_step > 0:
+            logger.warning("The checkpoint knows no gates, so moice/drift counts from step %d.", state.global_step)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.statistics.clear()
         self.statistics.enabled = self.start is None or _is_logged(args, state, state.global_step + 1)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self.statistics.sums.keys() - (self.start or {}).keys():
             # The first step, or adapters that were not active in it.
-            seen = {name: sums.gates().tolist() for name, sums in self._reduced().items()}
+            seen = {name: _means(sums)["gates"].tolist() for name, sums in self._reduced().items()}
             self.start = {**seen, **(self.start or {})}
+            state.stateful_callbacks[_START] = self.start  # type: ignore[index, call-overload]
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if "loss" not in (logs or {}) or not self.statistics.sums or self.start is None:
             return
         reduced = self._reduced()
         self.statistics.clear()
-        summary, details = {}, {}
-        for name, sums in reduced.items():
-            prefix = "moice" if len(reduced) == 1 else f"moice/{name}"
-            gates = sums.gates()
-            drift = (gates - torch.tensor(self.start[name], device=gates.device)).abs().sum(dim=-1) / 2
-            pooled = sums.pooled()
-            # Where every expert is picked, these are constants.
-            selects = pooled.loads().min().item() < 1
-            if selects:
-                summary[f"{prefix}/balance_loss"] = pooled.balance_loss().item()
-                summary[f"{prefix}/max_load"] = pooled.loads().max().item()
-            summary[f"{prefix}/entropy"] = pooled.entropy().item()
-            summary[f"{prefix}/drift"] = drift.mean().item()
-            for row, index in enumerate(sums.layer_indices):
-                layer = f"{prefix}/layer_{index:02d}"
-                for expert in range(sums.num_experts):
-                    if selects:
-                        details[f"{layer}/load_{expert}"] = sums.loads()[row, expert].item()
-                    details[f"{layer}/gate_{expert}"] = sums.gates()[row, expert].item()
-                if selects:
-                    details[f"{layer}/balance_loss"] = sums.balance_loss()[row].item()
-                details[f"{layer}/entropy"] = sums.entropy()[row].item()
-                details[f"{layer}/drift"] = drift[row].item()
+        summary: dict[str, float] = {}
+        details: dict[str, float] = {}
+        for router, sums in reduced.items():
+            prefix = "moice" if len(reduced) == 1 else f"moice/{router}"
+            layers, pooled = _means(sums), _means({part: values.sum(dim=0) for part, values in sums.items()})
+            experts = range(layers["gates"].shape[-1])
+            drift = (layers["gates"] - torch.tensor(self.start[router], device="cpu")).abs().sum(dim=-1) / 2
+            by_layer = {"entropy": layers["entropy"], "drift": drift}
+            by_layer |= {f"gate_{expert}": layers["gates"][:, expert] for expert in experts}
+            summary |= {f"{prefix}/entropy": pooled["entropy"].item(), f"{prefix}/drift": drift.mean().item()}
+            if pooled["loads"].min() < 1:  # where every expert is picked, these are constants
+                summary[f"{prefix}/balance_loss"] = pooled["balance_loss"].item()
+                summary[f"{prefix}/max_load"] = pooled["loads"].max().item()
+                by_layer["balance_loss"] = layers["balance_loss"]
+                by_layer |= {f"load_{expert}": layers["loads"][:, expert] for expert in experts}
+            for row, index in enumerate(self.statistics.layers[router]):
+                details |= {f"{prefix}/layer_{index:02d}/{name}": by_layer[name][row].item() for name in by_layer}
         # The method of the base class: trainers that extend it flush metrics of their own.
         Trainer.log(self.trainer, summary)
         reporters: tuple[type[TrainerCallback], ...] = tuple(INTEGRATION_TO_CALLBACK.values())
@@ -133,38 +111,30 @@ class MoICECallback(TrainerCallback):
             if isinstance(callback, reporters):
                 callback.on_log(args, state, control, logs=details, model=self.trainer.model)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        path = self._start_path(args, state)
-        if self.start is not None and state.is_world_process_zero and path.parent.is_dir():
-            path.write_text(json.dumps(self.start))
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._hooks().observer = None
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        hooks_of(self.trainer.model).observer = None
         self.statistics.clear()
 
-    def _hooks(self) -> RouterHooks:
-        assert self.trainer.model is not None
-        return hooks_of(self.trainer.model)
-
-    def _reduced(self) -> "dict[str, LayerSums]":
+    def _reduced(self) -> dict[str, Sums]:
         """The sums over all processes, on the CPU."""
         return {
-            name: LayerSums(self.trainer.accelerator.reduce(sums.values).cpu(), sums.num_experts, sums.layer_indices)
+            name: {part: values.cpu() for part, values in self.trainer.accelerator.reduce(sums).items()}
             for name, sums in self.statistics.sums.items()
         }
 
-    def _start_path(self, args: TrainingArguments, state: TrainerState) -> Path:
-        """Where a checkpoint keeps the mean gates of the first step."""
-        return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / _START_FILE
 
-
-def _create_model_card(trainer: Trainer, create: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    create(*args, **kwargs)
-    if trainer.is_world_process_zero():
-        assert trainer.model is not None
-        add_to_card(trainer.model, str(trainer.args.output_dir))
+def describe_training(model: nn.Module) -> str:
+    """One line about what trains in a model: parameters, layers, base angles and K of its active adapters."""
+    if isinstance(model, PeftModel):
+        trainable, total = model.get_nb_trainable_parameters()
+    else:
+        counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+        trainable, total = sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
+    layers = [layer for layer in mixing_layers(model) if layer.shares()]
+    specs = {share.name: share.spec for layer in layers for share in layer.shares()}
+    routers = "; ".join(map(router_in_a_line, specs.values()))
+    share = f"{trainable:,} of {total:,} parameters ({trainable / max(total, 1):.3%})"
+    return f"training {share}; routers in {len(layers)} layers: {routers}"
 
 
 def _is_logged(args: TrainingArguments, state: TrainerState, step: int) -> bool:
@@ -176,56 +146,19 @@ def _is_logged(args: TrainingArguments, state: TrainerState, step: int) -> bool:
     return args.logging_strategy == "steps" and step % state.logging_steps == 0
 
 
-class LayerSums:
-    """Sums over tokens and heads, for each of L layers.
-
-    Args:
-        values: `[L, 3 N + 2]`: picks, gates and probabilities of N experts, entropy, and the number of summands.
-        num_experts: N.
-        layer_indices: the layers' indices in the model.
-    """
-
-    def __init__(self, values: torch.Tensor, num_experts: int, layer_indices: list[int]):
-        self.values = values
-        self.num_experts = num_experts
-        self.layer_indices = layer_indices
-
-    def pooled(self) -> "LayerSums":
-        """All layers as one."""
-        return LayerSums(self.values.sum(dim=0), self.num_experts, [])
-
-    def loads(self) -> torch.Tensor:
-        """Share `[L, N]` of tokens and heads that have each expert among their picks."""
-        return self._mean(0)
-
-    def gates(self) -> torch.Tensor:
-        """Mean gates `[L, N]`."""
-        return self._mean(1)
-
-    def entropy(self) -> torch.Tensor:
-        """Mean entropy `[L]` of the routers' probabilities, in nats."""
-        return self.values[..., -2] / self.values[..., -1].clamp(min=1)
-
-    def balance_loss(self) -> torch.Tensor:
-        """Balance loss `[L]` of each layer alone."""
-        return self.num_experts * (self.loads() * self._mean(2)).sum(dim=-1)
-
-    def _mean(self, part: int) -> torch.Tensor:
-        start = part * self.num_experts
-        return self.values[..., start : start + self.num_experts] / self.values[..., -1:].clamp(min=1)
-
-
 class RouterStatistics:
     """Sums over the forward passes since it was cleared, by router name. Called with each of them.
 
     Attributes:
         enabled: whether passes are counted. Default: False.
-        sums: the sums.
+        sums: as [`_sums_of_layer`] gives them, with L layers in front.
+        layers: the layers' indices in the model.
     """
 
     def __init__(self) -> None:
         self.enabled = False
-        self.sums: dict[str, LayerSums] = {}
+        self.sums: dict[str, Sums] = {}
+        self.layers: dict[str, list[int]] = {}
 
     def clear(self) -> None:
         self.sums = {}
@@ -235,29 +168,38 @@ class RouterStatistics:
         if not self.enabled:
             return
         for name, records in passed.records.items():
-            num_experts = records[0][1].logits.shape[-1]
-            values = torch.stack(
-                [
-                    _sums_of_layer(record, passed.token_mask(layer, record)).to(records[0][1].logits.device)
-                    for layer, record in records
-                ]
-            )
-            if name in self.sums:
-                self.sums[name].values += values
-            else:
-                # Layers that do not know their index are counted.
-                indices = [i if layer.layer_idx is None else layer.layer_idx for i, (layer, _) in enumerate(records)]
-                self.sums[name] = LayerSums(values, num_experts, indices)
+            device = records[0][1].logits.device
+            rows = [_sums_of_layer(record, passed.token_mask(layer, record)) for layer, record in records]
+            sums = {part: torch.stack([row[part].to(device) for row in rows]) for part in rows[0]}
+            before = self.sums.get(name)
+            self.sums[name] = {part: before[part] + sums[part] for part in sums} if before else sums
+            # Layers that do not know their index are counted.
+            indices = [i if layer.layer_idx is None else layer.layer_idx for i, (layer, _) in enumerate(records)]
+            self.layers[name] = indices
 
 
-def _sums_of_layer(record: RouterRecord, mask: torch.Tensor | None) -> torch.Tensor:
-    """One row of [`LayerSums`] over the tokens of `mask` `[B, S]`."""
+def _sums_of_layer(record: RouterRecord, mask: torch.Tensor | None) -> Sums:
+    """Sums over heads and the tokens of `mask` `[B, S]`: of picks, gates and probabilities `[N]`, of the entropy
+    `[1]`, and the number of summands `[1]`.
+    """
     top_k, gates = record.share.spec.top_k, record.gates
     log_probs = torch.log_softmax(record.logits, dim=-1, dtype=torch.float32)
     probs = log_probs.exp()
     picks = torch.zeros_like(probs).scatter_(-1, torch.topk(probs, top_k, dim=-1).indices, 1.0)
     entropy = -(probs * log_probs).sum(dim=-1, keepdim=True)
-    values = torch.cat((picks, gates, probs, entropy, torch.ones_like(entropy)), dim=-1).sum(dim=1)  # [B, S, 3 N + 2]
+    parts = {"picks": picks, "gates": gates, "probs": probs, "entropy": entropy, "count": torch.ones_like(entropy)}
+    sums = {part: values.sum(dim=1) for part, values in parts.items()}  # [B, S, ...]
     if mask is not None:
-        values = values * mask.to(values.device)[..., None]
-    return values.sum(dim=(0, 1))
+        sums = {part: values * mask.to(values.device)[..., None] for part, values in sums.items()}
+    return {part: values.sum(dim=(0, 1)) for part, values in sums.items()}
+
+
+def _means(sums: Sums) -> Sums:
+    """Means over tokens and heads: `loads` (share of them that picked an expert) and `gates` `[..., N]`, and
+    `entropy`, in nats, and `balance_loss` `[...]`.
+    """
+    loads, gates, probs, entropy = (
+        sums[part] / sums["count"].clamp(min=1) for part in ("picks", "gates", "probs", "entropy")
+    )
+    balance_loss = loads.shape[-1] * (loads * probs).sum(dim=-1)
+    return {"loads": loads, "gates": gates, "entropy": entropy[..., 0], "balance_loss": balance_loss}

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..routing.mixture import MixesAngles
-from .model_outputs import add_to_loss, warn_if_left_out, with_entry
+from .model_outputs import add_to_loss, with_entry
 from .pass_records import PassRecords, mixing_layers, shifts_labels
 
 _NAME = "moice_hooks"
@@ -92,8 +92,7 @@ def aside(model: nn.Module) -> Iterator[None]:
 def start_recording(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook: ask the layers for their records, if the pass trains or its router logits are requested."""
     if getattr(model, _PASS, None) is not None:
-        # Left by a pass that was broken off.
-        _stop_recording(model)
+        _stop_recording(model)  # of a pass that was broken off
     if not (model.training or kwargs.get("output_router_logits")):
         return
     for module in model.modules():
@@ -140,7 +139,6 @@ def add_balance_loss(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     extra = passed.balance_loss(passed.arguments.get("labels"), passed.arguments.get("num_items_in_batch"))
     if passed.aux_loss is None:
         return outputs
-    warn_if_left_out(extra, outputs)
     return add_to_loss(with_entry(outputs, "aux_loss", passed.aux_loss), extra)
 
 

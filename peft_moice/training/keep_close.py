@@ -71,8 +71,7 @@ class KeepCloseMixin(LossPartsMixin):
         self.keep_ids: torch.Tensor | None = None
         if not 0 <= keep_weight < math.inf or keep_tokens < 2:
             raise ValueError(
-                f"`keep_weight` has to be a finite number of at least 0 and `keep_tokens` at least 2, not "
-                f"{keep_weight} and {keep_tokens}."
+                f"`keep_weight` {keep_weight} has to be finite and at least 0, `keep_tokens` {keep_tokens} at least 2."
             )
         if keep_weight > 0:
             self.keep_ids = text_ids(keep_text, getattr(self, "processing_class", None))
@@ -94,10 +93,7 @@ class KeepCloseMixin(LossPartsMixin):
         adapted = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
         if adapted is None:
             name = type(self.accelerator.unwrap_model(model)).__name__
-            raise TypeError(
-                f"KeepCloseMixin needs a PEFT model, to switch its adapter off, not {name}. Make one with "
-                "`peft.get_peft_model`."
-            )
+            raise TypeError(f"KeepCloseMixin needs a PEFT model, not {name}. Make one with `peft.get_peft_model`.")
         start = random.randrange(len(self.keep_ids) - self.keep_tokens)
         stretch = self.keep_ids[None, start : start + self.keep_tokens].to(adapted.device)
         added = self.keep_weight * divergence_from_base(model, adapted, stretch)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 
 class LossPartsMixin:
@@ -79,9 +79,7 @@ class _FiniteSteps(TrainerCallback):
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self.accelerator.scaler is not None:
             return  # it leaves such steps out itself, until its scale fits
         model: nn.Module = kwargs["model"]

@@ -1,8 +1,8 @@
-"""What a model returned: adding to its loss and to its entries, and noticing that an added loss was left out."""
+"""What a model returned: adding to its loss and to its entries."""
 
 import dataclasses
 import warnings
-from collections.abc import Iterator, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
@@ -10,25 +10,29 @@ from packaging.version import Version
 
 
 def add_to_loss(outputs: Any, extra: torch.Tensor) -> Any:
-    """`outputs` with `extra` added to the loss, where there is one.
-
-    The loss is `outputs` itself if that is a scalar, the entry or attribute `loss`, or a scalar at the start of a
-    tuple.
+    """`outputs` with `extra` added to the loss, which is what [`add_balance_loss`] says; a warning where there is
+    none, and `extra` can be learned from.
     """
-    if isinstance(outputs, torch.Tensor):
-        return _sum(outputs, extra) if outputs.dim() == 0 else outputs
-    if isinstance(outputs, MutableMapping):
-        if outputs.get("loss") is not None:
-            outputs["loss"] = _sum(outputs["loss"], extra)
+    if isinstance(outputs, torch.Tensor) and outputs.dim() == 0:
+        return _sum(outputs, extra)
+    if isinstance(outputs, MutableMapping) and outputs.get("loss") is not None:
+        outputs["loss"] = _sum(outputs["loss"], extra)
         return outputs
-    if isinstance(outputs, (tuple, list)):
+    if isinstance(outputs, (tuple, list)) and outputs:
         fields, rebuild = getattr(outputs, "_fields", ()), getattr(type(outputs), "_make", type(outputs))
         index = fields.index("loss") if "loss" in fields else 0
-        if not outputs or not isinstance(outputs[index], torch.Tensor) or outputs[index].dim() > 0:
-            return outputs
-        return rebuild([*outputs[:index], _sum(outputs[index], extra), *outputs[index + 1 :]])
-    if getattr(outputs, "loss", None) is not None:
+        if isinstance(outputs[index], torch.Tensor) and outputs[index].dim() == 0:
+            return rebuild([*outputs[:index], _sum(outputs[index], extra), *outputs[index + 1 :]])
+    elif getattr(outputs, "loss", None) is not None:
         outputs.loss = _sum(outputs.loss, extra)
+        return outputs
+    if extra.requires_grad and not torch.compiler.is_compiling():
+        warnings.warn(
+            "The loss was computed outside the model, so the balance loss of MoICE has no part in it. In a Trainer, "
+            "mix in `peft_moice.BalanceLossMixin`; in a training loop, use `peft_moice.collect_balance_loss`; or set "
+            "`router_aux_loss_coef=0` in MoICEConfig.",
+            stacklevel=2,
+        )
     return outputs
 
 
@@ -88,54 +92,6 @@ def _reduce(outputs: Any) -> tuple[Any, ...]:
 
 def _restored(original: type[Any], entries: dict[str, Any]) -> Any:
     return _extended(original)(**entries)
-
-
-def warn_if_left_out(extra: torch.Tensor, outputs: Any) -> None:
-    """Warn after a backward pass in which `outputs` take part beside their loss, but `extra` does not."""
-    if not extra.requires_grad or torch.compiler.is_compiling():
-        return
-    # The hooks must not refer to tensors: a cycle through the graph would never be freed.
-    reached: set[str] = set()
-
-    def reach_balance(gradient: torch.Tensor) -> None:
-        reached.add("balance")
-
-    def reach_outputs(gradient: torch.Tensor) -> None:
-        if "outputs" not in reached:
-            reached.add("outputs")
-            torch.autograd.Variable._execution_engine.queue_callback(report)
-
-    def report() -> None:
-        if "balance" not in reached:
-            warnings.warn(
-                "The loss was computed outside the model, so the balance loss of MoICE has no part in it. In a "
-                "Trainer, mix in `peft_moice.BalanceLossMixin`; in a training loop, use "
-                "`peft_moice.collect_balance_loss`; or set `router_aux_loss_coef=0` in MoICEConfig.",
-                stacklevel=2,
-            )
-        reached.clear()
-
-    extra.register_hook(reach_balance)
-    for tensor in _tensors_beside_the_loss(outputs):
-        if tensor.requires_grad:
-            tensor.register_hook(reach_outputs)
-
-
-def _tensors_beside_the_loss(outputs: Any) -> Iterator[torch.Tensor]:
-    if isinstance(outputs, torch.Tensor):
-        values = [outputs] if outputs.dim() > 0 else []
-    elif isinstance(outputs, MutableMapping):
-        values = [value for name, value in outputs.items() if name != "loss"]
-    elif isinstance(outputs, (tuple, list)):
-        values = [value for value in outputs if not (isinstance(value, torch.Tensor) and value.dim() == 0)]
-    else:
-        values = (
-            [value for name, value in vars(outputs).items() if name != "loss"] if hasattr(outputs, "__dict__") else []
-        )
-    for value in values:
-        for tensor in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(tensor, torch.Tensor):
-                yield tensor
 
 
 def _sum(loss: torch.Tensor, extra: torch.Tensor) -> torch.Tensor:

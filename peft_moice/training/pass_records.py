@@ -16,11 +16,7 @@ from ..routing.spec import RouterSpec
 class PassRecords:
     """Collects the records of one forward pass; the recorder of the model's layers while it lasts.
 
-    Args:
-        model: the model that was called.
-        args: positional arguments of the pass.
-        kwargs: keyword arguments of the pass.
-        shifts_labels: whether labels belong to the token before them, see [`shifts_labels`].
+    Made of the model that was called with `args` and `kwargs`, and of what [`shifts_labels`] says of it.
 
     Attributes:
         arguments: arguments of the pass by name.

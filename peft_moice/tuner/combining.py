@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from peft.utils import merge_utils
 
+from ..rope.rules import Base, in_json, order_of
 from ..routing.spec import Bases, RouterSpec
 from .config import MoICEConfig
 from .layer import MoICELayer
@@ -104,13 +105,14 @@ def _fill_mean(config: MoICEConfig, configs: list[MoICEConfig], weights: list[fl
 
 
 def _all_bases(specs: list[RouterSpec]) -> Bases:
-    """The distinct angles of all routers, in an order that does not depend on theirs, the model's own first."""
+    """The distinct experts of all routers, in an order that does not depend on theirs, the model's own first."""
     layer_types = {kind for spec in specs if isinstance(spec.rope_bases, dict) for kind in spec.rope_bases}
 
-    def union(layer_type: str | None) -> list[float]:
+    def union(layer_type: str | None) -> list[Base]:
         lists = [spec.bases_of(layer_type) for spec in specs]
         own = {bases[0] for bases in lists if len(bases) > 1}
-        return sorted({base for bases in lists for base in bases}, key=lambda base: (base not in own, base))
+        experts = sorted({b for bases in lists for b in bases}, key=lambda base: (base not in own, order_of(base)))
+        return [in_json(expert) if isinstance(expert, tuple) else expert for expert in experts]
 
     return {layer_type: union(layer_type) for layer_type in sorted(layer_types)} if layer_types else union(None)
 

@@ -14,7 +14,7 @@ from peft.utils import PeftType, TaskType
 from ..files.atomic import staged
 from ..files.weights import names_of_weights
 from ..hub.card import adapter_part, put_card, shared_name
-from ..rope.rules import RopeExpert, experts_of
+from ..rope.rules import Base, RopeExpert, are_for_routers, experts_of
 from ..routing.spec import (
     PEFT_TYPE_NAME,
     Bases,
@@ -50,7 +50,8 @@ class MoICEConfig(PeftConfig):
     5e-2 in its place.
 
     Args:
-        rope_bases: absolute base angles (`rope_theta` values) of the N experts. The first has to be the model's own; a
+        rope_bases: absolute base angles (`rope_theta` values) of the N experts, or the ropes of some of them as dicts,
+            see `ropes`. The first has to be the model's own; a
             single angle may be any, which runs the model under another `rope_theta`. For models with angles per layer
             type, a dict from layer type to such a list. Default: `base_multipliers` times the model's own. All other
             rope parameters are kept; with longrope, an angle holds for the short and for the long factors.
@@ -82,7 +83,11 @@ class MoICEConfig(PeftConfig):
             `query_positions` and `distances` `[first, end]` in which it holds (default: all; an end may be None). The
             ranges of query positions follow each other from 0 on; for one of them, distances may be cut once, into
             near keys, under the model's own rope, and far ones, whose angles go on from the border where they were.
-            [`extend`] writes the usual ones. Such an adapter has no parameters. Default: None.
+            [`extend`] writes the usual ones. Such an adapter has no parameters. Several ropes without ranges are the
+            experts of routers instead: `{}` first, the model's own, and each of them fixed at any length. They become
+            `rope_bases`, whose angles are the short form of `{"rope_theta": ...}`. A rope with an attention scaling
+            (YaRN without `"attention_factor": 1.0`) rules out the implementations "folded" and "triton", and models
+            whose own rope changes with the length (longrope, dynamic) are refused. Default: None.
         implementation: "auto" (default), or the name of the attention implementation to force, see
             [`attention.mixed_attention`].
         members: routers of an adapter that is a mean of others, written by
@@ -127,6 +132,7 @@ class MoICEConfig(PeftConfig):
         self._check_targets()
         if self.ropes is not None:
             self._check_ropes()
+        if self.ropes is not None:  # Routers choose among the rest, which `rope_bases` holds by now.
             return
         self._check_angles()
         self._check_router()
@@ -223,15 +229,18 @@ class MoICEConfig(PeftConfig):
         """
         if self.ropes is not None:
             return
-        if self.rope_bases is None:
-            multipliers = self.base_multipliers or RELEASED_MULTIPLIERS
-            bases = {kind: [multiplier * own for multiplier in multipliers] for kind, own in own_thetas.items()}
+        if self.rope_bases is None or (isinstance(self.rope_bases, list) and {} in self.rope_bases):
+            bases = {kind: self._bases_over(own) for kind, own in own_thetas.items()}
             of_types = {kind: of_type for kind, of_type in bases.items() if kind is not None}
-            self.rope_bases = bases.get(None, of_types)
+            self.rope_bases = checked_bases(bases.get(None, of_types))
             self.base_multipliers = None
-            return
         for member in self.members or [{"rope_bases": self.rope_bases}]:
             _check_own_base(member["rope_bases"], own_thetas)
+
+    def _bases_over(self, own: float) -> list[Base]:
+        if self.rope_bases is None:
+            return [multiplier * own for multiplier in self.base_multipliers or RELEASED_MULTIPLIERS]
+        return [own if base == {} else base for base in bases_of(self.rope_bases, None)]
 
     def _check_targets(self) -> None:
         for name in ("target_modules", "exclude_modules"):
@@ -284,8 +293,13 @@ class MoICEConfig(PeftConfig):
             raise ValueError("`layers_pattern` has no effect without `layers_to_transform`; set both or neither.")
 
     def _check_ropes(self) -> None:
-        experts_of(self.ropes)
         given = [name for name in _OF_ROUTERS if getattr(self, name)]
+        if are_for_routers(self.ropes):
+            if given:
+                raise ValueError(f"`ropes` and {given} both say what routers choose among. Leave one of them out.")
+            self.rope_bases, self.ropes = checked_angles(self.ropes, "ropes", ropes=True), None
+            return
+        experts_of(self.ropes)
         if given:
             raise ValueError(
                 f"`ropes` are ropes without routers, and {given} say what routers do. Make two adapters: that with "
@@ -346,7 +360,7 @@ def _check_own_base(rope_bases: Bases, own_thetas: dict[str | None, float]) -> N
         )
     for layer_type, own in own_thetas.items():
         bases = bases_of(rope_bases, layer_type)
-        if len(bases) > 1 and not math.isclose(bases[0], own, rel_tol=1e-6):
+        if len(bases) > 1 and (isinstance(bases[0], dict) or not math.isclose(bases[0], own, rel_tol=1e-6)):
             where = "" if layer_type is None else f" in layers of type {layer_type!r}"
             lists = "" if len(own_thetas) == 1 or isinstance(rope_bases, dict) else ", in one list per layer type"
             raise ValueError(

@@ -3,7 +3,7 @@
 import copy
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -12,6 +12,7 @@ from ..probing import LayerPlan, LayerProbe, attention_module_names, explain_no_
 from ..rope import LayerRope
 from ..rope.frequencies import frequencies_under, merged_parameters, original_length, rope_parameters
 from ..rope.rules import longest
+from ..routing.spec import bases_of
 from .beside_routers import check_beside_routers
 from .config import MoICEConfig
 from .layer import MoICELayer
@@ -65,8 +66,11 @@ def plan_layers(config: MoICEConfig, model: nn.Module) -> PlanOf:
             )
     if thetas:
         config.resolve_bases(thetas)
-    if config.ropes is not None:
-        _check_ropes(config, [plan_of(name).rope for name in names])
+    ropes = {id(rope): rope for name in names if (rope := plan_of(name).rope) is not None}
+    if config.ropes is None:
+        _check_ropes_of_routers(config, ropes.values())
+    else:
+        _check_ropes(config, ropes.values())
         _check_longrope_is_whole(names, model, plan_of)
     check_beside_routers(config, model, names)
     return plan_of
@@ -123,11 +127,34 @@ def _slides(attention: nn.Module, length: int | None) -> bool:
     return window is not None and window < reached and getattr(config, "use_sliding_window", True)
 
 
-def _check_ropes(config: MoICEConfig, ropes: list[LayerRope | None]) -> None:
+def _check_ropes_of_routers(config: MoICEConfig, ropes: Iterable[LayerRope]) -> None:
+    """Raise a ValueError if the layers' rotary embeddings cannot have the ropes that routers choose among."""
+    for rope in ropes:
+        assert config.rope_bases is not None  # resolved
+        for rule in bases_of(config.rope_bases, rope.layer_type):
+            if not isinstance(rule, dict):
+                continue
+            if original_length(rope.config, rope.layer_type) is not None:
+                kind = rope_parameters(rope.config, rope.layer_type)["rope_type"]
+                raise ValueError(
+                    f"The model's own rope type {kind!r} changes its angles with the length of the text, so {rule} "
+                    "has nothing to start from. Let routers choose among base angles alone (`rope_bases`, "
+                    "`base_multipliers`), or load the model with a rope type with fixed angles."
+                )
+            frequencies_under(rope.rotary, rope.config, rope.layer_type, rule)
+            _note_length(rule, rope)
+
+
+def _note_length(rule: dict[str, Any], rope: LayerRope) -> None:
+    """Name in a rule the length that its rope is made from: merging states a new one in the model's config."""
+    merged = merged_parameters(rope.config, rope.layer_type, rule)
+    if "rope_type" in rule and "original_max_position_embeddings" in merged:
+        rule["original_max_position_embeddings"] = merged["original_max_position_embeddings"]
+
+
+def _check_ropes(config: MoICEConfig, ropes: Iterable[LayerRope]) -> None:
     """Raise a ValueError if the layers' rotary embeddings cannot have the config's ropes."""
-    for rope in {id(rope): rope for rope in ropes}.values():
-        if rope is None:
-            continue
+    for rope in ropes:
         own: Any = rope.config
         if rope.original_length is not None:
             _check_over_longrope(config, rope.original_length)
@@ -146,11 +173,8 @@ def _check_ropes(config: MoICEConfig, ropes: list[LayerRope | None]) -> None:
                 )
             for parameters in (expert.near, expert.far or ()):
                 frequencies_under(rope.rotary, own, rope.layer_type, dict(parameters), expert.first)
-        # Merging states a new length in the model's config, which these would be read from.
         for rule in config.ropes or ():
-            merged = merged_parameters(own, rope.layer_type, rule)
-            if "rope_type" in rule and "original_max_position_embeddings" in merged:
-                rule["original_max_position_embeddings"] = merged["original_max_position_embeddings"]
+            _note_length(rule, rope)
 
 
 def _check_over_longrope(config: MoICEConfig, length: int) -> None:

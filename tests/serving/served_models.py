@@ -35,6 +35,7 @@ ROPES = [
     {"query_positions": [205, None], "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 100},
 ]
 """The prompts of 97 and 200 tokens come to others in their answers."""
+WITHOUT_RANGES = [{"rope_type": "linear", "factor": 2.0}, {"rope_type": "yarn", "factor": 4.0}]
 ALL_MODELS = {
     f"{family} {name}": (family, {}, routers)
     for family in ("llama", "qwen2", "qwen3", "mistral", "gemma3", "phi3")
@@ -43,6 +44,7 @@ ALL_MODELS = {
     "some layers": ("llama", {}, {"layers_to_transform": [1]}),
     "ropes by position": ("llama", {}, {"ropes": ROPES}),
     "ropes by position around routers": ("qwen3", {}, {**MIXING, "ropes": ROPES}),
+    "routers over ropes": ("llama", {}, {"base_multipliers": None, "rope_bases": [{}, *WITHOUT_RANGES], "top_k": 2}),
     "one key head": ("llama", {"num_key_value_heads": 1}, {"top_k": 1, "router_scope": "head"}),
 }
 """Per name: family, what of its shape differs, and the adapter's config."""

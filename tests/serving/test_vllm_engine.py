@@ -142,12 +142,10 @@ def start(folder, **options):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'.*change with"),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 4, 4]}},
             r"several dimensions \(mRoPE\)",
         ),
-        ({"kv_lora_rank": 16}, "latent form"),
         ({"architectures": ["MoICELlamaForSequenceClassification"]}, "only causal language models"),
     ],
 )

@@ -34,7 +34,7 @@ def why_not(call: AttentionCall) -> str | None:
     if call.attention_mask is None and not call.is_causal:
         return "it is causal"
     if call.rotations.far is not None:
-        return "it knows no ropes by distance"
+        return 'it knows no ropes by distance, and no attention scaling (which `"attention_factor": 1.0` leaves out)'
     return call.why_not_plain()
 
 

@@ -3,8 +3,6 @@
 [`load_examples`] reads and encodes what [`DataArguments`] name, and [`make_collator`] makes batches of it.
 """
 
-from typing import NoReturn
-
 from .arguments import DataArguments
 from .collator import make_collator
 from .documents import document_chats
@@ -26,9 +24,3 @@ __all__ = [
     "read_source",
     "read_text",
 ]
-
-
-def __getattr__(name: str) -> NoReturn:
-    if name == "Collator":
-        raise ImportError("`peft_moice.data.Collator` is no longer here. Call `make_collator(tokenizer, packing)`.")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

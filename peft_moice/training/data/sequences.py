@@ -56,16 +56,11 @@ def encode_chat(where: str, messages: Chat, tokenizer: Any, loss_on: str = "answ
 
 
 def render_chat(tokenizer: Any, messages: Chat, add_generation_prompt: bool = False, where: str = "") -> str:
-    """A chat as the tokenizer's template writes it; without a template, its messages joined by newlines.
-
-    Args:
-        tokenizer: whose template.
-        messages: the chat.
-        add_generation_prompt: with what the answer begins behind. Default: False.
-        where: where the chat stands, for messages. Default: nothing.
+    """A chat as the tokenizer's template writes it, with what an answer begins behind if `add_generation_prompt`.
+    Without a template, its messages joined by newlines.
 
     Raises:
-        ValueError: the template refuses the chat.
+        ValueError: the template refuses the chat; it begins with `where`, the place of the chat.
     """
     if not tokenizer.chat_template:
         return "\n".join(message["content"] for message in messages) + "\n" * add_generation_prompt
