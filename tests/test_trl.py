@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from tiny_models import TRAINING, VOCABULARY, decide, layers_of, load, router_state, save_tiny_model, wide_config
 from transformers import AutoTokenizer
 
-from peft_moice import BalanceLossMixin
+from peft_moice import BalanceLossMixin, MoICEConfig
 from peft_moice.routing.router import balance_loss
 
 pytest.importorskip("trl")
@@ -91,6 +91,23 @@ def step(trainer) -> dict[str, torch.Tensor]:
 
 def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def test_sft_with_its_defaults_trains_and_saves(llama, tmp_path):
+    trainer = SFTTrainer(
+        model=load(llama),
+        args=SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_steps=2),
+        train_dataset=Dataset.from_list(CHATS),
+        processing_class=AutoTokenizer.from_pretrained(llama),
+        peft_config=MoICEConfig(),
+    )
+    before = router_state(trainer.model)
+    trainer.train()
+    trained = router_state(trainer.model)
+    assert any(not before[name].equal(trained[name]) for name in before)
+    trainer.save_model(str(tmp_path / "adapter"))
+    loaded = router_state(PeftModel.from_pretrained(load(llama), tmp_path / "adapter"))
+    assert all(loaded[name].equal(trained[name]) for name in trained)
 
 
 @pytest.mark.parametrize("assistant_only_loss", [False, True])
