@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, StaticCache
 
 import peft_moice
 from peft_moice import MoICEConfig
-from peft_moice.standalone.vllm.folder import check_merged
+from peft_moice.standalone.vllm.folder import check_files
 from peft_moice.tuner.saved import describe_saved
 
 WINDOW = 32
@@ -183,7 +183,7 @@ def test_saved_loaded_merged_combined_and_described(folder, tmp_path):
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert merged.config.max_position_embeddings == 4 * WINDOW
     close(logits_of(merged, IDS), expected, 1e-6)
-    check_merged(tmp_path / "merged", merged.config.moice)
+    check_files(tmp_path / "merged")
 
 
 @pytest.mark.slow

@@ -272,15 +272,6 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"it is for CUDA, and the queries are on 'cpu'.*implementation='auto'"):
             outputs(tensors, options)
 
-    @pytest.mark.skipif(INTERPRETED, reason="needs Triton without its interpreter")
-    def test_when_the_interpreter_is_asked_for_too_late(self, monkeypatch):
-        import peft_moice.attention.triton.tiles  # noqa: F401
-
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-        tensors, options = problem()
-        with pytest.raises(ValueError, match="set after Triton was imported"):
-            outputs([tensor.cpu() for tensor in tensors], options)
-
     @runs
     @pytest.mark.parametrize(
         ("reason", "extra"),

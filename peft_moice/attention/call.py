@@ -19,23 +19,12 @@ _NOT_PLAIN = ("softcap", "s_aux", "position_bias")
 
 @dataclass
 class AttentionCall:
-    """What an implementation is asked to compute; see [`mixed_attention`] for the arguments.
+    """What an implementation is asked to compute: the arguments of [`mixed_attention`], in its order, and what only
+    models can say.
 
     Attributes:
-        query: `[B, H, S, D]`, carrying the model's own rotation.
-        key: `[B, G, T, D]`, likewise; G divides H.
-        value: `[B, G, T, Dv]`.
-        gates: `[B, H, S, N]`.
-        rotations: further rotations of the N experts.
         query_start: index of the first query among the keys: an int, a scalar tensor, or `[S]` such that query s
             stands at `query_start[s] + s`.
-        query_positions: `[B or 1, S]`, where tokens do not stand in the order of the keys; else None.
-        key_positions: `[B or 1, T]`; given together with `query_positions`.
-        attend: the model's own attention, `attend(query, key, value, attention_mask, **options)`.
-        attention_mask: mask in the form that `attend` takes, or None for causal attention without padding.
-        picked: `[B, H, S, N]` of booleans, or None for the experts whose gate is not zero.
-        backend: name of the attention implementation behind `attend`.
-        top_k: the most experts that a row picks, where that is known without looking at the gates.
         options: further keyword arguments of `attend`.
         rows: for each expert the queries that may pick it, where that is known; else None.
         turned: keys that passes before have turned, if these keys begin with them; else None.

@@ -1,11 +1,9 @@
 """Attention over keys that come in parts, joined by the log-sum-exps of their scores: each key is scored once.
 
-PyTorch's operators give log-sum-exps, without gradients. It promises neither the operators nor what they return, so
-one is taken only for kinds of tensors for which it has given right results. Single queries need none: their scores are
-few.
+PyTorch's operator for the CPU, the one behind its sdpa, gives log-sum-exps, without gradients. Those for GPUs nobody
+has run. Single queries need none: their scores are few.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +12,7 @@ from torch.nn.functional import pad
 
 from .call import AttentionCall
 
+_NAME = "_scaled_dot_product_flash_attention_for_cpu"
 _HIDDEN = -3e4
 """Added to scores of hidden keys. Finite in every dtype, so that rows that see nothing have a log-sum-exp."""
 
@@ -38,12 +37,13 @@ class Part(NamedTuple):
 
 def operator_of(call: AttentionCall) -> Operator | None:
     """What gives log-sum-exps for the tensors of `call`, or None."""
-    query, found = call.query, None
+    query = call.query
     if any(type(tensor) is not torch.Tensor for tensor in (query, call.key, call.value)):
         return None
-    if call.key.shape[-1] == call.value.shape[-1]:
-        found = _operator(query.device, query.dtype, query.shape[-1], call.attention_mask is not None)
-    return _by_products if found is None and query.shape[2] == 1 else found
+    # PyTorch does not promise it.
+    if call.key.shape[-1] == call.value.shape[-1] and query.device.type == "cpu" and hasattr(torch.ops.aten, _NAME):
+        return _on_cpu
+    return _by_products if query.shape[2] == 1 else None
 
 
 def attend(parts: Sequence[Part], operator: Operator, scaling: float) -> torch.Tensor:
@@ -84,7 +84,7 @@ def _bias(mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
 
 
 def _on_cpu(query: Any, key: Any, value: Any, bias: Any, is_causal: bool, scale: float) -> Any:
-    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    operator = getattr(torch.ops.aten, _NAME)
     return operator(query, key, value, 0.0, is_causal, attn_mask=bias, scale=scale)
 
 
@@ -97,40 +97,3 @@ def _by_products(
     scores = scores if bias is None else scores + bias
     sums = scores.logsumexp(dim=-1)
     return (scores - sums[..., None]).exp().to(value.dtype) @ value, sums
-
-
-@functools.cache
-def _operator(device: torch.device, dtype: torch.dtype, size: int, has_mask: bool) -> Operator | None:
-    """The operator, if it is right for heads of `size`. There is one for the CPU; those for GPUs nobody has run."""
-    try:
-        is_right = device.type == "cpu" and _is_right(_on_cpu, device, dtype, size, has_mask)
-    except (RuntimeError, TypeError, AttributeError):  # this PyTorch has none
-        is_right = False
-    return _on_cpu if is_right else None
-
-
-def _is_right(operator: Operator, device: torch.device, dtype: torch.dtype, size: int, has_mask: bool) -> bool:
-    generator, tolerance = torch.Generator("cpu").manual_seed(0), 1e-4 if dtype.itemsize > 2 else 3e-2
-    for sees, num_queries in (("all", 3), ("up to", 67), ("after", 67)):
-        shapes = ((2, 4, num_queries, size), (2, 2, 67, size), (2, 2, 67, size))
-        tensors = [torch.randn(s, generator=generator, dtype=torch.float32, device="cpu") for s in shapes]
-        query, key, value = (x.to(device, dtype) for x in tensors)
-        seen = torch.ones(2, 1, num_queries, 67, dtype=torch.bool, device=device)
-        seen[1, :, :, :20] = not has_mask
-        output, sums = _attend(Part(query, key, value, sees, seen if has_mask else None), operator, size**-0.5)
-        order = torch.arange(67, device=device)
-        if sees != "all":
-            seen = seen & ((order[:, None] >= order) == (sees == "up to"))
-        scores = query.double() @ key.double().repeat_interleave(2, 1).mT * size**-0.5
-        scores = scores.masked_fill(~seen, -torch.inf)
-        expected = scores.softmax(-1).nan_to_num() @ value.double().repeat_interleave(2, 1)
-        # A query that sees no key has any output, and nothing of it is taken.
-        sees_some = seen.any(-1, keepdim=True)
-        if not torch.allclose(output.double() * sees_some, expected * sees_some, rtol=0.0, atol=tolerance):
-            return False
-        wrong = (sums.double() - scores.logsumexp(-1)).abs() > tolerance
-        if bool((wrong & sees_some[..., 0]).any()) or not bool(
-            (sums[~sees_some[..., 0].expand_as(sums)] < -2e4).all()
-        ):
-            return False
-    return True

@@ -79,12 +79,12 @@ def mixed_attention(
     """
     tensors, places = (query, key, value, gates, rotations), (query_start, query_positions, key_positions)
     call = AttentionCall(*tensors, *places, attend, attention_mask, picked, backend, top_k, options)
-    return compute(call, implementation)
+    return compute(call, known_implementation(implementation))
 
 
-def compute(call: AttentionCall, implementation: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """[`mixed_attention`] for a call that is built."""
-    if implementation == "auto":
+def compute(call: AttentionCall, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """[`mixed_attention`] for a call that is built, by a known implementation."""
+    if name == "auto":
         chosen, reason = choose(call)
         if not torch.compiler.is_compiling():
             _say_once(chosen, reason)
@@ -95,9 +95,6 @@ def compute(call: AttentionCall, implementation: str) -> tuple[torch.Tensor, tor
                 "attn_implementation='sdpa' or 'eager'."
             )
         return IMPLEMENTATIONS[chosen].run(call)
-    name = known_implementation(implementation)
-    if name == "auto":
-        return compute(call, name)
     why_not = IMPLEMENTATIONS[name].why_not(call)
     if why_not is not None:
         raise ValueError(

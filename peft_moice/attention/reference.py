@@ -56,17 +56,12 @@ def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
 def _bias(call: AttentionCall) -> torch.Tensor:
     """What is added to scores, broadcasting to `[B, H, S, T]`."""
     device, (num_queries, num_keys) = call.query.device, (call.query.shape[-2], call.key.shape[-2])
-    mask = call.attention_mask
+    mask: torch.Tensor | None = call.attention_mask
     if mask is None:
         if not call.is_causal:
             return torch.zeros(1, 1, 1, 1, device=device)
         index = call.query_start + torch.arange(num_queries, device=device)
         mask = torch.arange(num_keys, device=device) <= index[:, None]
-    return additive(mask, torch.float32)
-
-
-def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A boolean mask (true: attend) as zeros and minus infinity; an additive one in `dtype`."""
     if mask.dtype != torch.bool:
-        return mask.to(dtype)
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+        return mask.to(torch.float32)
+    return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill_(~mask, -torch.inf)

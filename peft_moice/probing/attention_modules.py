@@ -30,7 +30,9 @@ def explain_target(model: nn.Module, name: str) -> str:
     """Why the module called `name`, which is no attention module, is no target, and which names are."""
     attention = [f"{found}." for found in attention_module_names(model)]
     around = [found for found in attention if f"{name}.".startswith(found)]
-    suffixes = sorted({_last_part(found) for found in around or attention})
+    suffixes = sorted(
+        {found.rstrip(".").removesuffix(".base_layer").rpartition(".")[2] for found in around or attention}
+    )
     part_of = f" is a part of the attention module {around[-1].rstrip('.')!r}, and" if around else ""
     suggestion = f"; name those, as in target_modules={suffixes}" if suffixes else ""
     kind = type(model.get_submodule(name)).__name__
@@ -41,12 +43,7 @@ def explain_target(model: nn.Module, name: str) -> str:
 
 
 def explain_no_targets(model: nn.Module, reasons: set[str]) -> str:
-    """Why no attention module of `model` can be adapted, and what the user can do.
-
-    Args:
-        model: the model.
-        reasons: what the plans of its attention modules say.
-    """
+    """Why no attention module of `model` can be adapted, by the `reasons` of their plans, and what the user can do."""
     outside = sorted(
         {
             type(module).__name__
@@ -64,7 +61,3 @@ def explain_no_targets(model: nn.Module, reasons: set[str]) -> str:
         f"MoICE cannot be applied to {type(model).__name__}: {reason}. It works on RoPE models of transformers; if "
         "this is one, name its attention modules with `target_modules`."
     )
-
-
-def _last_part(prefix: str) -> str:
-    return prefix.rstrip(".").removesuffix(".base_layer").rpartition(".")[2]

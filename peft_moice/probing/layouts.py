@@ -29,10 +29,6 @@ class Capture:
     def head_dim(self) -> int:
         return self.pairs[0][0].shape[-1]
 
-    def is_unchanged(self) -> bool:
-        """Whether the angle made no difference at all."""
-        return all(torch.equal(own, rotated) for own, rotated in self.pairs)
-
 
 def best_layout(capture: Capture, deltas: torch.Tensor) -> tuple[RotaryLayout, int] | None:
     """The layout and direction in which rotations by `deltas` `[P]` per position lead from one angle to the other.

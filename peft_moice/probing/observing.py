@@ -9,14 +9,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .attention_modules import attention_module_names, decoder_of
-from .running import undisturbed
+from .running import UnsupportedLayerError, undisturbed
 
 _NUM_TOKENS = 3
 _NUM_ENCODER_STATES = 5
-
-
-class UnobservedError(Exception):
-    """The model could not be run."""
 
 
 @dataclass
@@ -43,7 +39,7 @@ def observe(model: nn.Module) -> dict[nn.Module, Observation]:
     repack their weights for inference, for good, where none are needed.
 
     Raises:
-        UnobservedError: the model could not be run.
+        UnsupportedLayerError: the model could not be run.
     """
     received: dict[nn.Module, Observation] = {}
 
@@ -56,7 +52,10 @@ def observe(model: nn.Module) -> dict[nn.Module, Observation]:
             hidden_states.detach(),
             arguments.get("position_embeddings"),
             position_ids if isinstance(position_ids, torch.Tensor) else None,
-            any(_are_encoder_states(value) for value in arguments.values()),
+            any(
+                isinstance(value, torch.Tensor) and value.dim() == 3 and value.shape[-2] == _NUM_ENCODER_STATES
+                for value in arguments.values()
+            ),
         )
 
     def need_gradients(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -79,15 +78,14 @@ def observe(model: nn.Module) -> dict[nn.Module, Observation]:
                     failure = failure or error
                 else:
                     return received
-        raise UnobservedError(f"{type(failure).__name__}: {failure}") from failure
+        raise UnsupportedLayerError(
+            "what this layer receives depends on the model, and the model could not be run to see "
+            f"({type(failure).__name__}: {failure})"
+        ) from failure
     finally:
         for handle in handles:
             handle.remove()
         del failure  # whose traceback holds this frame, and so the model
-
-
-def _are_encoder_states(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() == 3 and value.shape[-2] == _NUM_ENCODER_STATES
 
 
 def _calls(model: nn.Module, device: torch.device) -> list[tuple[nn.Module, dict[str, torch.Tensor]]]:

@@ -21,7 +21,7 @@ from ..rope.frequencies import inverse_frequencies, original_length, rope_parame
 from ..rope.own_rotary import OwnRotary
 from .attention_modules import explain_target
 from .layouts import Capture, best_layout, error_of, explains
-from .observing import Observation, UnobservedError, observe
+from .observing import Observation, observe
 from .running import UnsupportedLayerError, position_embeddings_of, run_up_to_attention
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,12 @@ class LayerProbe:
         if rope_parameters(found.module.config, layer_type) is None:
             return LayerPlan(rope=None)
         _refuse_cache_without_layer(module)
-        _refuse_other_frequencies(found, layer_type)
+        disagreement = found.disagreement(layer_type)
+        if disagreement is not None:
+            raise UnsupportedLayerError(
+                f"{disagreement}, and MoICE has to know which the model was trained with. Load the model with the "
+                "right `rope_parameters` in its config, or build the rotary embedding anew from the config"
+            )
         self._refuse_other_embeddings(module, found, layer_type)
         return self._plan_by_running(module, _ThetaPair(found, layer_type))
 
@@ -114,7 +119,7 @@ class LayerProbe:
         capture = self._capture(module, pair, positions)
         query, _ = capture.pairs[0]
         plan = LayerPlan(None, num_heads=query.shape[1], head_dim=query.shape[-1])
-        if capture.is_unchanged():
+        if all(torch.equal(own, rotated) for own, rotated in capture.pairs):
             return plan
         best = best_layout(capture, pair.deltas())
         if best is None:
@@ -269,12 +274,10 @@ class LayerProbe:
         if self._observations is None:
             try:
                 self._observations = observe(self.model)
-            except UnobservedError as error:
+            except UnsupportedLayerError as error:
                 # Not the error itself, whose traceback holds the model.
-                self._why_unobserved = (
-                    f"what this layer receives depends on the model, and the model could not be run to see ({error})"
-                )
-                raise UnsupportedLayerError(self._why_unobserved) from error.__cause__
+                self._why_unobserved = str(error)
+                raise
         observation = self._observations.get(module)
         if observation is None:
             raise UnsupportedLayerError("what this layer receives depends on the model, and running it did not tell")
@@ -336,16 +339,6 @@ def _layer_type(module: nn.Module, rotary: nn.Module) -> str | None:
     if layer_type not in rope_parameters(rotary.config, None):
         raise UnsupportedLayerError(f"the model's config has no rope parameters for layers of type {layer_type!r}")
     return layer_type
-
-
-def _refuse_other_frequencies(found: OwnRotary, layer_type: str | None) -> None:
-    """Refuse a rotary embedding that rotates by other frequencies than its config gives."""
-    disagreement = found.disagreement(layer_type)
-    if disagreement is not None:
-        raise UnsupportedLayerError(
-            f"{disagreement}, and MoICE has to know which the model was trained with. Load the model with the "
-            "right `rope_parameters` in its config, or build the rotary embedding anew from the config"
-        )
 
 
 def _lies_inside(found: OwnRotary, module: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
@@ -31,15 +31,7 @@ class _QueryKeyCapture:
     key: torch.Tensor
     kwargs: dict[str, Any]
 
-    def attend(
-        self,
-        attend: Callable[..., Any],
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: Any,
-        **kwargs: Any,
-    ) -> NoReturn:
+    def attend(self, attend: Any, query: torch.Tensor, key: torch.Tensor, *rest: Any, **kwargs: Any) -> NoReturn:
         self.query, self.key, self.kwargs = query, key, kwargs
         raise _Captured
 

@@ -99,23 +99,18 @@ def give_positions(rotary: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     """Forward hook of rotary embeddings: lets the positions travel with the cosines."""
     if torch.compiler.is_compiling():
         return
-    ids, cosines = kwargs.get("position_ids", args[1] if len(args) > 1 else None), _first_tensor(output)
-    if isinstance(ids, torch.Tensor) and ids.dim() > 1 and cosines is not None:
+    ids = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
+    cosines = output[0] if isinstance(output, (tuple, list)) and output else output
+    if isinstance(ids, torch.Tensor) and ids.dim() > 1 and isinstance(cosines, torch.Tensor):
         setattr(cosines, _ATTRIBUTE, GivenPositions(ids))
 
 
-def _first_tensor(value: Any) -> torch.Tensor | None:
-    if isinstance(value, (tuple, list)) and value:
-        value = value[0]
-    return value if isinstance(value, torch.Tensor) else None
-
-
-def given_positions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> GivenPositions | None:
+def given_positions(args: tuple[Any, ...], kwargs: dict[str, Any], is_compiling: bool) -> GivenPositions | None:
     """The positions of this pass: those that the rotary embedding was given, else the layer's own argument."""
-    if not torch.compiler.is_compiling():
-        for value in (*kwargs.values(), *args):
-            given: GivenPositions | None = getattr(_first_tensor(value), _ATTRIBUTE, None)
-            if given is not None:
-                return given
+    for value in () if is_compiling else (*kwargs.values(), *args):
+        first = value[0] if isinstance(value, (tuple, list)) and value else value
+        given: GivenPositions | None = getattr(first, _ATTRIBUTE, None)
+        if given is not None:
+            return given
     ids = kwargs.get("position_ids")
     return GivenPositions(ids, token=None) if isinstance(ids, torch.Tensor) and ids.dim() > 1 else None

@@ -1,7 +1,7 @@
 """A layer's rotary position embedding, and those that it would have under other rope parameters."""
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -58,8 +58,13 @@ class LayerRope:
         Raises:
             ValueError: the model's rotary embedding is no longer the one that they start from.
         """
-        if self.own is not None:
-            self.own.check(self.layer_type)
+        disagreement = None if self.own is None else self.own.disagreement(self.layer_type)
+        if disagreement is not None:
+            raise ValueError(
+                f"The model's rotary embedding has changed since its adapter was added: {disagreement}, and MoICE "
+                "goes on from the latter. Put the rotary embedding back as it was; or remove the adapter, make config "
+                "and rotary embedding agree, and add it again."
+            )
         if isinstance(self.is_long, torch.Tensor):
             return SwitchedTable(self._table(experts, False), self._table(experts, True), self.is_long)
         return self._table(experts, self.is_long)
@@ -88,10 +93,6 @@ class LayerRope:
             del self._num_users[experts]
             for key in self._unused():
                 del self._tables[key]
-
-    def with_factors(self, is_long: bool | torch.Tensor) -> "LayerRope":
-        """The same rotary embedding under its long factors, or under its short ones. Tables are shared."""
-        return replace(self, is_long=is_long)
 
     def _table(self, experts: Experts, is_long: bool) -> RotationTable:
         key = (experts, is_long)

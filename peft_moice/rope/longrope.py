@@ -9,7 +9,7 @@ Where queries have ropes by their positions, the rotary embedding is held at its
 that all keys carry these, and sequences may grow.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,13 +39,8 @@ class _Factors:
 def rope_of_pass(rope: LayerRope, positions: Positions, mixes: bool = True, is_held: bool = False) -> LayerRope:
     """`rope` under the factors that the model uses in this pass; with other rope types, `rope` as it is.
 
-    Waits for the device at prompts that fill a cache, not at single tokens, and not without a cache.
-
-    Args:
-        rope: the layer's rotary embedding.
-        positions: where the tokens of the pass stand.
-        mixes: whether angles are mixed in this pass; if not, nothing is refused.
-        is_held: whether the model uses its short factors at any length.
+    Waits for the device at prompts that fill a cache, not at single tokens, and not without a cache. Where the pass
+    mixes no angles, nothing is refused; `is_held` says that the model uses its short factors at any length.
 
     Raises:
         ValueError: keys in the cache carry other factors than the model uses now, or it cannot be told whether.
@@ -65,14 +60,15 @@ def rope_of_pass(rope: LayerRope, positions: Positions, mixes: bool = True, is_h
             "With the rope type 'longrope', continuous batching rotates the keys of all sequences by the factors that "
             "suit the longest one, and MoICE cannot tell which keys in the cache carry which. Use `generate`."
         )
-    is_long = None
+    is_long: bool | torch.Tensor | None = None
     if positions.cache is not None:
         # After a graph break, plain Python may go on with what compiled code began.
         watch = _watch_compiled if torch.compiler.is_compiling() or positions.note is None else _watch
         is_long = watch(positions, rope.original_length, mixes, is_held)
     if is_held:
         return rope
-    return rope.with_factors(positions.ids.max() >= rope.original_length if is_long is None else is_long)
+    is_long = positions.ids.max() >= rope.original_length if is_long is None else is_long
+    return replace(rope, is_long=is_long)  # which shares its tables
 
 
 def _watch(positions: Positions, original_length: int, mixes: bool, is_held: bool) -> bool:

@@ -45,7 +45,7 @@ class NotedKeys:
     @classmethod
     def on(cls, cache: Cache) -> "NotedKeys":
         """The note on `cache`, made if there is none."""
-        note = cls.of(cache)
+        note: NotedKeys | None = getattr(cache, _ATTRIBUTE, None)
         if note is None:
             note = cls()
             setattr(cache, _ATTRIBUTE, note)
@@ -75,15 +75,8 @@ class NotedKeys:
         ids: torch.Tensor | None,
         given: GivenPositions | None,
     ) -> int:
-        """Note a pass before one of its layers runs, and return the number of keys before it.
-
-        Args:
-            cache: the cache that the note lies on.
-            layer_idx: the layer's index in it.
-            shape: batch and number of queries, (B, S).
-            ids: `[B or 1, S]`, the positions of the queries; None if not known.
-            given: how the layer learned them.
-        """
+        """Note a pass of S queries in B rows (`shape`) at `ids` `[B or 1, S]`, if these are known, before one of its
+        layers runs; return the number of keys before it."""
         batch, num_queries = shape
         mark = None if ids is None or given is None else given.mark
         start, known = self.num_keys - num_queries, self._pass

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .frequencies import inverse_frequencies, original_length, rope_parameters
+from .keys_left import version_of
 from .weak_module import WeakModule
 
 _RELATIVE_TOLERANCE = 1e-5
@@ -24,11 +25,10 @@ class OwnRotary:
     def __init__(self, holder: nn.Module | None, attribute: str):
         self.attribute = attribute
         self._holder = WeakModule(holder)
-        # Per layer type: the frequencies that were accepted, and the buffer and its version that they were read from.
+        # Per layer type: the frequencies that were accepted, and the buffer that they were read from, between its name
+        # in the module and its version.
         self._accepted: dict[str | None, torch.Tensor] = {}
-        self._seen: dict[str | None, tuple[torch.Tensor, int | None]] = {}
-        # Likewise: the attribute of which module holds the frequencies.
-        self._names: dict[str | None, tuple[WeakModule, str]] = {}
+        self._seen: dict[str | None, tuple[str, torch.Tensor, int | None]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OwnRotary":
         copied = OwnRotary(memo.get(id(self.holder), self.holder), self.attribute)
@@ -36,7 +36,7 @@ class OwnRotary:
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_holder": WeakModule(None), "_seen": {}, "_names": {}}
+        return {**self.__dict__, "_holder": WeakModule(None), "_seen": {}}
 
     @property
     def holder(self) -> nn.Module | None:
@@ -54,17 +54,16 @@ class OwnRotary:
 
         Reads no values while the same buffer lies there untouched. None where they agree, or cannot be known yet.
         """
-        if torch.compiler.is_compiling() or self.holder is None:
+        holder = self._holder()
+        if torch.compiler.is_compiling() or holder is None:
             return None
-        rotary = self.module
-        known, name = self._names.get(layer_type, (None, ""))
-        if known is None or known() is not rotary:
-            name = _name_of_frequencies(rotary, layer_type)
-            self._names[layer_type] = (WeakModule(rotary), name)
+        rotary: nn.Module = getattr(holder, self.attribute)
+        known = self._seen.get(layer_type)
+        if known is not None and getattr(rotary, known[0], None) is known[1] and version_of(known[1]) == known[2]:
+            return None
+        name = _name_of_frequencies(rotary, layer_type)
         buffer: torch.Tensor = getattr(rotary, name)
-        version = None if buffer.is_inference() else buffer._version
-        seen, seen_version = self._seen.get(layer_type, (None, None))
-        if buffer.is_meta or (buffer is seen and version == seen_version):
+        if buffer.is_meta:
             return None
         if layer_type not in self._accepted:
             rope_theta = rope_parameters(rotary.config, layer_type)["rope_theta"]
@@ -73,22 +72,12 @@ class OwnRotary:
             )
         accepted = self._accepted[layer_type]
         if _agree(buffer, accepted):
-            self._seen[layer_type] = (buffer, version)
+            self._seen[layer_type] = (name, buffer, version_of(buffer))
             return None
         return (
             f"`{self.attribute}` ({type(rotary).__name__}) rotates by the inverse frequencies {_ends(buffer)}, but "
             f"its config gives {_ends(accepted)}"
         )
-
-    def check(self, layer_type: str | None) -> None:
-        """Raise a ValueError if the model's rotary embedding is no longer the one that was accepted."""
-        disagreement = self.disagreement(layer_type)
-        if disagreement is not None:
-            raise ValueError(
-                f"The model's rotary embedding has changed since its adapter was added: {disagreement}, and MoICE "
-                "goes on from the latter. Put the rotary embedding back as it was; or remove the adapter, make config "
-                "and rotary embedding agree, and add it again."
-            )
 
 
 def _name_of_frequencies(rotary: nn.Module, layer_type: str | None) -> str:

@@ -118,11 +118,11 @@ def positions_of_pass(
             cache whose positions are not known; a static cache whose layer for this module cannot be told; compiled
             code that goes on with a cache whose keys do not count up.
     """
-    given, (cache, paged) = given_positions(args, kwargs), caches_among(args, kwargs)
+    is_compiling = torch.compiler.is_compiling()
+    given, (cache, paged) = given_positions(args, kwargs, is_compiling), caches_among(args, kwargs)
     batch, num_queries = (args[0] if args else kwargs["hidden_states"]).shape[:2]
     ids = None if given is None else given.of_tokens(batch, num_queries)
     positions = Positions(ids, cache=cache, is_paged=paged is not None, given=None if ids is None else given)
-    is_compiling = torch.compiler.is_compiling()
     if mixes and given is not None and ids is not None and not is_compiling:
         given.refuse_several_dimensions()
     # Families that share an attention module among layers name the layer in the call.
@@ -139,7 +139,8 @@ def positions_of_pass(
             return positions
         note = positions.note = NotedKeys.on(cache)
         positions.past = note.begin(cache, layer_idx, (batch, num_queries), ids, given)
-    if mixes and given is not None and not is_compiling:
+    counts_on = is_compiling or (positions.note is not None and positions.note.continues)
+    if mixes and given is not None and ids is not None and not counts_on:
         positions.keys = _keys_out_of_order(positions, given, batch, key_offset, _find_mask(args, kwargs))
     return positions
 
@@ -149,16 +150,10 @@ def _keys_out_of_order(
 ) -> torch.Tensor | None:
     """Positions `[B or 1, T]` of the keys that the attention function will receive, where their order is not enough.
 
-    Args:
-        positions: what is known of the pass.
-        given: how the layer learned them.
-        batch: B.
-        key_offset: in a static cache, the number of the first of those keys.
-        mask: the attention mask.
+    In a static cache, `key_offset` is the number of the first of those keys.
     """
     ids, note, past = positions.ids, positions.note, positions.past
-    if ids is None or (note is not None and note.continues):
-        return None
+    assert ids is not None
     keys, start = ids, 0
     if note is not None:
         assert positions.cache is not None and isinstance(past, int)
@@ -215,8 +210,10 @@ def _static_place(
     layer_idx: int, args: tuple[Any, ...], kwargs: dict[str, Any], cache: Cache
 ) -> tuple[int | torch.Tensor | None, int | None]:
     """In a static cache, the index of the first query among the keys, and the number of the first key; else None."""
-    own = cache.layers[layer_idx : layer_idx + 1] or cache.layers
-    if not any(isinstance(layer, StaticLayer) for layer in own):
+    for layer in cache.layers[layer_idx : layer_idx + 1] or cache.layers:
+        if isinstance(layer, StaticLayer):
+            break
+    else:
         return None, None
     # Some families hand the language model's own `logits_to_keep` down to their layers.
     offsets = [

@@ -154,16 +154,16 @@ class SwitchedTable(RotationTable):
 
     def at_least(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         # Cut first: the two tables may have grown differently.
-        return self._switch(self.short.cos_sin(length, device), self.long.cos_sin(length, device))
+        return self._switch(*(table.cos_sin(length, device) for table in (self.long, self.short)))
 
     def cos_sin_at(self, positions: torch.Tensor, turn: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._switch(self.short.cos_sin_at(positions, turn), self.long.cos_sin_at(positions, turn))
+        return self._switch(*(table.cos_sin_at(positions, turn) for table in (self.long, self.short)))
 
-    def _switch(
-        self, short: tuple[torch.Tensor, torch.Tensor], long: tuple[torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        is_long = self.is_long.to(short[0].device)
-        return torch.where(is_long, long[0], short[0]), torch.where(is_long, long[1], short[1])
+    def _switch(self, *tables: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = (
+            torch.where(self.is_long.to(long.device), long, short) for long, short in zip(*tables, strict=True)
+        )
+        return cos, sin
 
 
 def _cos_sin(positions: torch.Tensor, deltas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -105,7 +105,7 @@ def build_in(
 ) -> None:
     """Build copies of the shares' routers, and ropes by position, into an attention module, in place.
 
-    Undone by [`take_out`].
+    Undone by [`BuiltInRouters.remove`], of the module's child.
     """
     # Built-in routers are frozen, so training has no balance loss for them.
     specs = [dataclasses.replace(s.spec, weight=float(s.weight), router_aux_loss_coef=0.0) for s in shares]
@@ -118,8 +118,3 @@ def build_in(
         router.load_state_dict(weights, assign=True)  # spread over processes where the adapter's are
         routers.append(router.requires_grad_(False))
     BuiltInRouters(routers, specs, rope, num_heads, head_dim, by_position).install(attention)
-
-
-def take_out(attention: nn.Module) -> None:
-    """Remove built-in routers from an attention module. Its attention function stays intercepted."""
-    getattr(attention, ROUTERS_NAME).remove(attention)

@@ -109,6 +109,8 @@ def read_description(description: Any) -> Description:
     routers, layers = _field(description, "routers", list, "moice"), _field(description, "layers", dict, "moice")
     _refuse_unknown(description, {"routers", "layers", "ropes"}, "moice")
     ropes = () if description.get("ropes") is None else experts_of(description["ropes"])
+    if not layers:
+        raise ValueError("`moice.layers` of the config names no attention module. Merge the adapter again.")
     kinds = [RouterSpec.from_saved(fields, f"moice.routers[{index}]") for index, fields in enumerate(routers)]
     read = {name: _read_layer(layer, kinds, _where(name)) for name, layer in layers.items()}
     bare = [name for name, layer in read.items() if not layer.specs]

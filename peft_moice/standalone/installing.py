@@ -12,9 +12,8 @@ from ..probing import LayerProbe
 from ..rope import LayerRope, RotaryLayout
 from ..routing.mixture import RopesByPosition
 from ..routing.router import MoICERouter, check_size
-from ..routing.spec import RouterSpec
 from .built_in import ROUTERS_NAME, BuiltInRouters
-from .description import read_description
+from .description import LayerDescription, read_description
 
 
 class DescribedLayer(NamedTuple):
@@ -24,24 +23,20 @@ class DescribedLayer(NamedTuple):
         name: the module's name in `model`.
         attention: the module.
         rope: its rotary embedding.
-        specs: what each of its routers is.
-        num_heads: H, its number of query heads.
-        head_dim: D, the size of a query.
+        described: what the config says of it.
         by_position: the ropes of queries by their positions, or None.
     """
 
     name: str
     attention: nn.Module
     rope: LayerRope
-    specs: list[RouterSpec]
-    num_heads: int
-    head_dim: int
-    by_position: RopesByPosition | None = None
+    described: LayerDescription
+    by_position: RopesByPosition | None
 
-    def routers(self, num_heads: int | None = None) -> list[MoICERouter]:
-        """Fresh routers, for all H heads or for `num_heads` of them."""
-        heads = self.num_heads if num_heads is None else num_heads
-        return [MoICERouter.from_spec(spec, self.rope.layer_type, heads, self.head_dim) for spec in self.specs]
+    def routers(self, num_heads: int) -> list[MoICERouter]:
+        """Fresh routers, for so many query heads."""
+        specs, head_dim = self.described.specs, self.described.head_dim
+        return [MoICERouter.from_spec(spec, self.rope.layer_type, num_heads, head_dim) for spec in specs]
 
 
 def described_layers(model: PreTrainedModel, description: object) -> Iterator[DescribedLayer]:
@@ -74,7 +69,7 @@ def described_layers(model: PreTrainedModel, description: object) -> Iterator[De
         build = (type(rotary), rotary.config, layer_type, layer.layout, layer.direction, layer.original_length)
         rope = ropes.setdefault((id(rotary), layer_type, layer.layout), LayerRope(*build, own=own))
         check_size(layer.specs, layer_type, layer.num_heads, layer.head_dim, attention)
-        yield DescribedLayer(name, attention, rope, layer.specs, layer.num_heads, layer.head_dim, by_position)
+        yield DescribedLayer(name, attention, rope, layer, by_position)
 
 
 def install_described(model: PreTrainedModel, description: dict[str, Any]) -> None:
@@ -87,22 +82,19 @@ def install_described(model: PreTrainedModel, description: dict[str, Any]) -> No
         if hasattr(layer.attention, ROUTERS_NAME):
             # A model that builds its decoder through an auto class, which gave it a standalone one.
             continue
-        routers = layer.routers()
+        specs, num_heads, head_dim, *_ = layer.described
+        routers = layer.routers(num_heads)
         for router in routers:
             router.reset_parameters()
-        sizes = (layer.num_heads, layer.head_dim)
-        BuiltInRouters(routers, layer.specs, layer.rope, *sizes, layer.by_position).install(layer.attention)
+        built_in = BuiltInRouters(routers, specs, layer.rope, num_heads, head_dim, layer.by_position)
+        built_in.install(layer.attention)
 
 
 def check_loaded(model: PreTrainedModel, info: dict[str, Any]) -> None:
     """Raise unless reading files has given `model` all that makes it what it was.
 
     transformers leaves weights that the files lack at a random start, with a warning. That is right for a new head on
-    an old decoder, and never for routers or layers.
-
-    Args:
-        model: the model that was read.
-        info: what transformers says of its reading (`output_loading_info`).
+    an old decoder, and never for routers or layers. `info` is what it says of its reading (`output_loading_info`).
 
     Raises:
         ValueError: weights are missing or of another shape, or a router's are not finite.

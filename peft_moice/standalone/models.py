@@ -23,14 +23,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..attention import exchange_config, own_config
 from ..files.atomic import write_text
-from ..hub.card import shared_name
+from ..hub.card import merged_part, put_card, shared_name
 from ..rope.rules import longest
 from ..routing.mixture import watch_positions
 from ..training import register_hooks, remove_hooks
 from .built_in import ROUTERS_NAME, BuiltInRouters
 from .description import describe_routers, read_description
 from .installing import install_described
-from .saving import WholeFolder, auto_map, put_model_card, write_stub
+from .saving import WholeFolder, write_stub
 from .sealing import sealed, unsealed
 
 MODEL_TYPE = "moice"
@@ -100,12 +100,11 @@ def standalone_config_class(original: type[PreTrainedConfig]) -> type[PreTrained
         original_class = original
 
         def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-            """Write the config, the stub that [`auto_map`] names, and a model card, see `PreTrainedConfig`."""
+            """Write the config, the stub that its `auto_map` names, and a model card, see `PreTrainedConfig`."""
             folder = Path(save_directory)
             folder.mkdir(parents=True, exist_ok=True)
             # Not what a config from elsewhere may name.
-            self.auto_map = auto_map()
-            write_stub(folder)
+            self.auto_map = write_stub(folder)
             self.put_in_card(folder)
             super().save_pretrained(str(folder), *args, **kwargs)
 
@@ -121,7 +120,10 @@ def standalone_config_class(original: type[PreTrainedConfig]) -> type[PreTrained
 
         def put_in_card(self, folder: str | os.PathLike[str]) -> None:
             """Say in the model card of `folder` what the model is."""
-            put_model_card(Path(folder), self, _auto_class_of(self))
+            found, name = read_description(self.moice), shared_name(self.base_model_name_or_path)
+            auto_class = _auto_class_of(self)
+            part = merged_part(found.routers, ropes=found.ropes, base_model=name, auto_class=auto_class)
+            put_card(Path(folder), part)
 
         def __reduce__(self) -> tuple[Any, ...]:
             return _new_instance, (standalone_config_class, original), self.__dict__

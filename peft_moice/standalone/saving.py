@@ -11,12 +11,11 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from transformers import AutoTokenizer, PreTrainedConfig
+from transformers import AutoTokenizer
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..files.atomic import staged, write_text
-from ..hub.card import CARD_NAME, merged_part, put_card, shared_name
-from .description import read_description
+from ..hub.card import CARD_NAME
 from .installing import check_loaded
 
 logger = logging.getLogger(__name__)
@@ -67,22 +66,13 @@ class WholeFolder:
         return (model, info) if output_loading_info else model
 
 
-def auto_map() -> dict[str, str]:
-    """What a config says of the stub that [`write_stub`] writes beside it."""
-    return {"AutoConfig": f"{_STUB.stem}.MoICEAutoConfig"}
+def write_stub(folder: Path) -> dict[str, str]:
+    """Write the file that transformers runs, if it is trusted, to read a config without `import peft_moice`.
 
-
-def write_stub(folder: Path) -> None:
-    """Write the file that transformers runs, if it is trusted, to read a config without `import peft_moice`."""
+    Returns what `auto_map` in that config says of it.
+    """
     write_text(folder / _STUB.name, _STUB.read_text(encoding="utf-8"))
-
-
-def put_model_card(folder: Path, config: PreTrainedConfig, auto_class: str) -> None:
-    """Say in the card of `folder` what the model of `config` is, and that `auto_class` loads it."""
-    base_model = shared_name(config.base_model_name_or_path)
-    found = read_description(config.moice)
-    part = merged_part(found.routers, ropes=found.ropes, base_model=base_model, auto_class=auto_class)
-    put_card(folder, part)
+    return {"AutoConfig": f"{_STUB.stem}.MoICEAutoConfig"}
 
 
 def _put_tokenizer(folder: Path, source: str | None) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 import peft_moice  # noqa: F401  # tells `AutoConfig` about merged models
 from peft_moice.standalone import models
-from peft_moice.standalone.vllm.folder import check_merged, refuse_adapter
+from peft_moice.standalone.vllm.folder import check_files, refuse_adapter
 
 _USAGE = "usage: python -m peft_moice.standalone.transformers_server FOLDER [OPTIONS of `transformers serve`]"
 
@@ -35,7 +35,7 @@ def add_model_class(source: str) -> None:
             f"serve {source}`."
         )
     if is_folder:
-        check_merged(Path(source), config.moice)
+        check_files(Path(source))
     name = (config.architectures or [""])[0]
     try:
         setattr(transformers, name, getattr(models, name))

@@ -47,20 +47,14 @@ def check_token_indices(value: object) -> None:
 
 
 def check_beside_routers(config: Any, model: nn.Module, adapted: list[str]) -> None:
-    """Raise if `config` asks PEFT to train modules that hold adapted ones, or tokens that `model` does not have.
-
-    Args:
-        config: the adapter's config.
-        model: the model that it is injected into.
-        adapted: names of the attention modules that it adapts.
-    """
+    """Raise if `config` asks PEFT to train modules that hold `adapted` ones, or tokens that `model` does not have."""
     tokens = {} if config.trainable_token_indices is None else config.trainable_token_indices
     if not isinstance(tokens, dict):
         tokens = {_get_input_embeddings_name(model, "embed_tokens"): tokens}
     modules = dict(model.named_modules(remove_duplicate=False))
     for entry in config.modules_to_save or ():
         matched = [name for name in modules if name.endswith(entry)]
-        around = [name for name in adapted for part in _and_what_holds_it(name) if part in matched]
+        around = [name for name in adapted for part in matched if f"{name}.".startswith(f"{part}.")]
         if around:
             raise ValueError(
                 f"`modules_to_save` holds {shortened(entry)}, which means the adapted attention module {around[0]!r} "
@@ -82,13 +76,8 @@ def check_beside_routers(config: Any, model: nn.Module, adapted: list[str]) -> N
 
 
 def check_stored_beside(model: nn.Module, adapter_name: str, names: set[str]) -> None:
-    """Raise if weights that PEFT will load into the modules of `adapter_name` beside its routers are not stored.
-
-    Args:
-        model: the model with the adapter in place.
-        adapter_name: name of the adapter that is being loaded.
-        names: of the stored weights.
-    """
+    """Raise if weights that PEFT will load into the modules of `adapter_name` in `model` beside its routers are not
+    among the stored `names`."""
     stored = {name.removeprefix(_PEFT_PREFIX) for name in names}
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:
@@ -99,11 +88,6 @@ def check_stored_beside(model: nn.Module, adapter_name: str, names: set[str]) ->
                         f"The stored adapter lacks the weight {f'{name}.{weight}'!r}, which its config trains "
                         f"(`{field}`). Load it with the adapter_config.json it was saved with."
                     )
-
-
-def _and_what_holds_it(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
 
 
 def _check_rows(name: str, module: nn.Module, indices: list[int]) -> None:

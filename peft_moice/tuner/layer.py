@@ -12,7 +12,7 @@ from ..rope.layer_rope import Experts
 from ..routing.mixture import LayerMixture, MixesAngles, RopesByPosition, RouterShare
 from ..routing.router import MoICERouter, check_size
 from ..routing.spec import RouterSpec
-from ..standalone.built_in import build_in, take_out
+from ..standalone.built_in import ROUTERS_NAME, build_in
 from .config import MoICEConfig
 
 BASE_MODEL_NAME = "__base__"
@@ -49,7 +49,7 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
         self.router_specs: dict[str, list[RouterSpec]] = {}
         self.ropes_by_position: dict[str, RopesByPosition | None] = {}
         self._disable_adapters = False
-        self._active_adapter = []
+        self._active_adapter: list[str] = []
         self.merged_adapters = []
         # Comes last: from here on, assignments to what the attention module has go to the attention module.
         self.base_layer = base_layer
@@ -113,14 +113,10 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
         return routers
 
     def shares(self) -> list[RouterShare]:
-        if self.disable_adapters or self.merged:
-            return []
-        return self._shares_of(self.active_adapters)
+        return [] if self._disable_adapters or self.merged_adapters else self._shares_of(self._active_adapter)
 
     def by_position(self) -> RopesByPosition | None:
-        if self.disable_adapters or self.merged:
-            return None
-        return self._by_position_of(self.active_adapters)
+        return None if self._disable_adapters or self.merged_adapters else self._by_position_of(self._active_adapter)
 
     def _by_position_of(self, adapter_names: list[str]) -> RopesByPosition | None:
         """The ropes by position among those adapters.
@@ -136,9 +132,10 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
         return self.ropes_by_position[found[0]] if found else None
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
-        if self.disable_adapters and self.merged:
+        base_layer = self.base_layer
+        if self._disable_adapters and self.merged_adapters:
             self.unmerge()
-        if adapter_names is not None and not self.disable_adapters:
+        if adapter_names is not None and not self._disable_adapters:
             hidden_states = args[0] if args else kwargs["hidden_states"]
             if len(adapter_names) != hidden_states.shape[0]:
                 raise ValueError(
@@ -155,10 +152,10 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
             mixture = LayerMixture(shares, self.rope, own_weight)
         else:
             mixture = self.mixture()
-        if self.merged:
+        if self.merged_adapters:
             # Routers built into the attention module look at the pass themselves.
-            return self.base_layer(*args, **kwargs)
-        return self.mix(mixture, self.base_layer, getattr(self.base_layer, "layer_idx", None), args, kwargs)
+            return base_layer(*args, **kwargs)
+        return self.mix(mixture, base_layer, getattr(base_layer, "layer_idx", None), args, kwargs)
 
     def _shares_of(self, adapter_names: list[str]) -> list[RouterShare]:
         """The routers of those adapters that this layer has, in equal shares per adapter."""
@@ -207,17 +204,16 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
                         "rate, or load an earlier checkpoint."
                     )
         if self.merged:
-            take_out(self.base_layer)
+            getattr(self.base_layer, ROUTERS_NAME).remove(self.base_layer)
         self.merged_adapters.extend(names)
         shares, by_position = self._shares_of(self.merged_adapters), self._by_position_of(self.merged_adapters)
         build_in(self.base_layer, self.rope, self.num_heads, self.head_dim, shares, by_position)
 
     def unmerge(self) -> None:
         """Take merged routers out of the attention module, which is then what it was before."""
-        if not self.merged:
-            return
-        take_out(self.base_layer)
-        self.merged_adapters.clear()
+        if self.merged:
+            getattr(self.base_layer, ROUTERS_NAME).remove(self.base_layer)
+            self.merged_adapters.clear()
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None

@@ -15,12 +15,8 @@ _FSDP_PREFIX = "_fsdp_wrapped_module."
 def check_stored_routers(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
     """Raise unless `state_dict` holds exactly the routers of `adapter_name`, in the shapes that the config asks for.
 
-    PEFT drops surplus weights in silence and leaves routers without stored weights at their random start.
-
-    Args:
-        model: the model with the adapter in place.
-        adapter_name: name of the adapter that is being loaded.
-        state_dict: the stored weights, under the names that they have in `model`.
+    PEFT drops surplus weights in silence and leaves routers without stored weights at their random start. The names in
+    `state_dict` are those of `model`, in which the adapter is in place.
 
     Raises:
         ValueError: weights are missing, nobody's, not finite, or of another shape or kind; names the first, the reason

@@ -318,7 +318,13 @@ class MoICEModel(BaseTuner):
                 `safe_merge`.
         """
         self._check_adapters_exist(adapter_names or [])
-        self._check_no_other_tuner()
+        others = other_tuner_layers(self.model)
+        if others:
+            raise ValueError(
+                f"The model still holds {len(others)} layers of another tuner ({type(others[0]).__module__}), so it "
+                "cannot become a plain transformers model. Unload MoICE with `unload()`, merge the other adapter "
+                "first, and then load MoICE again and merge it."
+            )
         model = self._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names)
         if isinstance(model, PreTrainedModel) and any(
             isinstance(module, BuiltInRouters) for module in model.modules()
@@ -373,15 +379,6 @@ class MoICEModel(BaseTuner):
         unknown = [name for name in names if name not in self.peft_config]
         if unknown:
             raise ValueError(f"There is no adapter {unknown[0]!r}; this model has {sorted(self.peft_config)}.")
-
-    def _check_no_other_tuner(self) -> None:
-        others = other_tuner_layers(self.model)
-        if others:
-            raise ValueError(
-                f"The model still holds {len(others)} layers of another tuner ({type(others[0]).__module__}), so it "
-                "cannot become a plain transformers model. Unload MoICE with `unload()`, merge the other adapter "
-                "first, and then load MoICE again and merge it."
-            )
 
     @classmethod
     def _get_adapter_state_dict(

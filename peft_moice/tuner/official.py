@@ -38,7 +38,9 @@ def load_official_checkpoint(
         ValueError: no routers in the checkpoint, or routers that do not fit the model or the config.
         FileNotFoundError: no weights at the given path.
     """
-    tensors = _router_tensors(checkpoint if isinstance(checkpoint, Mapping) else _read(Path(checkpoint)))
+    stored = checkpoint if isinstance(checkpoint, Mapping) else _read(Path(checkpoint))
+    matches = ((_KEY.match(key), tensor) for key, tensor in stored.items())
+    tensors = {f"{m['module']}.moice_router.{_PARTS[m['part']]}": tensor for m, tensor in matches if m is not None}
     if not tensors:
         raise ValueError(
             "The checkpoint holds no MoICE routers: no key ends in 'gate_1.weight', 'gate_2.weight' or "
@@ -77,11 +79,6 @@ def _fill_routers(peft_model: PeftModel, tensors: dict[str, torch.Tensor], adapt
                 "checkpoint. Load it into the model that it was trained on."
             )
         targets[name].data.copy_(tensor)
-
-
-def _router_tensors(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    matches = ((_KEY.match(key), tensor) for key, tensor in state_dict.items())
-    return {f"{m['module']}.moice_router.{_PARTS[m['part']]}": tensor for m, tensor in matches if m is not None}
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:

@@ -162,8 +162,6 @@ def test_the_plain_backend_of_vllm_does_not_take_a_merged_model(served):
 
 def test_options_that_are_refused(served):
     folder = served["llama K < N, per layer"].folder
-    with pytest.raises(ValueError, match=r"`moice_cache` in --additional-config is 'rotating'.*Leave the option out"):
-        start(folder, additional_config={"moice_cache": "rotating"})
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     with pytest.raises(ValueError, match="its rope type is 'dynamic', whose angles change"):
         start(folder, hf_overrides={"rope_parameters": dynamic})

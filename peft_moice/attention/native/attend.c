@@ -1,9 +1,5 @@
 /* Attention of many queries under several rotary base angles. */
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "panels.h"
 
 static void attend_block(const struct problem *p, const struct sizes *n, const struct own *w, const struct panel *x,
@@ -54,11 +50,7 @@ void attend(const struct problem *p, int64_t threads) {
     int64_t heads = p->batch * p->kv_heads, shares = (p->queries + n.queries - 1) / n.queries;
 #pragma omp parallel num_threads(threads)
     {
-        int64_t thread = 0;
-#ifdef _OPENMP
-        thread = omp_get_thread_num();
-#endif
-        struct own w = lay_out(p, &n, p->scratch + thread * n.own);
+        struct own w = lay_out(p, &n, p->scratch + thread_number() * n.own);
 #pragma omp for schedule(dynamic) collapse(2)
         for (int64_t i = shares - 1; i >= 0; i--)
             for (int64_t head = 0; head < heads; head++)

@@ -7,10 +7,6 @@
    Softmax runs in every lane of a piece of the keys on its own. What makes one of them are factors of the exponentials,
    by which these are mixed before their product with the values. */
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "kernels.h"
 
 #define PIECE 128    /* keys of a share of the work; a multiple of LANES */
@@ -36,12 +32,6 @@ struct work {
     float *rotated;   /* [threads][rows][2 P], a thread's queries for the block at hand */
     float *sums;      /* [threads][H][Dv] */
 };
-
-static inline float *take(float **memory, int64_t size) {
-    float *taken = *memory;
-    *memory += size;
-    return taken;
-}
 
 /* The most rows that a key-value head has with one query of each of its heads. */
 static int64_t most_rows(const struct problem *p) {
@@ -410,9 +400,9 @@ void decode(const struct problem *p, int64_t threads) {
     prepare_tables(p, &w);
 #pragma omp parallel num_threads(threads)
     {
-        int64_t thread = 0, team = 1;
+        const int64_t thread = thread_number();
+        int64_t team = 1;
 #ifdef _OPENMP
-        thread = omp_get_thread_num();
         team = omp_get_num_threads();
 #endif
         float *own = w.sums + thread * heads * p->value_dim;

@@ -1,10 +1,6 @@
 /* Gradients of `attend.c`. Panels meet the keys twice: for the sums of exponentials and the means of the
    probabilities' gradients, and for the gradients that follow from them. */
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "panels.h"
 
 /* The mean of a head's values. Softmax makes what all probabilities' gradients have in common without effect, but not
@@ -198,11 +194,7 @@ void differentiate(const struct problem *p, int64_t threads) {
     int64_t heads = p->batch * p->kv_heads;
 #pragma omp parallel num_threads(threads)
     {
-        int64_t thread = 0;
-#ifdef _OPENMP
-        thread = omp_get_thread_num();
-#endif
-        struct own w = lay_out(p, &n, p->scratch + thread * n.own);
+        struct own w = lay_out(p, &n, p->scratch + thread_number() * n.own);
 #pragma omp for schedule(dynamic) collapse(2)
         for (int64_t part = p->parts - 1; part >= 0; part--)
             for (int64_t head = 0; head < heads; head++)

@@ -51,13 +51,9 @@ def differentiate(
     options: tuple[Any, ...],
     wanted: Sequence[bool],
 ) -> list[torch.Tensor | None]:
-    """The gradients of queries, keys, values and gates in their dtypes; None where not wanted.
+    """The gradients of queries, keys, values and gates in their dtypes; None where not `wanted`. See [`forward`].
 
-    Args:
-        grad_output: `[B, S, H, Dv]`, gradient of the output.
-        picked: `[B, H, S, N]`, true where a gate has a gradient.
-        wanted: four of them.
-        query, key, value, gates, mask, options: see [`forward`].
+    `grad_output` is that of the output, `[B, S, H, Dv]`, and `picked` `[B, H, S, N]` true where a gate has a gradient.
     """
     kernel = _Kernel(query, key, value, gates, mask, *options)
     parts = kernel.count_parts()
@@ -101,7 +97,8 @@ class _Kernel:
     ):
         batch, heads, length, head_dim = query.shape
         _, kv_heads, num_keys, value_dim = value.shape
-        query, key, value = _in_rows(query), _in_rows(key), _in_rows(value)
+        # Their last dimension in one piece.
+        query, key, value = [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)]
         gates = gates.contiguous()
         layout, num_experts = rotations.layout, gates.shape[-1]
         cos, sin = rotations.at_least(max(num_keys, _FEWEST_ROTATIONS), query.device)
@@ -136,27 +133,17 @@ class _Kernel:
 
     def count_parts(self) -> int:
         """In how many parts the backward pass leaves the gradients of keys and values."""
-        parts: int = _library().count_parts(self.problem.packed(), self.threads)
+        library: Any = load()
+        parts: int = library.count_parts(self.problem.packed(), self.threads)
         self.problem.set({"parts": parts})
         return parts
 
     def run(self, name: str) -> None:
         """Call the C function of this name."""
-        library = _library()
+        library: Any = load()
         scratch = _empty(getattr(library, f"{name}_floats")(self.problem.packed(), self.threads))
         self.point(scratch=scratch)
         getattr(library, name)(self.problem.packed(), self.threads)
-
-
-def _in_rows(x: torch.Tensor) -> torch.Tensor:
-    """`x` with its last dimension in one piece."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _library() -> Any:
-    library = load()
-    assert not isinstance(library, str), library
-    return library
 
 
 def _empty(*shape: int) -> torch.Tensor:

@@ -8,6 +8,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 #if defined(__AVX512F__)
 #define LANES 16
@@ -76,6 +79,21 @@ static inline enum side side_of(const struct problem *p, int64_t expert, int64_t
 /* By what an expert multiplies the rotated part of its scores. */
 static inline float factor_of(const struct problem *p, int64_t expert, int is_far) {
     return p->factors ? p->factors[is_far ? p->experts + expert : expert] : 1.0f;
+}
+
+/* The number of this thread among those that share the work. */
+static inline int64_t thread_number(void) {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+static inline float *take(float **memory, int64_t size) {
+    float *taken = *memory;
+    *memory += size;
+    return taken;
 }
 
 static inline int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }

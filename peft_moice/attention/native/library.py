@@ -42,10 +42,8 @@ _FIELDS = {
 }
 """The fields of the C structure `problem` in their order, as `struct` writes them."""
 _STRUCTURE = struct.Struct("@" + "".join(_FIELDS.values()))
-_COUNTS = [int(code[:-1] or 1) for code in _FIELDS.values()]
-_PLACES = dict(zip(_FIELDS, itertools.accumulate(_COUNTS, initial=0), strict=False))
-_LENGTHS = dict(zip(_FIELDS, _COUNTS, strict=True))
-_SIZE = sum(_COUNTS)
+_ENDS = itertools.accumulate((int(code[:-1] or 1) for code in _FIELDS.values()), initial=0)
+_PLACES = {name: slice(*ends) for name, ends in zip(_FIELDS, itertools.pairwise(_ENDS), strict=True)}
 
 
 class Structure:
@@ -56,16 +54,12 @@ class Structure:
     """
 
     def __init__(self, *values: float):
-        self._values: list[float] = [*values, *(0,) * (_SIZE - len(values))]
+        self._values: list[float] = [*values, *(0,) * (_PLACES["grad_gates"].stop - len(values))]
 
     def set(self, fields: dict[str, Any]) -> None:
         """Set fields by their names: numbers, or as many as the field has places."""
         for name, value in fields.items():
-            place, length = _PLACES[name], _LENGTHS[name]
-            if length == 1:
-                self._values[place] = value
-            else:
-                self._values[place : place + length] = value
+            self._values[_PLACES[name]] = value if isinstance(value, tuple) else (value,)
 
     def packed(self) -> bytes:
         """The structure in memory, for the kernels to read."""

@@ -61,7 +61,7 @@ def run(call: AttentionCall) -> tuple[torch.Tensor, None]:
     if not query.dtype == key.dtype == value.dtype:
         query, key, value = query.float(), key.float(), value.float()
     tensors = (query, key, value, call.gates.float())
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return graphs.run(call, *tensors).to(call.query.dtype), None
     start = call.query_start
     if not isinstance(start, int):

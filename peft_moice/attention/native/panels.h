@@ -87,12 +87,6 @@ static inline struct sizes sizes_of(const struct problem *p, int64_t threads) {
     return n;
 }
 
-static inline float *take(float **memory, int64_t size) {
-    float *taken = *memory;
-    *memory += size;
-    return taken;
-}
-
 static inline struct own lay_out(const struct problem *p, const struct sizes *n, float *memory) {
     struct own w = {0};
     w.original = take(&memory, BLOCK * n->key_dim);

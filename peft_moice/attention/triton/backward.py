@@ -41,13 +41,7 @@ def gradients(
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of query, key, value and gates in float32; None where `needs` has no use for them.
 
-    Args:
-        problem: the call.
-        picks: its picks.
-        output: `[B, S, H, Dv]`.
-        row_max, row_sum: from [`prefill`].
-        grad_output: `[B, S, H, Dv]`.
-        needs: which of the four are wanted.
+    `output`, `row_max` and `row_sum` are what [`prefill`] gave; `grad_output` is `[B, S, H, Dv]`.
     """
     needs_query, needs_key, needs_value, needs_gates = needs
     targets = (problem.query, problem.key, problem.value, problem.gates)

@@ -23,11 +23,6 @@ def why_not(call: AttentionCall) -> str | None:
         )
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (`pip install triton`)"
-    if device == "cpu":
-        from .tiles import INTERPRETED
-
-        if not INTERPRETED:
-            return "TRITON_INTERPRET=1 was set after Triton was imported, so its kernels are not interpreted"
     if query not in _DTYPES or key != query or value != query:
         return (
             "it reads queries, keys and values of one dtype, float32, float16 or bfloat16, not "

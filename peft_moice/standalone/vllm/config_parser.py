@@ -11,7 +11,7 @@ from vllm.transformers_utils.model_arch_config_convertor import (
     ModelArchConfigConvertorBase,
 )
 
-from .folder import check_merged, refuse_adapter
+from .folder import check_files, refuse_adapter
 from .refusals import refuse_other_classes, refuse_unserved
 
 ARCHITECTURES = ("MoICEForCausalLM", "MoICEMoEForCausalLM")
@@ -37,7 +37,7 @@ class MoICEConfigParser(_Parser):
             refuse_other_classes(config)
             refuse_unserved(config)
             if is_folder:
-                check_merged(Path(model), config.moice)
+                check_files(Path(model))
             as_family_config(config)
         return config_dict, config
 

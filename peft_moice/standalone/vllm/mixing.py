@@ -38,17 +38,18 @@ class ServedRouters(nn.ModuleList):
 
     def __init__(self, layer: DescribedLayer, max_length: int, device: torch.device):
         world_size = get_tensor_model_parallel_world_size()
-        if layer.num_heads % world_size:
+        num_heads = layer.described.num_heads
+        if num_heads % world_size:
             raise ValueError(
-                f"The {layer.num_heads} heads of {layer.name} cannot be divided among {world_size} processes. Choose "
+                f"The {num_heads} heads of {layer.name} cannot be divided among {world_size} processes. Choose "
                 "a --tensor-parallel-size that divides them."
             )
-        routers = layer.routers(layer.num_heads // world_size)
+        routers = layer.routers(num_heads // world_size)
         super().__init__(router.to(device, torch.float32).requires_grad_(False) for router in routers)
         for name, parameter in self.named_parameters():
             set_weight_attrs(parameter, {"weight_loader": _loader(f"{layer.name}.{ROUTERS_NAME}.{name}")})
         self.name = layer.name
-        self.specs = layer.specs
+        self.specs = layer.described.specs
         self.rope = layer.rope
         self.by_position = layer.by_position
         self.experts = self._mixture().experts_by_position()

@@ -12,7 +12,7 @@ from vllm.model_executor.models.utils import maybe_prefix
 from ..built_in import ROUTERS_NAME
 from ..installing import described_layers
 from .mixing import ATTENTION_NAME, ServedRouters
-from .refusals import refuse_other_caches, refuse_unserved
+from .refusals import refuse_unserved
 
 
 class ServedModel(TransformersForCausalLM):
@@ -27,7 +27,6 @@ class ServedModel(TransformersForCausalLM):
             raise ValueError(
                 "Models with MoICE routers are not served with pipeline parallelism. Use --tensor-parallel-size."
             )
-        refuse_other_caches(vllm_config.additional_config)
         refuse_unserved(vllm_config.model_config.hf_config)  # again, as --hf-overrides may have changed it
         self._has_weights = vllm_config.load_config.load_format == "dummy"
         self._routers: dict[str, ServedRouters] = {}

@@ -14,36 +14,17 @@ _ELSEWHERE = "Run it with transformers: `generate`, or `python -m peft_moice.sta
 
 
 def refuse_other_classes(config: PreTrainedConfig) -> None:
-    """Raise a ValueError if a merged model is not a causal language model.
-
-    Args:
-        config: config of a merged model, which names its class.
-    """
+    """Raise a ValueError if the model of `config`, a merged one, is not a causal language model."""
     architecture = (config.architectures or [""])[0]
     causal = {name for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _names(value)}
     if architecture.removeprefix(_PREFIX) not in causal:
         _refuse(f"its class is {architecture or 'not named in the config'!r}, and only causal language models are")
 
 
-def refuse_other_caches(additional_config: Any) -> None:
-    """Raise a ValueError if vLLM's `--additional-config` asks for a cache that there is not.
-
-    Args:
-        additional_config: vLLM's options for plugins. May be anything.
-    """
-    asked = additional_config.get("moice_cache", "folded") if isinstance(additional_config, dict) else "folded"
-    if asked != "folded":
-        raise ValueError(
-            f"`moice_cache` in --additional-config is {asked!r}, but there is one way to keep keys and values: a copy "
-            "per base angle ('folded'). Leave the option out."
-        )
-
-
 def refuse_unserved(config: PreTrainedConfig) -> None:
     """Raise a ValueError with the reason if vLLM would not compute a merged model as transformers does.
 
-    Args:
-        config: config of a merged model, or of its family with the description of the routers. May be damaged.
+    Its `config` may be of its family, with the description of the routers, and may be damaged.
     """
     reason = _reason(config)
     if reason is not None:
