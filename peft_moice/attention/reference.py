@@ -27,7 +27,7 @@ def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
         call = replace(call, turned=None)  # owes nothing to other passes
     options, dtype, heads = call.options, call.query.dtype, call.query.shape[1]
     full = torch.promote_types(dtype, torch.float32)
-    groups, bias = heads // call.key.shape[1], _bias(call)
+    groups, bias = heads // call.key.shape[1], bias_of(call)
     softcap, s_aux = options.get("softcap"), options.get("s_aux")
     value = call.value.to(full).repeat_interleave(groups, dim=1)
     mixed_probs = torch.zeros((), dtype=full, device=call.query.device)
@@ -53,7 +53,7 @@ def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     return (dropped @ value).transpose(1, 2).contiguous().to(dtype), mixed_probs.to(dtype)
 
 
-def _bias(call: AttentionCall) -> torch.Tensor:
+def bias_of(call: AttentionCall) -> torch.Tensor:
     """What is added to scores, broadcasting to `[B, H, S, T]`."""
     device, (num_queries, num_keys) = call.query.device, (call.query.shape[-2], call.key.shape[-2])
     mask: torch.Tensor | None = call.attention_mask

@@ -11,7 +11,7 @@ from methods import routers, static
 from peft_moice import MoICELayer
 from peft_moice.attention import operator
 from peft_moice.attention.call import AttentionCall
-from peft_moice.attention.reference import additive
+from peft_moice.attention.reference import bias_of
 from peft_moice.attention.rotating import rotated_pairs
 
 
@@ -37,12 +37,7 @@ class ScoreMixture(ModuleType):
             else:
                 scores = call.gates[..., expert, None] * scores
                 mixed = scores if mixed is None else mixed + scores
-        length, num_keys = call.query.shape[-2], call.key.shape[-2]
-        mask = call.attention_mask
-        if mask is None:
-            index = call.query_start + torch.arange(length)
-            mask = torch.arange(num_keys) <= index[:, None]
-        probs = (mixed + additive(mask, torch.float32)).softmax(-1)
+        probs = (mixed + bias_of(call)).softmax(-1)
         output = probs @ call.value.repeat_interleave(groups, dim=1)
         return output.transpose(1, 2).contiguous(), None
 

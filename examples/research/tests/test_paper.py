@@ -1,6 +1,5 @@
 """The tables of the paper: L-Eval's rules, the files, the log, and every command on a tiny random model."""
 
-import csv
 import os
 import re
 from pathlib import Path
@@ -94,29 +93,6 @@ def test_the_script_s_template_writes_its_tags():
     tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
     chat = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
     assert tokenizer.apply_chat_template(chat, tokenize=False) == "<s><s>[INST]\n<s>Q\n[/INST]A</s>"
-
-
-@pytest.mark.slow
-def test_a_table_is_trained_measured_logged_and_drawn(model, tmp_path):
-    words = ["leval", "--methods", "base", "moice", "--tasks", "tpo", "financial_qa"]
-    lines = run(model, tmp_path, *words)
-    by_table = {(line["table"], line["method"], line["task"]) for line in lines}
-    tasks = {("leval", method, task) for method in ("base", "moice") for task in ("tpo", "financial_qa")}
-    assert by_table == {*tasks, ("training", "moice", "training")}
-    assert all("sha256" in line.get("data", "sha256") and line["versions"]["torch"] for line in lines)
-    written = (tmp_path / "log.jsonl").read_text()
-    run(model, tmp_path, *words)
-    assert (tmp_path / "log.jsonl").read_text() == written  # nothing is asked twice
-    header, *rows = csv.reader((tmp_path / "leval.csv").open())
-    drawn = {tuple(row[:3]): dict(zip(header[3:], row[3:], strict=True)) for row in rows}
-    scores = [score for *_, score in lines[0]["result"]["scores"]]
-    assert drawn[model, "base", "ours (small), seed 0"]["tpo"].startswith(f"{sum(scores) / len(scores):.3f} (")
-    assert drawn[model, "base", "ours (small), seed 0"]["gsm100"] == "empty"
-    assert " to " in drawn[model, "moice (released)", "ours (small), seed 0, minus base"]["financial_qa"]
-    for method, source in (("moice", "official code"), ("pos2distill", "paper")):
-        assert set(drawn["meta-llama/Llama-2-7b-chat-hf", method, source].values()) == {"empty"}
-    assert (tmp_path / "leval.tex").read_text().count(r"\\") == len(rows) + 1
-    assert len(next(tmp_path.glob("*/predictions/moice/tpo.pred.jsonl")).read_text().splitlines()) == 2
 
 
 @pytest.mark.slow
