@@ -316,6 +316,18 @@ def test_prompts_of_documents_are_not_cut_by_length(tmp_path, tokenizer):
         load_examples([file], tokenizer, args, quiet=True)
 
 
+def test_tables_and_text_without_spaces_make_no_passage_longer(tmp_path):
+    rng, file = random.Random(0), tmp_path / "notes.md"
+    parts = [words(rng, rng.randint(7, 15)) + " ." for _ in range(60)]
+    for i, part in enumerate(("| w5 " * 300, "w5w6" * 300, "字" * 400)):
+        parts.insert(20 * i + 5, part)
+    file.write_text("\n\n".join(parts))
+    args = DataArguments([str(file)], data_format="documents", documents_per_prompt=4, passage_words=16, prompts=40)
+    for _, messages in document_chats([str(file)], args, seed=0):
+        shown = re.findall(r"Document \d+: (.*)", messages[0]["content"])
+        assert len(shown) == 4 and max(len(passage.split()) for passage in shown) <= 20
+
+
 @pytest.mark.parametrize("questions", [1, 2, 3])
 def test_every_place_is_asked_for_equally_often(tmp_path, questions):
     file = write_data(tmp_path, "documents")

@@ -62,16 +62,25 @@ def document_chats(files: Sequence[str], args: DataArguments, seed: int) -> Iter
 
 
 def _read_passages(file: str, words: int) -> list[list[str]]:
-    """Disjoint passages of a text, as lists of sentences, one of them at least long enough to be asked for."""
-    passages: list[list[str]] = []
-    passage: list[str] = []
+    """Disjoint passages of a text, as lists of sentences, one of them at least long enough to be asked for.
+
+    No passage is longer than `words` and a quarter: sentences that are, such as tables and code, are left out.
+    """
+    passages: list[list[str]] = [[]]
     for sentence in re.split(r"(?<=[.!?])\s+|\n\s*\n", read_text(file)):
-        if sentence.strip():
-            passage.append(" ".join(sentence.split()))
-        if sum(len(part.split()) for part in passage) >= words:
-            passages.append(passage)
-            passage = []
-    return [passage for passage in [*passages, passage] if any(map(_is_askable, passage))]
+        sentence = " ".join(sentence.split())
+        if not sentence or _length(sentence) > 1.25 * words:
+            continue
+        length = sum(map(_length, passages[-1]))
+        if length >= words or length + _length(sentence) > 1.25 * words:
+            passages.append([])
+        passages[-1].append(sentence)
+    return [passage for passage in passages if any(map(_is_askable, passage))]
+
+
+def _length(sentence: str) -> float:
+    """In words; those of text that is no prose, or has no spaces, are of six bytes."""
+    return max(len(sentence.split()), len(sentence.encode()) / 6)
 
 
 def _is_askable(sentence: str) -> bool:
