@@ -321,11 +321,14 @@ def test_tables_and_text_without_spaces_make_no_passage_longer(tmp_path):
     parts = [words(rng, rng.randint(7, 15)) + " ." for _ in range(60)]
     for i, part in enumerate(("| w5 " * 300, "w5w6" * 300, "字" * 400)):
         parts.insert(20 * i + 5, part)
+    parts.append(long := words(rng, 40) + " .")  # that one can ask for
     file.write_text("\n\n".join(parts))
     args = DataArguments([str(file)], data_format="documents", documents_per_prompt=4, passage_words=16, prompts=40)
+    shown = []
     for _, messages in document_chats([str(file)], args, seed=0):
-        shown = re.findall(r"Document \d+: (.*)", messages[0]["content"])
-        assert len(shown) == 4 and max(len(passage.split()) for passage in shown) <= 20
+        shown += re.findall(r"Document \d+: (.*)", messages[0]["content"])
+    assert len(shown) == 160 and long in shown
+    assert max(len(passage.split()) for passage in shown if passage != long) <= 20
 
 
 @pytest.mark.parametrize("questions", [1, 2, 3])

@@ -64,15 +64,17 @@ def document_chats(files: Sequence[str], args: DataArguments, seed: int) -> Iter
 def _read_passages(file: str, words: int) -> list[list[str]]:
     """Disjoint passages of a text, as lists of sentences, one of them at least long enough to be asked for.
 
-    No passage is longer than `words` and a quarter: sentences that are, such as tables and code, are left out.
+    Passages end before they are longer than `words` and a quarter. What is longer by itself, and too long to ask for,
+    such as a table, is left out.
     """
+    most = 1.25 * words
     passages: list[list[str]] = [[]]
     for sentence in re.split(r"(?<=[.!?])\s+|\n\s*\n", read_text(file)):
         sentence = " ".join(sentence.split())
-        if not sentence or _length(sentence) > 1.25 * words:
+        if not sentence or _length(sentence) > max(most, 1.25 * _MAX_WORDS):
             continue
         length = sum(map(_length, passages[-1]))
-        if length >= words or length + _length(sentence) > 1.25 * words:
+        if length >= words or length + _length(sentence) > most:
             passages.append([])
         passages[-1].append(sentence)
     return [passage for passage in passages if any(map(_is_askable, passage))]
