@@ -1,13 +1,14 @@
 """`peft-moice extend`: a longer window for a model, as an adapter without parameters."""
 
 import argparse
+from typing import get_args
 
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from ..files.atomic import staged
 from ..rope.rules import longest
-from ..tuner.extending import extension_config, window_of
+from ..tuner.extending import By, extension_config, window_of
 from .parsing import Outcome, Parser, output_folder
 
 SUMMARY = "let a model read longer texts than its window, without training, unchanged within it"
@@ -39,7 +40,7 @@ def parser() -> Parser:
     )
     parser.add_argument(
         "--by",
-        choices=("distance", "position"),
+        choices=get_args(By),
         default="distance",
         help="What changes the ropes of queries beyond the window. Default: %(default)s.",
     )

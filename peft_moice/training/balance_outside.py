@@ -106,7 +106,7 @@ class BalanceLossMixin(LossPartsMixin):
         return self.add_part(result, "balance", extra, num_items_in_batch, return_outputs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        create_card(self, super().create_model_card, *args, **kwargs)  # type: ignore[misc]
+        create_card(self, super().create_model_card, *args, **kwargs)  # type: ignore[misc]  # of the Trainer
 
 
 def create_card(trainer: Any, create: Callable[..., None], *args: Any, **kwargs: Any) -> None:

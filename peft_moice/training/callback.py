@@ -63,11 +63,11 @@ class MoICECallback(TrainerCallback):
             create = partial(create_card, trainer, trainer.create_model_card)
             trainer.create_model_card = create  # type: ignore[method-assign]
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         hooks_of(self.trainer.model).observer = self.statistics
         if self.trainer.is_world_process_zero():
             logger.info("%s", describe_training(self.trainer.model))
-        self.start = state.stateful_callbacks.get(_START)  # type: ignore[union-attr]  # a dict by now
+        self.start = state.stateful_callbacks.get(_START)
         if self.start is None and state.global_step > 0:
             logger.warning("The checkpoint knows no gates, so moice/drift counts from step %d.", state.global_step)
 
@@ -75,12 +75,12 @@ class MoICECallback(TrainerCallback):
         self.statistics.clear()
         self.statistics.enabled = self.start is None or _is_logged(args, state, state.global_step + 1)
 
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.statistics.sums.keys() - (self.start or {}).keys():
             # The first step, or adapters that were not active in it.
             seen = {name: _means(sums)["gates"].tolist() for name, sums in self._reduced().items()}
             self.start = {**seen, **(self.start or {})}
-            state.stateful_callbacks[_START] = self.start  # type: ignore[index, call-overload]
+            state.stateful_callbacks[_START] = self.start
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if "loss" not in (logs or {}) or not self.statistics.sums or self.start is None:

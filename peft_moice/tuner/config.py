@@ -51,10 +51,10 @@ class MoICEConfig(PeftConfig):
 
     Args:
         rope_bases: absolute base angles (`rope_theta` values) of the N experts, or the ropes of some of them as dicts,
-            see `ropes`. The first has to be the model's own; a
-            single angle may be any, which runs the model under another `rope_theta`. For models with angles per layer
-            type, a dict from layer type to such a list. Default: `base_multipliers` times the model's own. All other
-            rope parameters are kept; with longrope, an angle holds for the short and for the long factors.
+            see `ropes`. The first has to be the model's own; a single angle may be any, which runs the model under
+            another `rope_theta`. For models with angles per layer type, a dict from layer type to such a list.
+            Default: `base_multipliers` times the model's own. All other rope parameters are kept; with longrope, an
+            angle holds for the short and for the long factors.
         base_multipliers: base angles as multiples of the model's own `rope_theta`, starting with 1. Excludes
             `rope_bases`. Default: the official release's 1, 1.75, 1.8, 1.9, 2, 2.25, 2.5.
         top_k: number K of experts mixed per head and token, 1 to N. Default: N, as in the official release. The cost
