@@ -5,8 +5,9 @@
     python examples/research/window.py --table examples/research/window.jsonl --picture docs/images/window.png
 
 Loss of running text by position, and the loss and share of exactly right codes asked for at the end of the text, from
-some distances back. `--data` holds `leval-sci_fi.jsonl.gz`; facts are written into the text, and their tokens do not
-count for its loss. One line of JSON for each text and method; those that the file has are not run again.
+some distances back. `--data` holds `leval-sci_fi.jsonl.gz`, whose novels have numbers; other texts are files. Facts
+are written into the text, and their tokens do not count for its loss. One line of JSON for each text and method; those
+that the log has are not run again.
 """
 
 import argparse
@@ -146,7 +147,7 @@ def main(args: argparse.Namespace) -> None:
         done = {(row["length"], row["text"], row["method"]) for row in rows}
     for text in args.texts:
         for method in args.methods:
-            if (args.length, text, method) not in done:
+            if (args.length, name_of(text), method) not in done:
                 row = run(args, text, method)
                 print(json.dumps(row), flush=True)
                 with args.out.open("a") as file:
@@ -154,7 +155,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def run(args: argparse.Namespace, text: int, method: str) -> dict:
+def run(args: argparse.Namespace, text: int | str, method: str) -> dict:
     model, tokenizer = load_model(args.model)
     model.eval()
     window = args.window or model.config.max_position_embeddings
@@ -181,7 +182,7 @@ def run(args: argparse.Namespace, text: int, method: str) -> dict:
         spans[f"{first} to {end}"] = kept.mean().item() if first >= window or method != "cut" else None
     asked = {str(distance): ask(model, tokenizer, cache, of_distance) for distance, of_distance in facts.items()}
     return {
-        "text": text,
+        "text": name_of(text),
         "method": method,
         "window": window,
         "length": args.length,
@@ -189,20 +190,23 @@ def run(args: argparse.Namespace, text: int, method: str) -> dict:
         "bins": [None if kept.isnan().any() else round(kept.mean().item(), 4) for kept in bins],
         "facts": asked,
         "seconds": round(seconds),
-        "command": f"python examples/research/window.py --data FOLDER --out FILE --length {args.length:g} "
-        f"--texts {text} --methods {method!r}",
+        "command": "python examples/research/window.py --data FOLDER --out FILE "
+        f"{'--model FOLDER ' if args.model else ''}--length {args.length:g} --texts {name_of(text)} "
+        f"--methods {method!r}" + (f" --distances {' '.join(map(str, args.distances))}" if args.distances else ""),
     }
 
 
 def under(model, window: int, options: dict):
     """The model under a method's ropes."""
-    own = dict(model.config.rope_parameters)
+    parameters = model.config.rope_parameters
+    own = dict(parameters.get("full_attention", parameters))
     if "theta" in options:
         own["rope_theta"] *= options["theta"]
     if "rope_type" in options:
         own |= {**options, "original_max_position_embeddings": window}
-    if own != model.config.rope_parameters:
-        model.config.rope_parameters = own
+    if "theta" in options or "rope_type" in options:
+        by_type = "full_attention" in parameters
+        model.config.rope_parameters = {**parameters, "full_attention": own} if by_type else own
         model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
         return model
     within, beyond = {"query_positions": [0, window]}, {"query_positions": [window, None]}
@@ -224,14 +228,14 @@ def is_own_within(options: dict) -> bool:
     return "near" in options or "ropes" in options
 
 
-def text_with_facts(tokenizer, args: argparse.Namespace, number: int, window: int):
+def text_with_facts(tokenizer, args: argparse.Namespace, text: int | str, window: int):
     """Token ids `[1, S]` of a text, which of them count for its loss, and facts by their distance in windows."""
-    questions, distances = args.questions, [distance for distance in DISTANCES if distance < args.length - 0.1]
-    with gzip.open(args.data / "leval-sci_fi.jsonl.gz", "rt", encoding="utf-8") as lines:
-        texts = list(dict.fromkeys(json.loads(line)["input"] for line in lines))
-    # A text that is too short is followed by the next one.
-    tokens = itertools.chain.from_iterable(tokenizer(text).input_ids for text in texts[number : number + 2])
-    rng, length = random.Random(number), int(args.length * window)
+    questions, distances = args.questions, args.distances or [d for d in DISTANCES if d < args.length - 0.1]
+    # A novel that is too short is followed by the next one.
+    is_file = isinstance(text, str)
+    texts = [Path(text).read_text(encoding="utf-8")] if is_file else novels_of(args.data)[text : text + 2]
+    tokens = itertools.chain.from_iterable(tokenizer(text).input_ids for text in texts)
+    rng, length = random.Random(0 if is_file else text), int(args.length * window)
     drawn = sample_facts(questions * len(distances), rng, split="eval")
     facts, places = {}, {}
     for index, distance in enumerate(distances):
@@ -252,6 +256,16 @@ def text_with_facts(tokenizer, args: argparse.Namespace, number: int, window: in
     return torch.tensor([ids[:length]]), torch.tensor(counts[:length]), facts
 
 
+def novels_of(folder: Path) -> list[str]:
+    with gzip.open(folder / "leval-sci_fi.jsonl.gz", "rt", encoding="utf-8") as lines:
+        return list(dict.fromkeys(json.loads(line)["input"] for line in lines))
+
+
+def question(name: str, code: str) -> tuple[str, str]:
+    """What asks for a code, and the answer."""
+    return f"\n\nThe access code of {name} is", f" {code}"
+
+
 _WITHIN: dict = {}
 """What the base model has made of the window of the last text, which some methods go on from."""
 
@@ -261,24 +275,21 @@ def losses_beyond(base, model, ids: torch.Tensor, key: tuple):
     window = key[1]
     if key not in _WITHIN:
         _WITHIN.clear()
-        # One token more, whose loss is that of the window's last.
-        _WITHIN[key] = losses_of(base, ids[:, : window + 1])
+        _WITHIN[key] = losses_of(base, ids[:, :window], ids[0, 1 : window + 1])
     within, cache = _WITHIN[key]
-    cache = copy.deepcopy(cache)
-    cache.crop(-1)
-    beyond, cache = losses_of(model, ids[:, window:], cache)
+    beyond, cache = losses_of(model, ids[:, window:], ids[0, window + 1 :], copy.deepcopy(cache))
     return torch.cat((within, beyond)), cache
 
 
-def losses_of(model, ids: torch.Tensor, cache: DynamicCache | None = None):
-    """The loss of every token but the first, `[S - 1]`, and the cache."""
-    output = model.model(ids, past_key_values=cache, use_cache=True)
+def losses_of(model, ids: torch.Tensor, targets: torch.Tensor | None = None, cache: DynamicCache | None = None):
+    """The loss of `targets`, by default every token but the first, `[S - 1]`, and the cache."""
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    states = model.model(ids, past_key_values=cache, use_cache=True).last_hidden_state[0]
     losses = []
-    for first in range(0, ids.shape[1] - 1, 512):
-        logits = model.lm_head(output.last_hidden_state[0, first : min(first + 512, ids.shape[1] - 1)])
-        targets = ids[0, first + 1 : first + 1 + logits.shape[0]]
-        losses.append(torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none"))
-    return torch.cat(losses), output.past_key_values
+    for some, of_them in zip(states.split(512), (ids[0, 1:] if targets is None else targets).split(512), strict=False):
+        logits = model.lm_head(some[: len(of_them)]).float()
+        losses.append(torch.nn.functional.cross_entropy(logits, of_them, reduction="none"))
+    return torch.cat(losses), cache
 
 
 def losses_when_cut(model, ids: torch.Tensor, window: int):
@@ -294,16 +305,27 @@ def losses_when_cut(model, ids: torch.Tensor, window: int):
 def ask(model, tokenizer, cache: DynamicCache, facts) -> dict:
     """Mean loss of a code's tokens, and the share of codes that are right in all, behind the text in `cache`."""
     losses, right = [], []
+    slides = any(getattr(layer, "is_sliding", False) for layer in cache.layers)
     for name, code in facts:
-        prompt = tokenizer(f"\n\nThe access code of {name} is", add_special_tokens=False).input_ids
-        answer = tokenizer(f" {code}", add_special_tokens=False).input_ids
+        prompt, answer = (tokenizer(part, add_special_tokens=False).input_ids for part in question(name, code))
         ids = torch.tensor([[*prompt, *answer]])
-        logits = model(ids, past_key_values=cache).logits[0, len(prompt) - 1 : -1].float()
-        cache.crop(-ids.shape[1])
+        # Layers that slide have forgotten what a crop would have to bring back.
+        logits = model(ids, past_key_values=copy.deepcopy(cache) if slides else cache).logits
+        if not slides:
+            cache.crop(-ids.shape[1])
+        logits = logits[0, len(prompt) - 1 : -1].float()
         targets = torch.tensor(answer)
         losses.append(torch.nn.functional.cross_entropy(logits, targets).item())
         right.append(bool((logits.argmax(dim=-1) == targets).all()))
     return {"losses": losses, "right": right}
+
+
+def number_or_file(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
+
+
+def name_of(text: int | str) -> int | str:
+    return text if isinstance(text, int) else Path(text).name
 
 
 if __name__ == "__main__":
@@ -314,8 +336,9 @@ if __name__ == "__main__":
     parser.add_argument("--table", type=Path, help="print what this log holds")
     parser.add_argument("--picture", type=Path, help="with --table: draw loss by position there")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--texts", nargs="+", type=int, default=[1, 3, 5])
+    parser.add_argument("--texts", nargs="+", type=number_or_file, default=[1, 3, 5], help="novels or files")
     parser.add_argument("--length", type=float, default=2.0, help="of the texts, in windows; at least 1.5")
+    parser.add_argument("--distances", nargs="+", type=float, help="of facts, in windows")
     parser.add_argument("--questions", type=int, default=10, help="at each distance")
     parser.add_argument("--window", type=int, help="default: the model's own")
     parser.add_argument("--threads", type=int, default=2)
