@@ -1,9 +1,9 @@
 """What does it cost to read beyond the window? Times of the extension beside a model under static YaRN, and its base.
 
     python examples/benchmarks/measure_window.py
-    python examples/benchmarks/measure_window.py --window 2048 --implementation delegated
+    python examples/benchmarks/measure_window.py --window 2048 --implementation delegated --shape llama-1b
 
-A model of SmolLM2's shape with random weights, float32. The window is set by --window, so that a text of twice its
+Layers of a model's shape with random weights, float32. The window is set by --window, so that a text of twice its
 length is read in seconds. Medians of repetitions that take turns; the ratios are to YaRN.
 """
 
@@ -18,12 +18,22 @@ from peft_moice import MoICEConfig
 from peft_moice.evaluation.reader import cache_keyword
 from peft_moice.tuner.extending import extension_config
 
-SHAPE = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
+SHAPES = {
+    "smollm2-135m": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    },
+    # A few layers with the vocabulary of all sixteen would measure its head.
+    "llama-1b": {
+        "vocab_size": 8192,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
 }
 
 
@@ -31,7 +41,9 @@ def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     models = {"base": make(args), "YaRN": make(args, factor=4.0), "extend": extended(args)}
     ids = torch.randint(0, 1000, (1, 2 * args.window))
-    print(f"window {args.window}, {args.layers} layers, {args.threads} threads, torch {torch.__version__}")
+    print(
+        f"{args.shape}, window {args.window}, {args.layers} layers, {args.threads} threads, torch {torch.__version__}"
+    )
     print("| | base | YaRN | extend | extend to YaRN |\n|---|---|---|---|---|")
     half = ids[:, : args.window]
     show(f"prefill of {args.window} tokens, within", timed(models, lambda model: read(model, half), args))
@@ -52,7 +64,7 @@ def make(args: argparse.Namespace, factor: float | None = None):
     if factor is not None:
         rope |= {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": args.window}
     sizes = {"num_hidden_layers": args.layers, "max_position_embeddings": args.window}
-    config = LlamaConfig(**SHAPE, **sizes, rope_parameters=rope)
+    config = LlamaConfig(**SHAPES[args.shape], **sizes, rope_parameters=rope)
     return AutoModelForCausalLM.from_config(config, attn_implementation=args.attention).eval()
 
 
@@ -93,6 +105,7 @@ def show(what: str, seconds: dict[str, list[float]]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--window", type=int, default=2048)
+    parser.add_argument("--shape", default="smollm2-135m", choices=SHAPES)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=3)

@@ -113,7 +113,7 @@ def fill(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-UNTRAINED = ("base", "equal", "ms_poe", "positional_interpolation", "attention_buckets", "single")
+UNTRAINED = ("base", "equal", "ms_poe", "positional_interpolation", "attention_buckets", "single", "yarn")
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -272,7 +272,11 @@ def test_losses_beyond_a_length_are_those_of_the_tokens_there(folder, tmp_path, 
 
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [("single_2", {"rope_theta": 20000.0}), ("positional_interpolation", {"rope_type": "linear", "factor": 2.0})],
+    [
+        ("single_2", {"rope_theta": 20000.0}),
+        ("positional_interpolation", {"rope_type": "linear", "factor": 2.0}),
+        ("yarn_2", {"rope_type": "yarn", "factor": 2.0}),
+    ],
 )
 def test_one_rope_for_all_heads_is_that_of_a_model_with_this_config(folder, name, changes):
     config = AutoConfig.from_pretrained(folder)
