@@ -211,12 +211,10 @@ def measure(rules: Rules, model, caches: list[dict]) -> tuple[list, list]:
     return codes, text
 
 
-def run(args: argparse.Namespace, kind: str, trained_on: list[dict], measured_on: list[dict]) -> dict:
-    started = time.perf_counter()
-    torch.manual_seed(args.seed)
-    model, _ = load_model(args.model)
+def under_rules(kind: str, model, window: int) -> tuple[Rules, nn.Module]:
+    """The rules of a kind, and the model that attends by them, of which nothing but LoRA is trained."""
     model.requires_grad_(False)
-    rules = Rules(kind, model.config, args.window or model.config.max_position_embeddings)
+    rules = Rules(kind, model.config, window)
     AttentionInterface.register("rules", rules.attend)
     model.set_attn_implementation("rules")
     for layer in model.model.layers if rules.gates is not None else ():
@@ -225,6 +223,14 @@ def run(args: argparse.Namespace, kind: str, trained_on: list[dict], measured_on
         )
     if kind.startswith("LoRA"):
         model = get_peft_model(model, LoraConfig(r=1, target_modules=["q_proj"]))
+    return rules, model
+
+
+def run(args: argparse.Namespace, kind: str, trained_on: list[dict], measured_on: list[dict]) -> dict:
+    started = time.perf_counter()
+    torch.manual_seed(args.seed)
+    model, _ = load_model(args.model)
+    rules, model = under_rules(kind, model, args.window or model.config.max_position_embeddings)
     trained = [p for p in (*rules.parameters(), *model.parameters()) if p.requires_grad]
     losses = train(rules, model, args, trained_on) if trained else []
     codes, text = measure(rules, model, measured_on)

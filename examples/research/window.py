@@ -198,7 +198,7 @@ def run(args: argparse.Namespace, text: int | str, method: str) -> dict:
 
 def under(model, window: int, options: dict):
     """The model under a method's ropes."""
-    parameters = model.config.rope_parameters
+    model.config.max_position_embeddings, parameters = window, model.config.rope_parameters
     own = dict(parameters.get("full_attention", parameters))
     if "theta" in options:
         own["rope_theta"] *= options["theta"]
