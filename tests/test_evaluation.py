@@ -15,6 +15,7 @@ from peft_moice import MoICEConfig
 from peft_moice.evaluation import (
     Example,
     Facts,
+    PositionLosses,
     Result,
     Score,
     bootstrap_interval,
@@ -144,6 +145,12 @@ class TestPerplexity:
             perplexity(model, tokenizer, self.TEXT, chunk_length=1)
         with pytest.raises(ValueError, match="max_chunks"):
             perplexity(model, tokenizer, self.TEXT, max_chunks=0)
+
+    def test_a_mean_is_of_whole_buckets(self):
+        losses = PositionLosses(edges=(11, 31), losses=(1.0, 4.0), chunks=1)
+        assert losses.mean() == 3.0 and losses.mean(end=20) == 1.0 and losses.mean(11) == 4.0
+        with pytest.raises(ValueError, match="between positions 12 and 20"):
+            losses.mean(12, 20)
 
 
 class TestBootstrapInterval:

@@ -10,9 +10,8 @@ import torch
 from ..evaluation import encode_chat, sample_facts
 from ..evaluation.angles import OwnAngle, own_angles, score_angles, search_angles
 from ..evaluation.plotting import plot_waveforms
-from .measure import can_draw
 from .models import ModelArguments, load_model, load_tokenizer
-from .parsing import Outcome, Parser, UsageError, option, output_folder
+from .parsing import Outcome, Parser, UsageError, can_draw, option, output_folder
 
 SUMMARY = "choose base angles, by RoPE's waveforms and by measuring a model"
 _MOST_DRAWN = 7

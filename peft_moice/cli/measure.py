@@ -1,6 +1,5 @@
 """`peft-moice measure`: where does a model lose facts, and does an adapter repair it?"""
 
-import importlib.util
 import json
 import logging
 import time
@@ -29,7 +28,7 @@ from ..training.data import read_text
 from ..tuner.config import MoICEConfig
 from .models import ModelArguments, base_name, load_model, load_tokenizer
 from .pace import in_words
-from .parsing import Outcome, Parser, UsageError, option, output_folder
+from .parsing import Outcome, Parser, UsageError, can_draw, option, output_folder
 from .tables import difference, score_table, verdict
 
 logger = logging.getLogger(__name__)
@@ -144,14 +143,6 @@ def run(args: Arguments) -> Outcome:
         draw(measured, output_dir)
     where = f"Scores{' and pictures' * is_drawn} are in {output_dir}."
     return Outcome(_as_text(measured, where, interrupted, window), _as_values(measured, output_dir), interrupted)
-
-
-def can_draw() -> bool:
-    """Whether matplotlib is there; a warning where it is not."""
-    is_there = importlib.util.find_spec("matplotlib") is not None
-    if not is_there:
-        logger.warning("Without matplotlib no pictures are drawn: pip install 'peft_moice[plot]'.")
-    return is_there
 
 
 def extended_window(adapters: Sequence[str]) -> int | None:

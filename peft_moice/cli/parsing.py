@@ -2,6 +2,8 @@
 
 import argparse
 import difflib
+import importlib.util
+import logging
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, field
@@ -10,6 +12,8 @@ from tempfile import TemporaryFile
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
+
+logger = logging.getLogger(__name__)
 
 _WIDTH = 118
 _LONGEST_CHOICES = 22
@@ -38,6 +42,14 @@ class Outcome:
     text: str
     values: dict[str, Any] | None
     interrupted: bool = False
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is there; a warning where it is not."""
+    is_there = importlib.util.find_spec("matplotlib") is not None
+    if not is_there:
+        logger.warning("Without matplotlib no pictures are drawn: pip install 'peft_moice[plot]'.")
+    return is_there
 
 
 def output_folder(name: str) -> Path:

@@ -18,8 +18,15 @@ _OURS: dict[str, Any] = {
 
 PRESETS: dict[str | None, dict[str, Any]] = {
     None: {},
-    # The recipe of examples/repair_lost_in_the_middle.py, for passages.
-    "retrieval": {**_OURS, "data_format": "documents", "questions": 4, "max_steps": 40},
+    # The recipe of examples/repair_lost_in_the_middle.py, for passages: prompts of about as many tokens as 30 facts.
+    "retrieval": {
+        **_OURS,
+        "data_format": "documents",
+        "documents_per_prompt": 8,
+        "passage_words": 40,
+        "questions": 4,
+        "max_steps": 40,
+    },
     # The same for chats, as often as they are given; what users say in them is the text that stays as it was.
     "chats": {**_OURS, "num_train_epochs": 1},
     # What the authors released for Llama-2-7B-chat (https://github.com/p1nksnow/MoICE); the routers' own settings are

@@ -43,9 +43,15 @@ class PositionLosses:
         return math.exp(self.mean())
 
     def mean(self, start: int = 1, end: float = math.inf) -> float:
-        """Mean loss of the buckets that lie between two positions. Default: of all."""
+        """Mean loss of the buckets that lie between two positions. Default: of all.
+
+        Raises:
+            ValueError: none does.
+        """
         buckets = zip(self.edges, self.losses, _sizes(self.edges), strict=True)
         chosen = [(loss * size, size) for edge, loss, size in buckets if start <= edge - size and edge <= end]
+        if not chosen:
+            raise ValueError(f"No bucket lies between positions {start} and {end}; they end at {self.edges}.")
         return sum(total for total, _ in chosen) / sum(size for _, size in chosen)
 
 

@@ -203,8 +203,8 @@ class MoICELayer(MixesAngles, BaseTunerLayer):
                         "holds values that are not finite, so it was not merged. Train it again with a lower learning "
                         "rate, or load an earlier checkpoint."
                     )
-        if self.merged:
-            getattr(self.base_layer, ROUTERS_NAME).remove(self.base_layer)
+        names = [*self.merged_adapters, *names]
+        self.unmerge()
         self.merged_adapters.extend(names)
         shares, by_position = self._shares_of(self.merged_adapters), self._by_position_of(self.merged_adapters)
         build_in(self.base_layer, self.rope, self.num_heads, self.head_dim, shares, by_position)
