@@ -76,10 +76,12 @@ class Rules(nn.Module):
                 gate.bias.data = torch.tensor([2.0, 0.0, 0.0]).repeat(heads)
         self.positions = self.states = None
 
-    def log(self, name: str, layer: int) -> torch.Tensor:
-        """`[H or 1, 1, 1]`"""
-        value = self.logs[name] if name in self.logs else torch.zeros(1, 1)
-        return (value if value.dim() == 1 else value[min(layer, value.shape[0] - 1)]).reshape(-1, 1, 1)
+    def times(self, name: str, layer: int, x):
+        """`x`, `[H or 1, ...]` with two more dimensions, times what is trained under a name."""
+        if name not in self.logs:
+            return x
+        log = self.logs[name]
+        return (log if log.dim() == 1 else log[layer]).exp().reshape(-1, 1, 1) * x
 
     def attend(self, module, query, key, value, mask, scaling, **options):
         """In the form of transformers' attention functions, for one row. What is near and far is positions' affair."""
@@ -91,11 +93,11 @@ class Rules(nn.Module):
         seen = torch.zeros(distances.shape).masked_fill(~self.visible, -torch.inf)
         own = torch.einsum("gqsd,gtd->gqst", query.unflatten(0, (-1, group)), key[0]).flatten(0, 1)
         outputs = []
-        for near in (NEAR, 0.5, 0.25) if self.gates is not None else (NEAR,):
-            near = near * self.window
-            rate = (self.window - near) / (FACTOR * self.window - near) * self.log("rate", layer).exp()
+        for share in (NEAR, 0.5, 0.25) if self.gates is not None else (NEAR,):
+            near = torch.full((1, 1, 1), share * self.window)
+            rate = self.times("rate", layer, (self.window - near) / (FACTOR * self.window - near))
             # The farthest key's angle stays among those that the model was trained for.
-            near = (near * self.log("near", layer).exp()).clamp(1, 0.92 * self.window)
+            near = self.times("near", layer, near).clamp(1, 0.92 * self.window)
             count = int((places.max() - near.min()).item()) + 1
             turn = self.theta * (rate - 1)  # [H or 1, 1, P]
             asks = rotated(query, turn * (places[:, None] - near))
@@ -107,13 +109,10 @@ class Rules(nn.Module):
                 far = torch.einsum("gqsd,gtd->gqst", asks.unflatten(0, (-1, group)), keys).flatten(0, 1)
             else:
                 far = asks @ keys.mT
-            far = torch.where(
-                distances[:, :count] >= near,
-                far * self.log("far_scores", layer).exp(),
-                own[..., :count] * self.log("near_scores", layer).exp(),
-            )
-            scores = torch.cat((far, own[..., count:] * self.log("near_scores", layer).exp()), dim=-1)
-            scores = scores * self.log("all_scores", layer).exp()
+            near_scores = self.times("near_scores", layer, own)
+            far_scores = self.times("far_scores", layer, far)
+            far_scores = torch.where(distances[:, :count] >= near, far_scores, near_scores[..., :count])
+            scores = self.times("all_scores", layer, torch.cat((far_scores, near_scores[..., count:]), dim=-1))
             if self.kind == "ln m / ln window":
                 scores = scores * (places.log() / math.log(self.window))[:, None]
             outputs.append((scores + seen).softmax(dim=-1) @ values)
@@ -188,8 +187,8 @@ def train(rules: Rules, model, args: argparse.Namespace, caches: list[dict]) -> 
         for group in optimizer.param_groups:
             group["lr"] = rate * (1 + math.cos(math.pi * step / args.steps)) / 2
         cache = caches[step % len(caches)]
-        parts = [([*asks, *code], len(code)) for asks, code in rng.sample(cache["asked"], 3)]
-        *codes, text = rules.losses(model, cache["prefix"], [*parts, (cache["next"][:40], 39)])
+        parts = [([*asks, *code], len(code)) for asks, code in rng.sample(cache["asked"], 2)]
+        *codes, text = rules.losses(model, cache["prefix"], [*parts, (cache["next"][:25], 24)])
         loss = torch.cat(codes).mean() + 2 * text.mean()
         optimizer.zero_grad()
         loss.backward()
@@ -294,7 +293,7 @@ if __name__ == "__main__":
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--texts", type=int, default=len(MEASURED_ON), help="measured")
     parser.add_argument("--questions", type=int, default=10, help="at each distance")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument(
         "--rate", type=float, default=0.05, help="of Adam on logarithms; a tenth of it on gates and LoRA"
     )
