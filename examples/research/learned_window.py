@@ -3,10 +3,10 @@
     python examples/research/learned_window.py --data FOLDER --out FILE
     python examples/research/learned_window.py --table examples/research/learned_window.jsonl
 
-A cache holds 1.5 windows of novels under `extend(factor=4)`, without gradient. Behind it stand questions about codes
-written into the text, and the tokens of the novel that come next; trained are the losses of both. Measured on other
-novels, those of `window.py`, with its questions, and on 256 tokens that come next. All of these stand beyond the
-window, so nothing that is trained here changes what lies within.
+A cache holds 1.5 windows of novels under `extend(factor=4)`, without gradient. Trained are the losses of questions
+behind it, about codes written into the text, and of pieces of the text beyond the window. Measured on other novels,
+those of `window.py`, with its questions, and on the 256 tokens that come next. All of these stand beyond the window:
+nothing that is trained here changes what lies within.
 """
 
 import argparse
@@ -123,24 +123,25 @@ class Rules(nn.Module):
             output = outputs[0]
         return output.transpose(0, 1)[None], None
 
-    def losses(self, model, prefix: list, parts: list[tuple[list[int], int]]) -> list[torch.Tensor]:
-        """The losses of the last tokens of parts of text, each behind `prefix`.
+    def losses(self, model, prefix: list, parts: list[tuple[int, list[int], int]]) -> list[torch.Tensor]:
+        """The losses of the last tokens of parts of text, each behind the first `start` tokens of `prefix`.
 
         Args:
             model: the model, whose attention is [`Rules.attend`].
             prefix: keys and values of each layer.
-            parts: the ids of each, and how many of its last tokens count.
+            parts: where each begins, its ids, and how many of its last tokens count.
         """
-        start, lengths = prefix[0][0].shape[2], torch.tensor([len(ids) for ids, _ in parts])
+        lengths = torch.tensor([len(ids) for _, ids, _ in parts])
         number = torch.repeat_interleave(torch.arange(len(parts)), lengths)
-        self.positions = torch.cat([torch.arange(start, start + len(ids)) for ids, _ in parts])
+        self.positions = torch.cat([torch.arange(start, start + len(ids)) for start, ids, _ in parts])
+        starts = torch.tensor([start for start, _, _ in parts])[number]
         inside = (number[:, None] == number) & (self.positions[:, None] >= self.positions)
-        self.visible = torch.cat((inside.new_ones(len(number), start), inside), dim=1)
-        ids = torch.tensor([[token for ids, _ in parts for token in ids]])
+        self.visible = torch.cat((torch.arange(prefix[0][0].shape[2]) < starts[:, None], inside), dim=1)
+        ids = torch.tensor([[token for _, ids, _ in parts for token in ids]])
         cache = DynamicCache(prefix)
         logits = model(ids, position_ids=self.positions[None], past_key_values=cache, use_cache=True).logits[0]
         losses, first = [], 0
-        for of_part, count in parts:
+        for _, of_part, count in parts:
             end = first + len(of_part)
             losses.append(
                 cross_entropy(logits[end - count - 1 : end - 1], ids[0, end - count : end], reduction="none")
@@ -157,29 +158,31 @@ def rotated(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def prepare(args: argparse.Namespace, text: int | str, questions: int, file: Path) -> dict:
-    """The cache of a text under `extend`, its facts, and the tokens that come next; from `file` if that is there."""
+    """A text, what is asked about it, and its cache under `extend`, from `file` if that is there.
+
+    Returns:
+        `ids`, of which the last 256 are not in the cache; `asked`, pairs of ids of questions and codes; `prefix`, keys
+        and values of each layer.
+    """
+    model, tokenizer = load_model(args.model)
+    window = args.window or model.config.max_position_embeddings
+    distances = [distance + NEXT / window for distance in (0.25, 0.75, 1.25)]
+    options = {"data": args.data, "length": LENGTH + NEXT / window, "questions": questions, "distances": distances}
+    ids, _, facts = text_with_facts(tokenizer, argparse.Namespace(**options), text, window)
+    asked = [
+        tuple(tokenizer(part, add_special_tokens=False).input_ids for part in question(name, code))
+        for some in facts.values()
+        for name, code in some
+    ]
     if not file.exists():
-        model, tokenizer = load_model(args.model)
-        window = args.window or model.config.max_position_embeddings
-        further = NEXT / window
-        distances = [distance + further for distance in (0.25, 0.75, 1.25)]
-        options = argparse.Namespace(data=args.data, length=LENGTH + further, questions=questions, distances=distances)
-        ids, _, facts = text_with_facts(tokenizer, options, text, window)
-        length = int(LENGTH * window)
         cache = losses_of(model.eval(), ids[:, :window])[1]
-        _, cache = losses_of(under(model, window, METHODS[OURS]), ids[:, window:length], cache=cache)
-        found = {"prefix": [(layer.keys, layer.values) for layer in cache.layers], "next": ids[0, length:].tolist()}
-        asked = [
-            tuple(tokenizer(part, add_special_tokens=False).input_ids for part in question(name, code))
-            for some in facts.values()
-            for name, code in some
-        ]
-        torch.save({**found, "asked": asked}, file)
-    return torch.load(file, mmap=True)
+        _, cache = losses_of(under(model, window, METHODS[OURS]), ids[:, window:-NEXT], cache=cache)
+        torch.save([(layer.keys, layer.values) for layer in cache.layers], file)
+    return {"ids": ids[0].tolist(), "asked": asked, "prefix": torch.load(file, mmap=True)}
 
 
 def train(rules: Rules, model, args: argparse.Namespace, caches: list[dict]) -> list[float]:
-    """Adam on the loss of codes, and twice that of what comes next, each the mean of its tokens."""
+    """Adam on the loss of codes, and twice that of a piece of text beyond the window, each the mean of its tokens."""
     trained = [parameter for parameter in (*rules.parameters(), *model.parameters()) if parameter.requires_grad]
     rate = args.rate if len(rules.logs) else args.rate / 10
     optimizer, rng, losses = torch.optim.Adam(trained, lr=rate), random.Random(args.seed), []
@@ -187,8 +190,11 @@ def train(rules: Rules, model, args: argparse.Namespace, caches: list[dict]) -> 
         for group in optimizer.param_groups:
             group["lr"] = rate * (1 + math.cos(math.pi * step / args.steps)) / 2
         cache = caches[step % len(caches)]
-        parts = [([*asks, *code], len(code)) for asks, code in rng.sample(cache["asked"], 2)]
-        *codes, text = rules.losses(model, cache["prefix"], [*parts, (cache["next"][:25], 24)])
+        length = cache["prefix"][0][0].shape[2]
+        parts = [(length, [*asks, *code], len(code)) for asks, code in rng.sample(cache["asked"], 2)]
+        start = rng.randrange(rules.window, length)
+        parts.append((start, cache["ids"][start : start + 25], 24))
+        *codes, text = rules.losses(model, cache["prefix"], parts)
         loss = torch.cat(codes).mean() + 2 * text.mean()
         optimizer.zero_grad()
         loss.backward()
@@ -202,10 +208,11 @@ def measure(rules: Rules, model, caches: list[dict]) -> tuple[list, list]:
     """Losses of codes, and of pieces of 32 tokens of what comes next, one after the other in all texts."""
     codes, text = [], []
     for cache in caches:
-        asked = [([*asks, *code], len(code)) for asks, code in cache["asked"]]
+        length, following = len(cache["ids"]) - NEXT, cache["ids"][-NEXT:]
+        asked = [(length, [*asks, *code], len(code)) for asks, code in cache["asked"]]
         for first in range(0, len(asked), 10):
             codes += [loss.mean().item() for loss in rules.losses(model, cache["prefix"], asked[first : first + 10])]
-        (losses,) = rules.losses(model, cache["prefix"], [(cache["next"], len(cache["next"]) - 1)])
+        (losses,) = rules.losses(model, cache["prefix"], [(length, following, NEXT - 1)])
         text += [piece.mean().item() for piece in losses.split(32)]
     return codes, text
 
@@ -295,7 +302,7 @@ if __name__ == "__main__":
     parser.add_argument("--questions", type=int, default=10, help="at each distance")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument(
-        "--rate", type=float, default=0.05, help="of Adam on logarithms; a tenth of it on gates and LoRA"
+        "--rate", type=float, default=0.03, help="of Adam on logarithms; a tenth of it on gates and LoRA"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--window", type=int, help="default: the model's own")

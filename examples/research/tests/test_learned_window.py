@@ -31,7 +31,7 @@ def test_rules_start_as_the_extension_and_learn(folder, read, kind):
     ids, prefix, expected = read
     rules, model = learned_window.under_rules(kind, load(folder).eval(), WINDOW)
     # Beside another part, which it does not see.
-    first, second = rules.losses(model, prefix, [(ids, 6), (ids[:4], 2)])
+    first, second = rules.losses(model, prefix, [(24, ids, 6), (20, ids[:4], 2)])
     if kind not in ("ln m / ln window", "routers over near 0.75, 0.5, 0.25"):
         torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-5)
     (first.sum() + second.sum()).backward() if first.requires_grad else None
