@@ -54,16 +54,16 @@ class Arguments:
     aux_coef: float = field(default=0.0, metadata={"help": "Weight of the balance loss."})
     facts: int = field(default=30, metadata={"help": "Facts in a training prompt."})
     longer_facts: int = field(default=45, metadata={"help": "Facts in the longer prompts, measured only."})
-    questions: int = field(default=4, metadata={"help": "Questions asked in turn about a training prompt."})
+    questions: int = field(default=8, metadata={"help": "Questions asked in turn about a training prompt."})
     keep_weight: float = field(
         default=2.0, metadata={"help": "Weight of the distance (KL) from the base model on ordinary text; 0: none."}
     )
-    keep_tokens: int = field(default=256, metadata={"help": "Tokens of ordinary text in a step."})
-    steps: int = field(default=40, metadata={"help": "Training steps."})
+    keep_tokens: int = field(default=128, metadata={"help": "Tokens of ordinary text in a step."})
+    steps: int = field(default=24, metadata={"help": "Training steps."})
     batch_size: int = field(default=1, metadata={"help": "Training prompts in a step."})
-    learning_rate: float = field(default=5e-2, metadata={"help": "Peak learning rate of AdamW."})
-    lists: int = field(default=16, metadata={"help": "Lists of facts per measurement: questions per position."})
-    text_chunks: int = field(default=8, metadata={"help": "Chunks of 1,024 tokens of text for the perplexity."})
+    learning_rate: float = field(default=8e-2, metadata={"help": "Peak learning rate of AdamW."})
+    lists: int = field(default=12, metadata={"help": "Lists of facts per measurement: questions per position."})
+    text_chunks: int = field(default=4, metadata={"help": "Chunks of 1,024 tokens of text for the perplexity."})
     seed: int = field(default=0, metadata={"help": "Seed of training."})
 
 

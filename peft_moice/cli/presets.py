@@ -18,7 +18,7 @@ _OURS: dict[str, Any] = {
 
 PRESETS: dict[str | None, dict[str, Any]] = {
     None: {},
-    # The recipe of examples/repair_lost_in_the_middle.py, for passages: prompts of about as many tokens as 30 facts.
+    # Near the recipe of examples/repair_lost_in_the_middle.py, for passages: prompts as long as those of 30 facts.
     "retrieval": {
         **_OURS,
         "data_format": "documents",
