@@ -41,6 +41,9 @@ FOREIGN = {
     "The checkpoint you are trying to load has model type `…` but Transformers does not recognize this architecture": (
         "transformers/models/auto/configuration_auto.py"
     ),
+    "the current text generation call has exceeded the model's predefined maximum length": (
+        "transformers/generation/stopping_criteria.py"
+    ),
 }
 """Messages of others, and where they are."""
 

@@ -46,6 +46,7 @@ METHODS = {
     "yarn 2": {"rope_type": "yarn", "factor": 2.0},
     "yarn 4": {"rope_type": "yarn", "factor": 4.0},
     "by position, yarn 2": {"ropes": {"rope_type": "yarn", "factor": 2.0}},
+    "by position, yarn 4": {"ropes": {"rope_type": "yarn", "factor": 4.0}},
     "near 0.5, linear, 4": {"near": 0.5, "factor": 4},
     "near 0.75, linear, 2": {"near": 0.75, "factor": 2},
     "near 0.75, yarn 8": {"near": 0.75, "far": {"rope_type": "yarn", "factor": 8.0, "attention_factor": 1.0}},
