@@ -37,7 +37,7 @@ def model(tmp_path_factory) -> str:
 def arguments(model: str, output_dir: Path, *files: str, **options) -> list[str]:
     """Command-line arguments. Options that are None are left out."""
     defaults = {"max_steps": 2, "use_cpu": True, "per_device_train_batch_size": 2, "save_strategy": "no"}
-    options = {**defaults, "max_length": 256, "documents_per_prompt": 4, "passage_words": 16, "prompts": 20, **options}
+    options = {**defaults, "max_length": 320, "documents_per_prompt": 4, "passage_words": 16, "prompts": 20, **options}
     argv = ["--model", model, "--output_dir", str(output_dir), "--train_files", *files]
     for name, value in options.items():
         if value is not None:
@@ -207,7 +207,7 @@ class TestPresets:
         assert line.endswith("routers in 3 layers: rope_theta 10000 times 1, 1.5, 2, 3, 4, K = 5 of 5")
 
     def test_epochs_override_the_steps_of_a_preset(self, model, tmp_path):
-        for preset, steps in (("retrieval", 40), ("paper", 7)):
+        for preset, steps in (("retrieval", 24), ("paper", 7)):
             parsed = train.parser().parse(arguments(model, tmp_path, "file", preset=preset, max_steps=None))
             assert parsed.trainer.max_steps == steps
             for option in ("--num_train_epochs", "--num-train-epochs"):

@@ -1,6 +1,7 @@
 """Data for training: sources, formats, sequences, batches."""
 
 import gzip
+import itertools
 import json
 import random
 import re
@@ -12,6 +13,7 @@ from tiny_data import TEMPLATE, records, words, write_data
 from tiny_models import load, save_tiny_model, wide_config
 from transformers import AutoTokenizer, ByT5Tokenizer
 
+from peft_moice.evaluation import sample_facts
 from peft_moice.training.data import (
     DataArguments,
     document_chats,
@@ -25,6 +27,8 @@ from peft_moice.training.data import (
 )
 from peft_moice.training.data.chats import read_chats
 from peft_moice.tuner.pretraining import add_routers
+
+FACT = re.compile(r"The access code of (\w+) is (\d{5})\.")
 
 
 @pytest.fixture(scope="module")
@@ -169,8 +173,7 @@ class TestSources:
         ("messages", b"[]", r"is empty"),
         ("text", b"", r"line 1: there is no text"),
         ("text", b"w5 w6\nw7 \xff", r"line 2: not UTF-8"),
-        ("documents", b"w5 w6. w7 w8.", r"0 passages of 16 words with a sentence to ask for, too few"),
-        ("documents", b"w5 w6 w7 w8 w9 w10.\n\n" * 40, r"passages repeat each other"),
+        ("documents", b"w5 w6. w7 w8.", r"1 passages of 16 words, too few for documents_per_prompt 4"),
     ],
 )  # fmt: skip
 def test_bad_files(tokenizer, tmp_path, data_format, content, message):
@@ -194,6 +197,8 @@ def test_bad_files(tokenizer, tmp_path, data_format, content, message):
         ("a.csv", "prompt,answer\nw5,w6\n", {"loss_on": "answer"}, "'answer'; choose 'answers' or 'all'"),
         ("a.csv", "prompt,answer\nw5,w6\n", {"data_format": "chatml"}, "'chatml'; choose one of auto, messages"),
         ("a.txt", "w5.", {"data_format": "documents", "documents_per_prompt": 0}, "documents_per_prompt is 0"),
+        ("a.txt", "w5.", {"data_format": "documents", "documents_per_prompt": 68}, "documents_per_prompt is 68"),
+        ("a.txt", "w5.", {"data_format": "documents", "questions": 31}, r"questions is 31, but has to lie in 1\.\.30"),
         ("a.txt", "w5.", {"data_format": "documents", "passage_words": -1}, "passage_words is -1"),
     ],
 )
@@ -321,30 +326,47 @@ def test_tables_and_text_without_spaces_make_no_passage_longer(tmp_path):
     parts = [words(rng, rng.randint(7, 15)) + " ." for _ in range(60)]
     for i, part in enumerate(("| w5 " * 300, "w5w6" * 300, "字" * 400)):
         parts.insert(20 * i + 5, part)
-    parts.append(long := words(rng, 40) + " .")  # that one can ask for
+    parts.append(long := words(rng, 40) + " .")  # longer than a passage, and still a sentence
     file.write_text("\n\n".join(parts))
     args = DataArguments([str(file)], data_format="documents", documents_per_prompt=4, passage_words=16, prompts=40)
     shown = []
     for _, messages in document_chats([str(file)], args, seed=0):
-        shown += re.findall(r"Document \d+: (.*)", messages[0]["content"])
+        shown += re.findall(r"Document \d+: (.*)", FACT.sub("", messages[0]["content"]))
+    shown = [passage.strip() for passage in shown]
     assert len(shown) == 160 and long in shown
     assert max(len(passage.split()) for passage in shown if passage != long) <= 20
 
 
-@pytest.mark.parametrize("questions", [1, 2, 3])
-def test_every_place_is_asked_for_equally_often(tmp_path, questions):
+@pytest.mark.parametrize(("documents", "questions"), [(5, 1), (5, 4), (5, 15), (30, 3)])
+def test_every_fact_is_asked_for_equally_often(tmp_path, documents, questions):
     file = write_data(tmp_path, "documents")
+    num_facts = documents * min(3, 67 // documents)
     args = DataArguments(
-        [file], data_format="documents", documents_per_prompt=5, questions=questions, prompts=20, passage_words=16
+        [file],
+        data_format="documents",
+        documents_per_prompt=documents,
+        questions=questions,
+        prompts=2 * num_facts,
+        passage_words=8,
     )
-    asked = [0] * 5
+    asked = [0] * num_facts
     for _, messages in document_chats([file], args, seed=0):
         shown = re.findall(r"Document \d+: (.*)", messages[0]["content"])
-        assert len(messages) == 2 * questions
+        per_document = [FACT.findall(passage) for passage in shown]
+        assert [len(facts) for facts in per_document] == [num_facts // documents] * documents
+        facts = {name: (place, code) for place, (name, code) in enumerate(itertools.chain(*per_document))}
+        assert len(facts) == num_facts and len(messages) == 2 * questions
         for question, answer in zip(messages[::2], messages[1::2], strict=True):
-            start = re.search(r'starts with "(.*)"', question["content"])[1]
-            assert answer["content"].startswith(start)
-            (place,) = [i for i, passage in enumerate(shown) if answer["content"] in passage]
-            assert "".join(shown).count(start) == 1
+            name = re.search(r"What is the access code of (\w+)\?$", question["content"])[1]
+            place, code = facts[name]
+            assert answer["content"] == f"The access code of {name} is {code}."
             asked[place] += 1
-    assert asked == [20 * questions // 5] * 5
+    assert asked == [2 * questions] * num_facts
+
+
+def test_hidden_facts_are_none_of_those_that_are_measured(tmp_path):
+    args = DataArguments([file := write_data(tmp_path, "documents")], documents_per_prompt=4, passage_words=16)
+    hidden = {fact for _, messages in document_chats([file], args, seed=0) for fact in FACT.findall(str(messages))}
+    measured = {fact for seed in range(50) for fact in FACT.findall(str(sample_facts(30, random.Random(seed))))}
+    for of_training, of_evaluation in zip(zip(*hidden, strict=True), zip(*measured, strict=True), strict=True):
+        assert len(set(of_evaluation)) >= 30 and not set(of_training) & set(of_evaluation)

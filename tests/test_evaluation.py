@@ -99,15 +99,18 @@ def knows_some():
     facts = sample_facts(5, random.Random("7 5"))  # as `evaluate` draws them
     chats = [encode_chat(tokenizer, facts, [index]) for index in (0, 2, 4)]
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(60):
-        loss = 0.0
+    # How many steps it takes depends on the processor's rounding.
+    for _ in range(300):
+        losses = []
         for chat in chats:
             labels = torch.tensor(chat.input_ids).masked_fill(~torch.tensor(chat.is_answer), -100)
-            loss = loss + model(input_ids=torch.tensor([chat.input_ids]), labels=labels[None]).loss
+            losses.append(model(input_ids=torch.tensor([chat.input_ids]), labels=labels[None]).loss)
+        if max(losses) < 0.02:
+            return model, tokenizer, facts
         optimizer.zero_grad()
-        loss.backward()
+        sum(losses).backward()
         optimizer.step()
-    return model, tokenizer, facts
+    pytest.fail(f"The model has not learned the facts: {losses}")
 
 
 def model_that_reads(kind: str):

@@ -18,14 +18,17 @@ _OURS: dict[str, Any] = {
 
 PRESETS: dict[str | None, dict[str, Any]] = {
     None: {},
-    # Near the recipe of examples/repair_lost_in_the_middle.py, for passages: prompts as long as those of 30 facts.
+    # The recipe of examples/repair_lost_in_the_middle.py, with its facts hidden in passages.
     "retrieval": {
         **_OURS,
         "data_format": "documents",
         "documents_per_prompt": 8,
         "passage_words": 40,
-        "questions": 4,
-        "max_steps": 40,
+        "questions": 8,
+        "prompts": 240,
+        "keep_tokens": 128,
+        "learning_rate": 8e-2,
+        "max_steps": 24,
     },
     # The same for chats, as often as they are given; what users say in them is the text that stays as it was.
     "chats": {**_OURS, "num_train_epochs": 1},

@@ -51,11 +51,11 @@ _EPILOG = """formats (--data_format; auto tells them by their columns, and takes
   question_answer  {"question": ..., "context": ..., "answers": ...}; context and answers may be lists
   alpaca           {"instruction": ..., "input": ..., "output": ...}
   text             plain text, learned whole, in sequences of --max_length tokens
-  documents        plain text that retrieval questions are made of: "repeat the sentence that starts with ..."
+  documents        plain text, in which invented facts are hidden and asked for: "What is the access code of ...?"
   Files are JSON lines, a JSON array, CSV (all also .gz) or parquet. OWNER/NAME[:SPLIT] is a data set of the Hub.
 presets (--preset; any argument overrides them)
-  retrieval      documents, 40 steps; five angles, start at the base model, rate 5e-2, KL to the base model of weight 2
-  chats          the same routers on any chats, one epoch; the KL is taken on what users say in them
+  retrieval      documents, 24 steps; five angles, start at the base model, rate 8e-2, KL to the base model of weight 2
+  chats          the same routers on any chats, one epoch, rate 5e-2; the KL is taken on what users say in them
   paper          the released recipe for 7B models: 128 sequences a step, 7 steps, rate 1e-4; hardly moves small models
 Every argument of transformers' TrainingArguments is one (--max_steps, --learning_rate, ...; --help_all lists them).
 --resume_from_checkpoint last goes on from the last checkpoint in --output_dir. Ctrl-C loses nothing.

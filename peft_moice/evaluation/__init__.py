@@ -4,8 +4,9 @@ A task draws questions, [`evaluate`] asks a model, a [`Result`] holds scores and
 language model of transformers, adapted or not.
 """
 
+from ..training.data.facts import FactList, sample_facts
 from .explaining import gates_along
-from .facts import EncodedChat, FactList, Facts, encode_chat, sample_facts
+from .facts import EncodedChat, Facts, encode_chat
 from .grid import evaluate
 from .intervals import bootstrap_interval, wilson_interval
 from .key_values import KeyValues

@@ -2,98 +2,99 @@
 
 import random
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from .arguments import DataArguments
 from .chats import Chat
+from .facts import NAMES, FactList, fact_about, question_about, sample_facts
 from .sources import read_text
 
-_OPENING_WORDS = 4
-"""Words of a sentence that a question quotes."""
-_MAX_WORDS = 60
+_FACTS = 3
+"""Hidden in a passage, where there are names enough."""
+_MOST = len(NAMES) // 2
+"""Facts of a prompt."""
+_LONGEST = 75
+"""Words of a sentence that is kept however short passages are."""
 
 
 def document_chats(files: Sequence[str], args: DataArguments, seed: int) -> Iterator[tuple[str, Chat]]:
-    """Chats that show passages of `files` and ask for sentences of them, and where they come from.
+    """Chats that show passages of `files` with invented facts between their sentences, and ask for some of the facts.
 
-    Over `documents_per_prompt` chats in a row, every place in the prompt is asked for equally often.
+    Over as many chats in a row as a prompt has facts, every place is asked for equally often. Names and codes are
+    those of the training half, see [`sample_facts`].
 
     Args:
         files: of text.
         args: how many passages, questions and prompts; its own files are not looked at.
-        seed: of the passages and questions.
+        seed: of the passages and facts.
 
     Raises:
         ValueError: a value out of its range, or too little text.
     """
-    for name in ("documents_per_prompt", "passage_words", "prompts"):
+    for name in ("passage_words", "prompts"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name} is {getattr(args, name)}, but has to be at least 1.")
     number = args.documents_per_prompt
-    if not 1 <= args.questions <= number:
-        raise ValueError(f"questions is {args.questions}, but has to lie in 1..{number}, documents_per_prompt.")
+    if not 1 <= number <= _MOST:
+        raise ValueError(f"documents_per_prompt is {number}, but has to lie in 1..{_MOST}.")
+    per_passage = min(_FACTS, _MOST // number)
+    num_facts = number * per_passage
+    if not 1 <= args.questions <= num_facts:
+        raise ValueError(
+            f"questions is {args.questions}, but has to lie in 1..{num_facts}, the number of facts in "
+            f"documents_per_prompt {number}."
+        )
     passages = [passage for file in files for passage in _read_passages(file, args.passage_words)]
     if len(passages) < number:
         raise ValueError(
-            f"{', '.join(files)}: {len(passages)} passages of {args.passage_words} words with a sentence to ask for, "
-            f"too few for documents_per_prompt {number}. Give more text, or lower one of the two."
+            f"{', '.join(files)}: {len(passages)} passages of {args.passage_words} words, too few for "
+            f"documents_per_prompt {number}. Give more text, or lower one of the two."
         )
     rng = random.Random(seed)
     for index in range(args.prompts):
-        places = [(index + turn * number // args.questions) % number for turn in range(args.questions)]
-        for _ in range(100):
-            shown = rng.sample(passages, number)
-            askable = [_unique_sentences(shown, place) for place in places]
-            if all(askable):
-                break
-        else:
-            raise ValueError(
-                f"{', '.join(files)}: passages repeat each other, so questions would be ambiguous. Give other text."
-            )
-        prompt = "\n\n".join(f"Document {i + 1}: {' '.join(sentences)}" for i, sentences in enumerate(shown))
+        facts = sample_facts(num_facts, rng, split="train")
+        documents = []
+        for i, sentences in enumerate(rng.sample(passages, number)):
+            hidden = range(i * per_passage, (i + 1) * per_passage)
+            documents.append(f"Document {i + 1}: {_with_facts(sentences, facts, hidden, rng)}")
         messages = []
-        for turn, sentences in enumerate(askable):
-            answer = rng.choice(sentences)
-            question = f'Repeat the sentence that starts with "{_opening(answer)}".'
-            messages.append({"role": "user", "content": question if turn else f"{prompt}\n\n{question}"})
-            messages.append({"role": "assistant", "content": answer})
+        for turn in range(args.questions):
+            asked = (index + turn * num_facts // args.questions) % num_facts
+            question = question_about(facts.names[asked])
+            shown = [] if turn else documents
+            messages.append({"role": "user", "content": "\n\n".join((*shown, question))})
+            messages.append({"role": "assistant", "content": fact_about(facts.names[asked], facts.codes[asked])})
         yield f"prompt {index} made of {', '.join(files)}", messages
 
 
-def _read_passages(file: str, words: int) -> list[list[str]]:
-    """Disjoint passages of a text, as lists of sentences, one of them at least long enough to be asked for.
+def _with_facts(sentences: list[str], facts: FactList, hidden: Sequence[int], rng: random.Random) -> str:
+    """A passage with some facts, in their order, at random places between its sentences."""
+    shown = list(sentences)
+    places = sorted(rng.randint(0, len(sentences)) for _ in hidden)
+    for place, i in reversed(list(zip(places, hidden, strict=True))):
+        shown.insert(place, fact_about(facts.names[i], facts.codes[i]))
+    return " ".join(shown)
 
-    Passages end before they are longer than `words` and a quarter. What is longer by itself, and too long to ask for,
-    such as a table, is left out.
+
+def _read_passages(file: str, words: int) -> list[list[str]]:
+    """Disjoint passages of a text, as lists of sentences.
+
+    Passages end before they are longer than `words` and a quarter. Longer sentences stand alone; still longer ones,
+    such as tables, are left out.
     """
     most = 1.25 * words
-    passages: list[list[str]] = [[]]
+    passages: list[list[str]] = []
     for sentence in re.split(r"(?<=[.!?])\s+|\n\s*\n", read_text(file)):
         sentence = " ".join(sentence.split())
-        if not sentence or _length(sentence) > max(most, 1.25 * _MAX_WORDS):
+        if not sentence or _length(sentence) > max(most, _LONGEST):
             continue
-        length = sum(map(_length, passages[-1]))
+        length = sum(map(_length, passages[-1])) if passages else most
         if length >= words or length + _length(sentence) > most:
             passages.append([])
         passages[-1].append(sentence)
-    return [passage for passage in passages if any(map(_is_askable, passage))]
+    return passages
 
 
 def _length(sentence: str) -> float:
     """In words; those of text that is no prose, or has no spaces, are of six bytes."""
     return max(len(sentence.split()), len(sentence.encode()) / 6)
-
-
-def _is_askable(sentence: str) -> bool:
-    return _OPENING_WORDS + 2 <= len(sentence.split()) <= _MAX_WORDS
-
-
-def _opening(sentence: str) -> str:
-    return " ".join(sentence.split()[:_OPENING_WORDS])
-
-
-def _unique_sentences(passages: list[list[str]], place: int) -> list[str]:
-    """Sentences of the passage at `place` that no other sentence of `passages` starts like."""
-    counts = Counter(_opening(sentence) for passage in passages for sentence in passage)
-    return [sentence for sentence in passages[place] if _is_askable(sentence) and counts[_opening(sentence)] == 1]
