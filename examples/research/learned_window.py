@@ -10,6 +10,7 @@ nothing that is trained here changes what lies within.
 """
 
 import argparse
+import copy
 import json
 import math
 import random
@@ -157,15 +158,14 @@ def rotated(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def prepare(args: argparse.Namespace, text: int | str, questions: int, file: Path) -> dict:
+def prepare(args: argparse.Namespace, base, tokenizer, text: int | str, questions: int, file: Path) -> dict:
     """A text, what is asked about it, and its cache under `extend`, from `file` if that is there.
 
     Returns:
         `ids`, of which the last 256 are not in the cache; `asked`, pairs of ids of questions and codes; `prefix`, keys
         and values of each layer.
     """
-    model, tokenizer = load_model(args.model)
-    window = args.window or model.config.max_position_embeddings
+    window = args.window or base.config.max_position_embeddings
     distances = [distance + NEXT / window for distance in (0.25, 0.75, 1.25)]
     options = {"data": args.data, "length": LENGTH + NEXT / window, "questions": questions, "distances": distances}
     ids, _, facts = text_with_facts(tokenizer, argparse.Namespace(**options), text, window)
@@ -175,8 +175,8 @@ def prepare(args: argparse.Namespace, text: int | str, questions: int, file: Pat
         for name, code in some
     ]
     if not file.exists():
-        cache = losses_of(model.eval(), ids[:, :window])[1]
-        _, cache = losses_of(under(model, window, METHODS[OURS]), ids[:, window:-NEXT], cache=cache)
+        cache = losses_of(base, ids[:, :window])[1]
+        _, cache = losses_of(under(copy.deepcopy(base), window, METHODS[OURS]), ids[:, window:-NEXT], cache=cache)
         torch.save([(layer.keys, layer.values) for layer in cache.layers], file)
     return {"ids": ids[0].tolist(), "asked": asked, "prefix": torch.load(file, mmap=True)}
 
@@ -232,11 +232,10 @@ def under_rules(kind: str, model, window: int) -> tuple[Rules, nn.Module]:
     return rules, model
 
 
-def run(args: argparse.Namespace, kind: str, trained_on: list[dict], measured_on: list[dict]) -> dict:
+def run(args: argparse.Namespace, base, kind: str, trained_on: list[dict], measured_on: list[dict]) -> dict:
     started = time.perf_counter()
     torch.manual_seed(args.seed)
-    model, _ = load_model(args.model)
-    rules, model = under_rules(kind, model, args.window or model.config.max_position_embeddings)
+    rules, model = under_rules(kind, copy.deepcopy(base), args.window or base.config.max_position_embeddings)
     trained = [p for p in (*rules.parameters(), *model.parameters()) if p.requires_grad]
     losses = train(rules, model, args, trained_on) if trained else []
     codes, text = measure(rules, model, measured_on)
@@ -276,16 +275,20 @@ def print_table(file: Path) -> None:
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     args.caches.mkdir(parents=True, exist_ok=True)
-    trained_on, measured_on = [], []
-    for number, novels in enumerate(TRAINED_ON):
+    base, tokenizer = load_model(args.model)
+    base.eval()
+    novels, trained_on, measured_on = novels_of(args.data), [], []
+    for number, some in enumerate(TRAINED_ON):
         joined = args.caches / f"{number}.txt"
-        joined.write_text("\n\n".join(novels_of(args.data)[novel] for novel in novels), encoding="utf-8")
+        joined.write_text("\n\n".join(novels[novel] for novel in some), encoding="utf-8")
         # Another number of questions draws others.
-        trained_on.append(prepare(args, str(joined), args.questions + number, args.caches / f"train_{number}.pt"))
+        options = str(joined), args.questions + number, args.caches / f"train_{number}.pt"
+        trained_on.append(prepare(args, base, tokenizer, *options))
     for novel in MEASURED_ON[: args.texts]:
-        measured_on.append(prepare(args, novel, args.questions, args.caches / f"measure_{novel}.pt"))
+        options = novel, args.questions, args.caches / f"measure_{novel}.pt"
+        measured_on.append(prepare(args, base, tokenizer, *options))
     for kind in args.kinds:
-        row = run(args, kind, trained_on, measured_on)
+        row = run(args, base, kind, trained_on, measured_on)
         with args.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
 

@@ -30,7 +30,7 @@ PRESETS: dict[str | None, dict[str, Any]] = {
         "learning_rate": 8e-2,
         "max_steps": 24,
     },
-    # The same for chats, as often as they are given; what users say in them is the text that stays as it was.
+    # The same routers on chats, as often as they are given; what users say in them is the text that stays as it was.
     "chats": {**_OURS, "num_train_epochs": 1},
     # What the authors released for Llama-2-7B-chat (https://github.com/p1nksnow/MoICE); the routers' own settings are
     # MoICEConfig's defaults.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..training.data.facts import FactList, Split, fact_about, question_about, sample_facts
+from ..training.data.facts import FactList, Split, chat_about, fact_about, question_about, sample_facts
 from ..training.data.sequences import check_fast, encode_marked, render_chat
 from .task import Example, Scoring, place
 
@@ -60,12 +60,7 @@ def encode_chat(tokenizer: Any, facts: FactList, asked: list[int]) -> EncodedCha
     check_fast(tokenizer)
     if not asked:
         raise ValueError("`asked` is empty; name at least one fact.")
-    messages = []
-    for turn, index in enumerate(asked):
-        question = question_about(facts.names[index])
-        messages.append({"role": "user", "content": question if turn else f"{facts}\n\n{question}"})
-        messages.append({"role": "assistant", "content": fact_about(facts.names[index], facts.codes[index])})
-    text = render_chat(tokenizer, messages)
+    text = render_chat(tokenizer, chat_about(str(facts), facts, asked))
     spans, end = [], 0
     for index in asked:
         question = question_about(facts.names[index])

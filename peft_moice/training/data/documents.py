@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from .arguments import DataArguments
 from .chats import Chat
-from .facts import NAMES, FactList, fact_about, question_about, sample_facts
+from .facts import NAMES, FactList, chat_about, fact_about, sample_facts
 from .sources import read_text
 
 _FACTS = 3
@@ -57,14 +57,8 @@ def document_chats(files: Sequence[str], args: DataArguments, seed: int) -> Iter
         for i, sentences in enumerate(rng.sample(passages, number)):
             hidden = range(i * per_passage, (i + 1) * per_passage)
             documents.append(f"Document {i + 1}: {_with_facts(sentences, facts, hidden, rng)}")
-        messages = []
-        for turn in range(args.questions):
-            asked = (index + turn * num_facts // args.questions) % num_facts
-            question = question_about(facts.names[asked])
-            shown = [] if turn else documents
-            messages.append({"role": "user", "content": "\n\n".join((*shown, question))})
-            messages.append({"role": "assistant", "content": fact_about(facts.names[asked], facts.codes[asked])})
-        yield f"prompt {index} made of {', '.join(files)}", messages
+        asked = [(index + turn * num_facts // args.questions) % num_facts for turn in range(args.questions)]
+        yield f"prompt {index} made of {', '.join(files)}", chat_about("\n\n".join(documents), facts, asked)
 
 
 def _with_facts(sentences: list[str], facts: FactList, hidden: Sequence[int], rng: random.Random) -> str:
@@ -83,16 +77,16 @@ def _read_passages(file: str, words: int) -> list[list[str]]:
     such as tables, are left out.
     """
     most = 1.25 * words
-    passages: list[list[str]] = []
+    passages: list[list[str]] = [[]]
     for sentence in re.split(r"(?<=[.!?])\s+|\n\s*\n", read_text(file)):
         sentence = " ".join(sentence.split())
         if not sentence or _length(sentence) > max(most, _LONGEST):
             continue
-        length = sum(map(_length, passages[-1])) if passages else most
+        length = sum(map(_length, passages[-1]))
         if length >= words or length + _length(sentence) > most:
             passages.append([])
         passages[-1].append(sentence)
-    return passages
+    return [passage for passage in passages if passage]
 
 
 def _length(sentence: str) -> float:

@@ -5,8 +5,11 @@ of random strings, so that a small chat model can do it at all.
 """
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
+
+from .chats import Chat
 
 NAMES = """
     Abel Ada Agnes Aidan Albert Alice Alma Amos Anita Anna Arthur Audrey August Barbara Basil Beatrice Ben Bianca
@@ -66,6 +69,16 @@ def _complete(stem: int, split: Split, rng: random.Random) -> str:
     """A fifth digit for four: the sum of all is even for training and odd for evaluation."""
     parity = (sum(map(int, str(stem))) + (split == "eval")) % 2
     return f"{stem}{2 * rng.randrange(5) + parity}"
+
+
+def chat_about(text: str, facts: FactList, asked: Iterable[int]) -> Chat:
+    """A chat that shows a text with `facts` in it, and asks for those at some indices, one after the other."""
+    messages = []
+    for turn, index in enumerate(asked):
+        question = question_about(facts.names[index])
+        messages.append({"role": "user", "content": question if turn else f"{text}\n\n{question}"})
+        messages.append({"role": "assistant", "content": fact_about(facts.names[index], facts.codes[index])})
+    return messages
 
 
 def fact_about(name: str, code: str) -> str:
